@@ -1,0 +1,68 @@
+"""Packaging of els-machine: folder ``X/`` is installed as the package ``els.X``."""
+
+import platform
+import sys
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+FOLDERS = ["index", "engine", "triton_kernels", "bench"]
+
+# One source, compiled once per instruction set; engine/native.py picks at run time.
+INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
+if platform.machine().lower() in {"x86_64", "amd64"}:
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ]
+
+COMPILE_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+
+extensions = [
+    Pybind11Extension(
+        f"els.engine._native_{name}",
+        ["engine/csrc/native.cpp"],
+        depends=["engine/csrc/posterior.h", "engine/csrc/vector.h"],
+        define_macros=[("ELS_MODULE", f"_native_{name}")],
+        extra_compile_args=COMPILE_FLAGS + flags,
+        extra_link_args=[] if sys.platform == "darwin" else ["-pthread"],
+        cxx_std=17,
+        # Without a compiler the package still installs; the torch backend takes over.
+        optional=True,
+    )
+    for name, flags in INSTRUCTION_SETS.items()
+]
+
+setup(
+    name="els-machine",
+    version="0.1.0",
+    description="Exact and approximate equivariant local score (ELS) machines, fast",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE", "index/data/LICENSE-fashion-mnist"],
+    python_requires=">=3.11",
+    package_dir={f"els.{folder}": folder for folder in FOLDERS},
+    packages=[f"els.{folder}" for folder in FOLDERS],
+    package_data={
+        "els.index": ["py.typed", "data/*"],
+        "els.engine": ["py.typed", "csrc/*", "*.pyi"],
+        "els.triton_kernels": ["py.typed"],
+        "els.bench": ["py.typed"],
+    },
+    ext_modules=extensions,
+    cmdclass={"build_ext": build_ext},
+    install_requires=["matplotlib>=3.8", "numpy>=1.26", "pillow>=10", "rich>=13", "torch>=2.6", "typer>=0.12"],
+    extras_require={
+        "cpu": ["faiss-cpu>=1.8"],
+        "gpu": ["faiss-gpu-cu12>=1.8"],
+        "hf": ["datasets>=3"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-benchmark", "ruff"],
+    },
+    entry_points={"console_scripts": ["els = els.engine.cli:main"]},
+)
