@@ -1,0 +1,651 @@
+"""Sources: every kind of data set arrives as the same stream, and damage is one clear error."""
+
+import gzip
+import io
+import itertools
+import os
+import struct
+import sys
+import types
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from els.index import ImageSource, PatchDatabase, SourceError, open_source
+from hypothesis import given, settings
+from numpy.typing import NDArray
+from PIL import Image
+from test_database import make_images, mutations
+
+
+def read(source: ImageSource, size: int = 3) -> NDArray[np.uint8]:
+    """All images, after the checks that every source must pass."""
+    chunks = list(source.chunks(size))
+    assert [len(chunk) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
+    images = np.concatenate(chunks)
+    assert images.dtype == np.uint8
+    assert images.shape == (source.count, *source.shape)
+    if source.labels is not None:
+        assert source.labels.dtype == np.int64
+        assert source.labels.shape == (source.count,)
+    return images
+
+
+def png(pixels: NDArray[Any], mode: str | None = None, form: str = "PNG") -> bytes:
+    """One encoded picture of [H, W] or [H, W, C]; mode converts it."""
+    stream = io.BytesIO()
+    picture = Image.fromarray(pixels)
+    (picture.convert(mode) if mode else picture).save(stream, form)
+    return stream.getvalue()
+
+
+def write_folder(folder: Path, entries: dict[str, bytes]) -> Path:
+    for name, data in entries.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_zip(path: Path, entries: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return path
+
+
+def idx(array: NDArray[Any]) -> bytes:
+    code = {"u1": 8, "i1": 9, "i2": 11, "i4": 12, "f4": 13}[array.dtype.str[1:]]
+    header = struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape)
+    return header + array.astype(array.dtype.newbyteorder(">")).tobytes()
+
+
+# Arrays
+
+
+@pytest.mark.parametrize(
+    ("images_key", "labels_key"),
+    [("images", "labels"), ("x_train", "y_train"), ("x", "y"), ("data", "labels"), ("x", None)],
+    ids=str,
+)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=["stored", "deflated"])
+def test_npz(tmp_path: Path, save: Any, images_key: str, labels_key: str | None) -> None:
+    images, labels = make_images(7, 3, 5, 6), np.arange(7, dtype=np.uint8)[:, None] % 3
+    arrays: dict[str, Any] = {images_key: images, "other": np.zeros(3)}
+    if labels_key:
+        arrays |= {labels_key: labels, "class_names": np.array(["a", "bc", "ü"])}
+    save(tmp_path / "data.npz", **arrays)
+    source = open_source(tmp_path / "data.npz")
+    for _ in "twice":
+        np.testing.assert_array_equal(read(source), images)
+    if labels_key:
+        np.testing.assert_array_equal(source.labels, labels[:, 0])
+        assert source.class_names == ("a", "bc", "ü")
+    else:
+        assert source.labels is None
+        assert source.class_names is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "order"),
+    [
+        ((5, 6, 7), (0, None, 1, 2)),
+        ((1, 1, 1), (0, None, 1, 2)),
+        ((5, 3, 6, 7), (0, 1, 2, 3)),
+        ((5, 1, 6, 7), (0, 1, 2, 3)),
+        ((5, 6, 7, 3), (0, 3, 1, 2)),
+        ((5, 6, 1, 4), (0, 3, 1, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("compressed", [True, False], ids=["gz", "plain"])
+def test_npy_layouts(
+    tmp_path: Path, stored: tuple[int, ...], order: tuple[int | None, ...], compressed: bool
+) -> None:
+    images = make_images(*stored)
+    stream = io.BytesIO()
+    np.save(stream, images)
+    data = gzip.compress(stream.getvalue()) if compressed else stream.getvalue()
+    (tmp_path / "any name").write_bytes(data)
+    axes = images.transpose([axis for axis in order if axis is not None])
+    expected = axes[:, None] if None in order else axes
+    np.testing.assert_array_equal(read(open_source(tmp_path / "any name"), 2), expected)
+
+
+@pytest.mark.parametrize("form", ["npy", "idx"])
+def test_labels_of_an_array_may_be_given(tmp_path: Path, form: str) -> None:
+    np.save(tmp_path / "x.npy", make_images(3, 4, 4))
+    labels = np.array([5, 0, 300], np.int32)
+    np.save(tmp_path / "y.npy", labels)
+    (tmp_path / "y.idx").write_bytes(idx(labels))
+    source = open_source(tmp_path / "x.npy", labels=tmp_path / f"y.{form}")
+    np.testing.assert_array_equal(source.labels, labels)
+
+
+@pytest.mark.parametrize("images_gz", [".gz", ""], ids=["images gz", "images plain"])
+@pytest.mark.parametrize("labels_gz", [".gz", "", None], ids=["gz", "plain", "no labels"])
+@pytest.mark.parametrize("names", ["train-{}-idx{}-ubyte", "t10k-{}.idx{}-ubyte"], ids=str)
+def test_idx_pair(tmp_path: Path, images_gz: str, labels_gz: str | None, names: str) -> None:
+    images, labels = make_images(4, 5, 6), np.array([3, 1, 0, 1], np.uint8)
+    path = tmp_path / (names.format("images", 3) + images_gz)
+    path.write_bytes(gzip.compress(idx(images)) if images_gz else idx(images))
+    if labels_gz is not None:
+        data = gzip.compress(idx(labels)) if labels_gz else idx(labels)
+        (tmp_path / (names.format("labels", 1) + labels_gz)).write_bytes(data)
+    source = open_source(path)
+    np.testing.assert_array_equal(read(source)[:, 0], images)
+    if labels_gz is None:
+        assert source.labels is None
+    else:
+        np.testing.assert_array_equal(source.labels, labels)
+
+
+def test_embedded_fashion_mnist() -> None:
+    source = open_source("embedded:fashion-mnist")
+    assert source.shape == (1, 28, 28)
+    assert source.labels is not None
+    assert np.bincount(source.labels).tolist() == [410] * 6 + [409] * 4
+    assert source.class_names is not None
+    assert source.class_names[9] == "Ankle boot"
+    assert 70 < read(source, 1000).mean() < 76
+    folder = Path(sys.modules["els.index"].__path__[0]) / "data"
+    assert "Copyright (c) 2017 Zalando SE" in (folder / "LICENSE-fashion-mnist").read_text()
+
+
+def test_a_source_streams_into_a_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("els.index.database._CHUNK_BYTES", 100)
+    images, labels = make_images(50, 5, 4, 3), np.arange(50) % 4
+    np.savez_compressed(tmp_path / "x.npz", images=images, labels=labels)
+    source = open_source(tmp_path / "x.npz")
+    db = PatchDatabase.build(source, path=tmp_path / "db")
+    np.testing.assert_array_equal(db.images, images.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(db.labels, labels)
+    other = PatchDatabase.build(
+        source, np.zeros(50, int), class_names=["all"], path=tmp_path / "other"
+    )
+    assert other.class_names == ("all",)
+    assert len(other.class_members(0)) == 50
+
+
+# Pictures
+
+
+def pictures(count: int, *shape: int) -> list[NDArray[np.uint8]]:
+    return list(make_images(count, *shape))
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize(
+    "prefix", ["", "train/", "a/b c/"], ids=["flat", "one folder", "two folders"]
+)
+def test_pictures_in_class_folders(tmp_path: Path, kind: str, prefix: str) -> None:
+    a, b, c, d = pictures(4, 5, 7, 3)
+    entries = {
+        f"{prefix}zebra/1.png": png(c),
+        f"{prefix}ant/2.PNG": png(b),
+        f"{prefix}ant/1.bmp": png(a, form="BMP"),
+        f"{prefix}zebra/deeper/0.webp.tiff": png(d, form="TIFF"),
+        f"{prefix}zebra/notes.txt": b"not a picture",
+        f"{prefix}.hidden/x.png": b"not a picture",
+        "__MACOSX/zebra/1.png": b"not a picture",
+    }
+    write = write_folder if kind == "folder" else write_zip
+    source = open_source(write(tmp_path / "set.data", entries))
+    assert source.shape == (3, 5, 7)
+    np.testing.assert_array_equal(read(source), np.stack([a, b, c, d]).transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(source.labels, [0, 0, 1, 1])
+    assert source.class_names == ("ant", "zebra")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_pictures_without_classes(tmp_path: Path, kind: str) -> None:
+    (image,) = pictures(1, 1, 1)
+    write = write_folder if kind == "folder" else write_zip
+    source = open_source(str(write(tmp_path / "set", {"images/only.png": png(image)})))
+    assert (source.count, source.shape, source.labels) == (1, (1, 1, 1), None)
+    np.testing.assert_array_equal(read(source), image[None, None])
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("top", ["", "set/"], ids=["top", "below"])
+def test_parts_are_chosen_by_name(tmp_path: Path, kind: str, top: str) -> None:
+    images = pictures(4, 2, 2)
+    names = [f"{top}test/cat/1.png", f"{top}test/dog/2.png", f"{top}train/cat/1.png"]
+    names.append(f"{top}train/dog/2.png")
+    entries = dict(zip(names, map(png, images), strict=True))
+    path = (write_folder if kind == "folder" else write_zip)(tmp_path / "set.x", entries)
+    with pytest.raises(SourceError, match=r"several parts: test, train.*set\.x:test"):
+        open_source(path)
+    source = open_source(f"{path}:train")
+    np.testing.assert_array_equal(read(source)[:, 0], images[2:])
+    assert source.class_names == ("cat", "dog")
+    with pytest.raises(SourceError, match=r"no part 'val'; it has: test, train"):
+        open_source(f"{path}:val")
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels"),
+    [
+        (["L", "1"], 1),
+        (["L", "L"], 1),
+        (["L", "RGB"], 3),
+        (["P", "CMYK"], 3),
+        (["RGBA", "RGBA"], 4),
+        (["RGBA", "LA"], 4),
+        (["RGBA", "RGB"], 3),
+        (["RGBA", "L"], 3),
+    ],
+    ids=str,
+)
+def test_modes_become_one(tmp_path: Path, modes: list[str], channels: int) -> None:
+    entries = {f"{i}.tif": png(make_images(3, 4, 3), mode, "TIFF") for i, mode in enumerate(modes)}
+    source = open_source(write_folder(tmp_path, entries))
+    assert source.shape == (channels, 3, 4)
+    images = read(source)
+    for name, image in zip(entries, images, strict=True):
+        with Image.open(tmp_path / name) as picture:
+            mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+            np.testing.assert_array_equal(
+                image.transpose(1, 2, 0).squeeze(), np.asarray(picture.convert(mode))
+            )
+
+
+def test_a_palette_with_transparency_keeps_it(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "L").convert("P")
+    picture.save(tmp_path / "a.png", transparency=bytes([0, 255, 128]))
+    source = open_source(tmp_path)
+    assert source.shape == (4, 2, 2)
+    np.testing.assert_array_equal(read(source)[0, 3], [[0, 255], [128, 255]])
+    (tmp_path / "b.png").write_bytes(png(make_images(2, 2, 3)))
+    assert open_source(tmp_path).shape == (3, 2, 2)
+    read(open_source(tmp_path))
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    a, b = pictures(2, 2, 2)
+    write_folder(tmp_path, {"set/a/1.png": png(a), "elsewhere/2.png": png(b)})
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "a" / "up").symlink_to(tmp_path / "set")
+    source = open_source(tmp_path / "set")
+    assert source.class_names == ("a", "b")
+    np.testing.assert_array_equal(read(source)[:, 0], [a, b])
+
+
+# Sizes
+
+
+def test_pictures_of_different_sizes_are_refused_unless_resized(tmp_path: Path) -> None:
+    write_folder(
+        tmp_path, {"a.png": png(make_images(4, 6, 3)), "sub.png": png(make_images(8, 9, 3))}
+    )
+    with pytest.raises(SourceError, match=r"sub\.png is 8 x 9 .*a\.png is 4 x 6; .*--resize"):
+        open_source(tmp_path)
+    assert read(open_source(tmp_path, resize=(2, 3))).shape == (2, 3, 2, 3)
+    assert read(open_source(tmp_path, resize=5)).shape == (2, 3, 5, 5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4], ids=lambda c: f"C={c}")
+def test_resize_takes_area_means_for_whole_factors(tmp_path: Path, channels: int) -> None:
+    images = make_images(3, channels, 8, 6)
+    np.save(tmp_path / "x.npy", images)
+    source = open_source(tmp_path / "x.npy", resize=(4, 2))
+    means = images.reshape(3, channels, 4, 2, 2, 3).mean((3, 5))
+    assert np.abs(read(source, 2) - means).max() <= 1
+    same = open_source(tmp_path / "x.npy", resize=(8, 6))
+    np.testing.assert_array_equal(read(same), images)
+
+
+@pytest.mark.parametrize("size", [(3, 5), (16, 12), (1, 1)], ids=str)
+def test_resize_keeps_a_constant(tmp_path: Path, size: tuple[int, int]) -> None:
+    np.savez(tmp_path / "x.npz", images=np.full((2, 8, 6), 77, np.uint8), labels=[0, 1])
+    source = open_source(tmp_path / "x.npz", resize=size)
+    assert source.labels is not None
+    np.testing.assert_array_equal(read(source), np.full((2, 1, *size), 77))
+
+
+@pytest.mark.parametrize(
+    ("resize", "error"),
+    [
+        (0, ValueError),
+        ((3, -1), ValueError),
+        (2.0, TypeError),
+        ((2, 2, 2), TypeError),
+        ("8", TypeError),
+    ],
+    ids=str,
+)
+def test_wrong_resize(resize: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="resize must be"):
+        open_source("embedded:fashion-mnist", resize=resize)
+
+
+# Hugging Face
+
+
+def fake_library(rows: list[dict[str, Any]], features: dict[str, Any]) -> types.ModuleType:
+    """A module with the part of the interface of `datasets` that is used."""
+
+    class Dataset:
+        def __init__(self, decode: bool) -> None:
+            self.decode, self.features = decode, features
+
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, key: int | str) -> Any:
+            assert not (self.decode and isinstance(key, int)), "pictures are not to be decoded"
+            return rows[key] if isinstance(key, int) else iter([row[key] for row in rows])
+
+        def cast_column(self, column: str, feature: Any) -> "Dataset":
+            return Dataset(feature.decode)
+
+    def load_dataset(name: str, split: str) -> Dataset:
+        if split not in ("train", "test"):
+            raise ValueError(f'Unknown split "{split}". Should be one of ["train", "test"].')
+        return Dataset(decode=True)
+
+    library = types.ModuleType("datasets")
+    vars(library).update(load_dataset=load_dataset, Image=HfImage)
+    return library
+
+
+class HfImage:
+    def __init__(self, decode: bool = True) -> None:
+        self.decode = decode
+
+
+HfImage.__name__ = "Image"
+
+
+class ClassLabel:
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+
+def test_hugging_face_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = pictures(2, 4, 5, 3)
+    (tmp_path / "b.png").write_bytes(png(b))
+    rows = [
+        {"img": {"bytes": png(a), "path": "a.png"}, "label": 1, "n": 0},
+        {"img": {"bytes": None, "path": str(tmp_path / "b.png")}, "label": 0, "n": 0},
+    ]
+    features = {"img": HfImage(), "label": ClassLabel(["no", "yes"]), "n": object()}
+    monkeypatch.setitem(sys.modules, "datasets", fake_library(rows, features))
+    for spec in ("hf:some/name", "hf:some/name:test"):
+        source = open_source(spec)
+        np.testing.assert_array_equal(read(source), np.stack([a, b]).transpose(0, 3, 1, 2))
+        np.testing.assert_array_equal(source.labels, [1, 0])
+        assert source.class_names == ("no", "yes")
+    with pytest.raises(SourceError, match=r"hf:name:x cannot be used: Unknown split"):
+        open_source("hf:name:x")
+
+    rows[0]["label"] = rows[1]["label"] = -1
+    assert open_source("hf:name").labels is None
+    rows[0]["label"] = 0
+    with pytest.raises(SourceError, match="-1 for image 1"):
+        open_source("hf:name")
+    del features["label"]
+    assert open_source("hf:name").labels is None
+    features |= {"coarse_label": ClassLabel([]), "other": ClassLabel([])}
+    with pytest.raises(SourceError, match="several ClassLabel columns: coarse_label, other"):
+        open_source("hf:name")
+    del features["img"]
+    with pytest.raises(SourceError, match="no Image column, only n, coarse_label, other"):
+        open_source("hf:name")
+
+
+def test_hugging_face_library(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = pictures(3, 4, 5, 3)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = {"image": [Image.fromarray(image) for image in images], "label": [1, 0, 1]}
+    (tmp_path / "set").mkdir()
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    dataset.to_parquet(tmp_path / "set" / "train.parquet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = open_source(f"hf:{tmp_path}/set")
+        np.testing.assert_array_equal(read(source), np.stack(images).transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(source.labels, [1, 0, 1])
+    assert source.class_names == ("a", "b")
+
+
+def test_hugging_face_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SourceError, match=r"pip install 'els-machine\[hf\]'"):
+        open_source("hf:mnist")
+
+
+# What is refused
+
+
+def save_npz(**arrays: Any) -> Callable[[Path], str]:
+    def make(folder: Path) -> str:
+        np.savez(folder / "x.npz", **arrays)
+        return str(folder / "x.npz")
+
+    return make
+
+
+def save_npy(array: NDArray[Any]) -> Callable[[Path], str]:
+    def make(folder: Path) -> str:
+        np.save(folder / "x.npy", array)
+        return str(folder / "x.npy")
+
+    return make
+
+
+def save_bytes(data: bytes, name: str = "x") -> Callable[[Path], str]:
+    return lambda folder: str(write_folder(folder, {name: data}) / name)
+
+
+def save_files(**entries: bytes) -> Callable[[Path], str]:
+    return lambda folder: str(
+        write_folder(folder, {k.replace("_", "."): entries[k] for k in entries})
+    )
+
+
+def save_zip(entries: dict[str, bytes]) -> Callable[[Path], str]:
+    return lambda folder: str(write_zip(folder / "x.zip", entries))
+
+
+def truncated_member(folder: Path) -> str:
+    """An npz whose member is shorter than its header says, zip and all in order."""
+    stream = io.BytesIO()
+    np.save(stream, make_images(3, 4, 4))
+    return str(write_zip(folder / "x.npz", {"images.npy": stream.getvalue()[:-1]}))
+
+
+def encrypted(folder: Path) -> str:
+    path = write_zip(folder / "x.zip", {"a.png": png(make_images(2, 2))})
+    data = bytearray(path.read_bytes())
+    data[6] |= 1
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    return str(path)
+
+
+def fifo(folder: Path) -> str:
+    os.mkfifo(folder / "pipe")
+    return str(folder / "pipe")
+
+
+GREY = make_images(3, 4, 4)
+PNG = png(GREY[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        pytest.param(lambda folder: f"{folder}/no", "no file or folder", id="missing"),
+        pytest.param(lambda folder: f"{folder}/no:train", "no file or folder", id="missing part"),
+        pytest.param(lambda folder: f"{folder}/\0", "no file or folder", id="null byte"),
+        pytest.param(lambda folder: "embedded:cifar", "there is: fashion-mnist", id="embedded"),
+        pytest.param(fifo, "not a regular file", id="pipe"),
+        pytest.param(save_bytes(b""), "none of", id="empty file"),
+        pytest.param(save_bytes(PNG, "x.png"), "a folder of pictures", id="one picture"),
+        pytest.param(save_bytes(b"\x1f\x8b1"), "cannot be used", id="gzip header"),
+        pytest.param(save_npz(a=GREY), "no array named.*it has: a", id="npz key"),
+        pytest.param(save_npz(x=GREY, data=GREY), "several arrays.*: x, data", id="npz keys"),
+        pytest.param(save_npz(x=GREY, y=[1], labels=[1]), "the labels", id="npz label keys"),
+        pytest.param(save_npz(x=GREY, y=[1, 2]), r"integers \[3\]", id="few labels"),
+        pytest.param(save_npz(x=GREY, y=[0.5] * 3), "float64", id="float labels"),
+        pytest.param(save_npz(x=GREY, y=[0, -1, 0]), "-1 for image 1", id="negative label"),
+        pytest.param(
+            save_npz(x=GREY, y=[0, 1, 0], class_names=["a"]), "every class 0..1", id="few names"
+        ),
+        pytest.param(
+            save_npz(x=GREY, y=[0] * 3, class_names=[1]), "expected text", id="names of numbers"
+        ),
+        pytest.param(
+            save_npz(x=GREY, y=[0] * 3, class_names=np.array(["a"], object)),
+            "Python objects",
+            id="pickled names",
+        ),
+        pytest.param(save_npz(x=np.array([None])), "Python objects", id="pickled images"),
+        pytest.param(truncated_member, "its header says", id="short member"),
+        pytest.param(save_npy(GREY.astype(np.float32)), "float32, expected uint8", id="float"),
+        pytest.param(save_npy(GREY.reshape(3, 16)), r"\(3, 16\), expected", id="flat"),
+        pytest.param(save_npy(make_images(5, 3072)), r"\(5, 3072\), expected", id="flat CIFAR"),
+        pytest.param(save_npy(make_images(2, 3, 5, 3)), "may be", id="ambiguous"),
+        pytest.param(save_npy(make_images(2, 5, 6, 7)), "transpose", id="no channels"),
+        pytest.param(save_npy(make_images(0, 4, 4)), "empty", id="N = 0"),
+        pytest.param(save_npy(np.asfortranarray(GREY)), "ascontiguousarray", id="columns first"),
+        pytest.param(save_npy(np.array([None])), "Python objects", id="pickle"),
+        pytest.param(save_bytes(b"\x93NUMPY\x03\x00"), "npy version", id="npy 3.0"),
+        pytest.param(save_bytes(b"\x93NUMPY\x01\x00"), "cannot be used", id="npy cut"),
+        pytest.param(save_bytes(idx(GREY)[:-1]), "too few", id="idx cut"),
+        pytest.param(save_bytes(idx(GREY)[:6]), "10 bytes early", id="idx header cut"),
+        pytest.param(save_bytes(idx(GREY) + b"x"), "too many", id="idx long"),
+        pytest.param(save_bytes(gzip.compress(idx(GREY)[:-1])), "1 bytes early", id="gz idx cut"),
+        pytest.param(save_bytes(gzip.compress(idx(GREY))[:-1]), "cannot be used", id="gz cut"),
+        pytest.param(save_bytes(gzip.compress(idx(GREY) + b"x")), "bytes after", id="gz long"),
+        pytest.param(
+            save_bytes(gzip.compress(b"\0\0\x08\3" + b"\0\0\xff\xff" * 3)),
+            "too few",
+            id="gz claim",
+        ),
+        pytest.param(save_bytes(b"\0\0\x08\4" + b"\xff" * 16), "expected", id="idx claim"),
+        pytest.param(save_bytes(b"\0\0\x08\5"), "no idx file", id="idx axes"),
+        pytest.param(save_bytes(b"\0\0\x07\1"), "no idx file", id="idx type"),
+        pytest.param(save_bytes(idx(GREY.astype(np.int16))), "int16|>i2", id="idx int16"),
+        pytest.param(save_bytes(idx(np.arange(3, dtype=np.uint8))), "labels, not", id="idx labels"),
+        pytest.param(lambda folder: str(folder), "no pictures .0 files.", id="empty folder"),
+        pytest.param(save_files(a_txt=b"x"), "not|none", id="text"),
+        pytest.param(save_zip({}), "no pictures .0 files.", id="empty zip"),
+        pytest.param(save_zip({"a.txt": b"x"}), "no pictures .1 files.", id="zip of text"),
+        pytest.param(save_zip({"a.png": b"x"}), "a.png cannot be used", id="not a picture"),
+        pytest.param(save_zip({"a.png": PNG[:50]}), "a.png cannot be used", id="picture cut"),
+        pytest.param(save_zip({"c/a.png": PNG, "b.png": PNG}), "such as b.png", id="stray"),
+        pytest.param(save_bytes(b"PK\3\4" + bytes(50)), "not a zip file", id="zip header"),
+        pytest.param(encrypted, "a.png cannot be used.*encrypted", id="encrypted"),
+        pytest.param(save_zip({"a.png": png(np.zeros((2, 2), np.uint16))}), "8 bits", id="16 bits"),
+    ],
+)
+def test_malformed_sources_are_one_clear_error(
+    tmp_path: Path, make: Callable[[Path], str], says: str
+) -> None:
+    with pytest.raises(SourceError, match=says):
+        read(open_source(make(tmp_path)))
+
+
+def test_options_that_do_not_apply(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"x.npy": b"", "a.png": PNG})
+    np.savez(tmp_path / "x.npz", images=GREY)
+    for spec, says in [
+        (str(tmp_path), "idx and .npy"),
+        (f"{tmp_path}/x.npz", "idx and .npy"),
+        ("embedded:fashion-mnist", "its own labels"),
+        ("hf:mnist", "its own labels"),
+    ]:
+        with pytest.raises(SourceError, match=says):
+            open_source(spec, labels="y.npy")
+    with pytest.raises(SourceError, match="no parts to choose from"):
+        open_source(f"{tmp_path / 'x.npz'}:train")
+    np.save(tmp_path / "x.npy", GREY)
+    with pytest.raises(SourceError, match=r"y\.npy cannot be used"):
+        open_source(tmp_path / "x.npy", labels=tmp_path / "y.npy")
+
+
+def test_a_huge_picture_in_a_zip_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("els.index.sources._MAX_PICTURE_BYTES", 1000)
+    path = write_zip(tmp_path / "x.zip", {"a.png": bytes(1001), "big.txt": bytes(2000)})
+    with pytest.raises(SourceError, match=r"a\.png unpacks to 1,001 bytes"):
+        open_source(path)
+
+
+def test_a_picture_that_changes_during_a_build(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a.png": PNG})
+    source = open_source(tmp_path)
+    (tmp_path / "a.png").write_bytes(png(make_images(5, 5)))
+    with pytest.raises(SourceError, match="keep the pictures unchanged"):
+        read(source)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(SourceError, match=r"a\.png cannot be used"):
+        read(source)
+
+
+def samples() -> Iterator[tuple[str, bytes]]:
+    """A small valid source of every kind of file."""
+    stream = io.BytesIO()
+    np.savez_compressed(stream, images=GREY, labels=[0, 1, 1], class_names=["a", "b"])
+    yield "npz", stream.getvalue()
+    stream = io.BytesIO()
+    np.save(stream, GREY)
+    yield "npy", stream.getvalue()
+    yield "idx", idx(GREY)
+    yield "idx-gz", gzip.compress(idx(GREY), mtime=0)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for number, form in itertools.product(range(2), ("PNG", "JPEG", "GIF")):
+            name = f"class {number}/{form}.{form.lower()}"
+            archive.writestr(zipfile.ZipInfo(name), png(GREY[number], form=form))
+    yield "zip", stream.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "data"), list(samples()), ids=[k for k, _ in samples()])
+def test_malformed_bytes_are_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, data: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "file"
+
+    @settings(max_examples=100, deadline=None)
+    @given(mutations(data))
+    def check(mutated: bytes) -> None:
+        path.write_bytes(mutated)
+        try:
+            images = read(open_source(path))
+        except SourceError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            return
+        if kind in ("npz", "idx-gz"):
+            np.testing.assert_array_equal(images[:, 0], GREY)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["1.png", "1.jpeg", "1.gif", "1.tiff", "1.bmp", "1.webp"])
+def test_malformed_pictures_are_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / name
+    form = name.split(".")[1].upper()
+
+    @settings(max_examples=40, deadline=None)
+    @given(mutations(png(make_images(9, 7, 3), form=form)))
+    def check(mutated: bytes) -> None:
+        path.write_bytes(mutated)
+        try:
+            read(open_source(path.parent))
+        except SourceError as error:
+            assert name in str(error)  # noqa: PT017
+
+    check()
