@@ -1,0 +1,1 @@
+"""Benchmarks: speed, memory and accuracy of the engine against what a user would pick instead."""

@@ -1,0 +1,79 @@
+"""The backends: one contract, one explicit match, imports only of what was chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from els.engine.posterior import PosteriorQuery, PosteriorState
+
+BackendName: TypeAlias = Literal["auto", "native", "torch"]
+
+logger = logging.getLogger("els")
+
+
+class Backend(Protocol):
+    """Computes partial posterior states; trusts its inputs, which the machine has validated."""
+
+    @property
+    def name(self) -> str:
+        """What ran, with its instruction set or device: ``native (avx512, 2 threads)``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where queries must live and states are returned."""
+
+    def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
+        """The posterior state over the patches of ``images[query.members]``.
+
+        Args:
+            images: the whole database, uint8 ``[N, C, H, W]``, possibly memory-mapped.
+            query: what to compute; ``query.x`` is on :attr:`device`.
+        """
+
+
+def choose(name: BackendName, *, threads: int | None, device: str) -> tuple[Backend, str]:
+    """The backend of that name, and why it was chosen.
+
+    A backend asked for by name runs or raises; only ``"auto"`` chooses.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if the backend cannot run here; the message says what would help.
+    """
+    match name:
+        case "native":
+            return _native(threads), "asked for by name"
+        case "torch":
+            return _torch(device), "asked for by name"
+        case "auto":
+            backend, reason = _choose_automatically(threads, device)
+            logger.info("backend %s: %s", backend.name, reason)
+            return backend, reason
+    raise ValueError(f"backend={name!r} is not known; choose 'auto', 'native' or 'torch'")
+
+
+def _choose_automatically(threads: int | None, device: str) -> tuple[Backend, str]:
+    if torch.device(device).type != "cpu":
+        return _torch(device), f"the queries live on {device}, where the native kernel cannot run"
+    if importlib.util.find_spec("els.engine._native_baseline") is None:
+        reason = "the compiled extension is missing (no C++ compiler at installation)"
+        return _torch(device), f"{reason}; reinstall with one for a kernel 20 times faster"
+    return _native(threads), "the compiled kernel is the fastest on a CPU"
+
+
+def _native(threads: int | None) -> Backend:
+    from els.engine.native import NativeBackend
+
+    return NativeBackend(threads)
+
+
+def _torch(device: str) -> Backend:
+    from els.engine.reference import TorchBackend
+
+    return TorchBackend(device)

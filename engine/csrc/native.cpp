@@ -1,0 +1,178 @@
+// The Python module of one instruction set: layout checks, threads, interruption.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "posterior.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <typename T>
+T* checked(Array<T>& array, std::vector<py::ssize_t> shape, const char* name) {
+  if (std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) != shape) {
+    throw std::invalid_argument(std::string(name) + " has the wrong shape");
+  }
+  return array.mutable_data();
+}
+
+// Deals tasks to threads. Which thread takes a task does not matter to its result.
+template <int C>
+void work(const els::Problem& problem, const std::vector<els::Sweep>& sweeps,
+          std::atomic<std::int64_t>& next, std::atomic<bool>& cancelled) {
+  els::Worker<C> worker(problem, sweeps);
+  const std::int64_t tasks = static_cast<std::int64_t>(problem.groups) * problem.batch;
+  for (;;) {
+    const std::int64_t task = next.fetch_add(1);
+    if (task >= tasks || cancelled.load()) return;
+    worker.run(static_cast<int>(task % problem.groups), static_cast<int>(task / problem.groups),
+               cancelled);
+  }
+}
+
+void work_on_channels(const els::Problem& problem, const std::vector<els::Sweep>& sweeps,
+                      std::atomic<std::int64_t>& next, std::atomic<bool>& cancelled) {
+  switch (problem.channels) {
+    case 1: return work<1>(problem, sweeps, next, cancelled);
+    case 2: return work<2>(problem, sweeps, next, cancelled);
+    case 3: return work<3>(problem, sweeps, next, cancelled);
+    case 4: return work<4>(problem, sweeps, next, cancelled);
+  }
+  throw std::invalid_argument("images must have 1 to 4 channels");
+}
+
+void run(const els::Problem& problem, int threads) {
+  const std::vector<els::Sweep> sweeps = els::plan_sweeps(problem);
+  std::atomic<std::int64_t> next{0};
+  std::atomic<bool> cancelled{false};
+  std::mutex mutex;
+  std::condition_variable finished;
+  int running = threads;
+  std::exception_ptr failure;
+  std::vector<std::thread> pool;
+  const auto body = [&] {
+    std::exception_ptr caught;
+    try {
+      work_on_channels(problem, sweeps, next, cancelled);
+    } catch (...) {
+      caught = std::current_exception();
+      cancelled = true;
+    }
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (caught && !failure) failure = caught;
+    --running;
+    finished.notify_all();
+  };
+  {
+    py::gil_scoped_release release;
+    for (int i = 0; i < threads; ++i) pool.emplace_back(body);
+    std::unique_lock<std::mutex> lock(mutex);
+    while (!finished.wait_for(lock, std::chrono::milliseconds(100), [&] { return running == 0; })) {
+      lock.unlock();
+      {
+        py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) cancelled = true;
+      }
+      lock.lock();
+    }
+    lock.unlock();
+    for (std::thread& thread : pool) thread.join();
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (failure) std::rethrow_exception(failure);
+}
+
+void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<float> x,
+               Array<double> alpha, Array<double> sigma, int patch_size, bool equivariant,
+               bool circular, int threads, Array<double> maximum, Array<double> mass,
+               Array<double> centre, std::optional<Array<double>> tilt,
+               std::optional<Array<double>> top_logits,
+               std::optional<Array<std::int64_t>> top_addresses) {
+  if (images.ndim() != 4 || x.ndim() != 4 || members.ndim() != 1 || maximum.ndim() != 4) {
+    throw std::invalid_argument("images and x must have 4 dimensions, members 1, maximum 4");
+  }
+  const py::ssize_t groups = maximum.shape(0), batch = x.shape(0), channels = x.shape(1),
+                    height = x.shape(2), width = x.shape(3);
+  if (images.shape(1) != channels || images.shape(2) != height || images.shape(3) != width) {
+    throw std::invalid_argument("images and x differ in shape");
+  }
+  if (patch_size < 1 || patch_size % 2 == 0 || patch_size > std::min(height, width)) {
+    throw std::invalid_argument("patch_size must be odd, 1 to the image's shorter side");
+  }
+  if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+  for (py::ssize_t i = 0; i < members.size(); ++i) {
+    if (members.data()[i] < 0 || members.data()[i] >= images.shape(0)) {
+      throw std::invalid_argument("members names an image that is not there");
+    }
+  }
+  els::Problem problem{};
+  problem.images = images.data();
+  problem.members = members.data();
+  problem.member_count = members.size();
+  problem.channels = static_cast<int>(channels);
+  problem.height = static_cast<int>(height);
+  problem.width = static_cast<int>(width);
+  problem.x = x.data();
+  problem.alpha = checked(alpha, {batch}, "alpha");
+  problem.sigma = checked(sigma, {batch}, "sigma");
+  problem.batch = static_cast<int>(batch);
+  problem.patch_size = patch_size;
+  problem.equivariant = equivariant;
+  problem.circular = circular;
+  problem.groups = static_cast<int>(groups);
+  problem.maximum = checked(maximum, {groups, batch, height, width}, "maximum");
+  problem.mass = checked(mass, {groups, batch, height, width}, "mass");
+  problem.centre = checked(centre, {groups, batch, channels, height, width}, "centre");
+  if (tilt) problem.tilt = checked(*tilt, {groups, batch, height, width}, "tilt");
+  if (top_logits && top_addresses) {
+    problem.top = static_cast<int>(top_logits->shape(top_logits->ndim() - 1));
+    const std::vector<py::ssize_t> shape{groups, batch, height, width, problem.top};
+    problem.top_logits = checked(*top_logits, shape, "top_logits");
+    problem.top_addresses = checked(*top_addresses, shape, "top_addresses");
+  }
+  run(problem, threads);
+}
+
+// The sets this processor can run, worst first. Asked of the baseline module only: merely loading
+// another could already execute an instruction that is not there.
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> sets{"baseline"};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back("avx2");
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    sets.push_back("avx512");
+  }
+#endif
+  return sets;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(ELS_MODULE, module) {
+  module.attr("LANES") = els::kLanes;
+  module.def("posterior", &posterior, py::arg("images").noconvert(), py::arg("members").noconvert(),
+             py::arg("x").noconvert(), py::arg("alpha").noconvert(), py::arg("sigma").noconvert(),
+             py::arg("patch_size"), py::arg("equivariant"), py::arg("circular"), py::arg("threads"),
+             py::arg("maximum").noconvert(), py::arg("mass").noconvert(),
+             py::arg("centre").noconvert(), py::arg("tilt").noconvert(),
+             py::arg("top_logits").noconvert(), py::arg("top_addresses").noconvert());
+  module.def("instruction_sets", &instruction_sets);
+}

@@ -1,0 +1,808 @@
+// Exact local posteriors without ever forming a patch (design, section 3).
+//
+// For a fixed displacement d between a query pixel and a training pixel, the distance of their
+// patches is a P x P box filter of the pixelwise squared difference. Lanes are training images.
+// Window sums are built from prefixes and suffixes of blocks of P terms (van Herk), never by
+// subtracting what left the window: a float32 running sum would keep the rounding of every
+// mismatch that it has passed over, which is fatal at small noise.
+//
+// All distances here are D' = log2(e) / (2 sigma^2) * ||x_patch - alpha * k_patch||^2 - offset, so the
+// logit to base 2 is -(D' + offset). The offset is a bias per pixel of the patch, about what true
+// noise contributes: D' stays near zero, and its rounding small, for the candidates that matter.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "vector.h"
+
+namespace els {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+constexpr double kUnit = 1.0 / (1 << 24);  // unit roundoff of float32
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Displacements that share the accumulators of a pixel row while it is in registers and L1.
+constexpr int kMostDisplacements = 4;
+// Rows of vertical sums that are finished together, while they are in L1.
+constexpr int kMostRows = 4;
+
+struct Problem {
+  // Training images, uint8 [*, C, H, W], and the numbers of those whose patches are candidates.
+  const std::uint8_t* images;
+  const std::int64_t* members;
+  std::int64_t member_count;
+  int channels, height, width;
+  // Queries: float32 [B, C, H, W], and per image the signal scale and the noise.
+  const float* x;
+  const double* alpha;
+  const double* sigma;
+  int batch;
+  int patch_size;
+  bool equivariant;  // ELS, or else LS
+  bool circular;
+  // Fixed by the input alone, so that results do not depend on the number of threads.
+  int groups;
+  // Results, [groups, B, ...]: float64 natural-log states; tilt and top may be null.
+  double* maximum;
+  double* mass;
+  double* centre;
+  double* tilt;
+  int top;
+  double* top_logits;
+  std::int64_t* top_addresses;
+
+  int radius() const { return patch_size / 2; }
+  int pixels() const { return height * width; }
+  std::int64_t blocks() const { return (member_count + kLanes - 1) / kLanes; }
+};
+
+// Displacements (dy + t, dx), t < count, and the query pixels that they serve: columns
+// [column_begin, column_end) and, for each t, rows [row_begin[t], row_end[t]). Coordinates are
+// unwrapped: in a circular query they may be negative.
+struct Sweep {
+  int dy, dx, count;
+  int column_begin, column_end;
+  int row_begin[kMostDisplacements], row_end[kMostDisplacements];
+
+  int first_row() const { return *std::min_element(row_begin, row_begin + count); }
+  int last_row() const { return *std::max_element(row_end, row_end + count); }
+};
+
+namespace detail {
+
+// Query rows served by one displacement along one axis.
+inline void axis_range(const Problem& problem, int displacement, int length, int* begin, int* end) {
+  const int r = problem.radius();
+  if (problem.equivariant && problem.circular) {
+    // The candidate patch lies inside the training image; the query is read cyclically.
+    *begin = r - displacement;
+    *end = length - r - displacement;
+  } else if (displacement == 0) {
+    *begin = 0;
+    *end = length;
+  } else {
+    // Only the middle slides: both ends see no border along this axis.
+    *begin = r + std::max(0, -displacement);
+    *end = length - r - std::max(0, displacement);
+  }
+}
+
+inline void add_sweep(const Problem& problem, std::vector<Sweep>& sweeps, int dy, int dx, int count) {
+  Sweep sweep{};
+  sweep.dy = dy;
+  sweep.dx = dx;
+  sweep.count = count;
+  axis_range(problem, dx, problem.width, &sweep.column_begin, &sweep.column_end);
+  for (int t = 0; t < count; ++t) {
+    axis_range(problem, dy + t, problem.height, &sweep.row_begin[t], &sweep.row_end[t]);
+  }
+  sweeps.push_back(sweep);
+}
+
+}  // namespace detail
+
+// Every displacement of the machine.
+inline std::vector<Sweep> plan_sweeps(const Problem& problem) {
+  std::vector<Sweep> sweeps;
+  if (!problem.equivariant) {
+    detail::add_sweep(problem, sweeps, 0, 0, 1);
+    return sweeps;
+  }
+  const int r = problem.radius();
+  const auto cover = [&](int dy_begin, int dy_end, int dx_begin, int dx_end) {
+    for (int dy = dy_begin; dy < dy_end; dy += kMostDisplacements) {
+      for (int dx = dx_begin; dx < dx_end; ++dx) {
+        detail::add_sweep(problem, sweeps, dy, dx, std::min(kMostDisplacements, dy_end - dy));
+      }
+    }
+  };
+  if (problem.circular) {
+    cover(0, problem.height, 0, problem.width);
+    return sweeps;
+  }
+  const int middle_rows = problem.height - 2 * r, middle_columns = problem.width - 2 * r;
+  cover(1 - middle_rows, 0, 1 - middle_columns, middle_columns);
+  cover(0, 1, 1 - middle_columns, middle_columns);
+  cover(1, middle_rows, 1 - middle_columns, middle_columns);
+  return sweeps;
+}
+
+// Candidates of one image, summed over its pixels' heaviest case: bounds what skipping may omit.
+inline double most_candidates(const Problem& problem) {
+  return static_cast<double>(problem.member_count) *
+         (problem.equivariant ? static_cast<double>(problem.pixels()) : 1.0);
+}
+
+template <typename T>
+class Buffer {
+ public:
+  void resize(std::size_t count) {
+    storage_.assign(count * sizeof(T) + 63, 0);
+    const auto address = reinterpret_cast<std::uintptr_t>(storage_.data());
+    data_ = reinterpret_cast<T*>((address + 63) / 64 * 64);
+  }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](std::size_t i) { return data_[i]; }
+  const T& operator[](std::size_t i) const { return data_[i]; }
+
+ private:
+  std::vector<unsigned char> storage_;
+  T* data_ = nullptr;
+};
+
+// The heaviest candidates of one pixel, best first; ties go to the lower address.
+class TopList {
+ public:
+  TopList(int capacity, double* distances, std::int64_t* addresses)
+      : capacity_(capacity), distances_(distances), addresses_(addresses) {}
+
+  double worst() const { return distances_[capacity_ - 1]; }
+
+  void insert(double distance, std::int64_t address) {
+    int slot = capacity_ - 1;
+    if (!before(distance, address, slot)) return;
+    for (; slot > 0 && before(distance, address, slot - 1); --slot) {
+      distances_[slot] = distances_[slot - 1];
+      addresses_[slot] = addresses_[slot - 1];
+    }
+    distances_[slot] = distance;
+    addresses_[slot] = address;
+  }
+
+ private:
+  bool before(double distance, std::int64_t address, int slot) const {
+    return distance < distances_[slot] ||
+           (distance == distances_[slot] &&
+            (addresses_[slot] < 0 || address < addresses_[slot]));
+  }
+
+  int capacity_;
+  double* distances_;
+  std::int64_t* addresses_;
+};
+
+// One thread's work: one query against one group of image blocks at a time.
+template <int C>
+class Worker {
+ public:
+  Worker(const Problem& problem, const std::vector<Sweep>& sweeps)
+      : problem_(problem), sweeps_(sweeps), radius_(problem.radius()) {
+    const int r = radius_, height = problem.height, width = problem.width;
+    wraps_ = problem.equivariant && problem.circular;
+    query_pad_y_ = wraps_ ? height : r;
+    query_pad_x_ = wraps_ ? width : r;
+    query_stride_ = wraps_ ? 2 * width : width + 2 * r;
+    const int query_rows = wraps_ ? 2 * height : height + 2 * r;
+    query_.resize(static_cast<std::size_t>(query_rows) * query_stride_ * C);
+    image_pad_x_ = wraps_ ? 0 : r;
+    // Rows beyond the image feed only windows that no sweep uses, but must be readable.
+    image_pad_y_ = std::max(wraps_ ? 0 : r, kMostDisplacements - 1);
+    image_stride_ = spread((width + 2 * image_pad_x_) * C);
+    image_.resize(static_cast<std::size_t>(height + 2 * image_pad_y_) * image_stride_);
+    bytes_.resize(static_cast<std::size_t>(problem.pixels()) * C * kLanes);
+    window_stride_ = spread(kMostDisplacements * (width + 2 * r));
+    suffix_.resize(static_cast<std::size_t>(window_stride_) * problem.patch_size);
+    carry_.resize(window_stride_);
+    vertical_.resize(static_cast<std::size_t>(window_stride_) * kMostRows);
+    row_suffix_.resize(static_cast<std::size_t>(kMostDisplacements) * problem.patch_size);
+    distances_.resize(static_cast<std::size_t>(kMostDisplacements) * width);
+    lanes_.resize(static_cast<std::size_t>(problem.pixels()) * kSums);
+    offset_.resize(problem.pixels());
+    reference_.resize(problem.pixels());
+    sums_.resize(static_cast<std::size_t>(problem.pixels()) * kSums);
+  }
+
+  void run(int group, int query, const std::atomic<bool>& cancelled) {
+    prepare(query);
+    std::fill_n(reference_.data(), problem_.pixels(), kInfinity);
+    std::fill_n(sums_.data(), problem_.pixels() * kSums, 0.0);
+    std::fill_n(lanes_.data(), problem_.pixels() * kSums, Vec{});
+    const std::size_t slot = static_cast<std::size_t>(group) * problem_.batch + query;
+    if (problem_.top > 0) {
+      const std::size_t count = static_cast<std::size_t>(problem_.pixels()) * problem_.top;
+      top_distances_ = problem_.top_logits + slot * count;
+      top_addresses_ = problem_.top_addresses + slot * count;
+      std::fill_n(top_distances_, count, std::numeric_limits<double>::infinity());
+      std::fill_n(top_addresses_, count, -1);
+    }
+    const std::int64_t blocks = problem_.blocks();
+    const std::int64_t begin = blocks * group / problem_.groups;
+    const std::int64_t end = blocks * (group + 1) / problem_.groups;
+    std::size_t pending = 0;
+    for (std::int64_t block = begin; block < end; ++block) {
+      load(block);
+      for (const Sweep& sweep : sweeps_) {
+        if (cancelled.load(std::memory_order_relaxed)) return;
+        run_sweep(sweep);
+      }
+      // Lanes are float32: they are emptied before their rounding could be seen.
+      pending += sweeps_.size() * kMostDisplacements;
+      if (pending >= 512 || block + 1 == end) {
+        flush();
+        pending = 0;
+      }
+    }
+    finish(slot);
+  }
+
+ private:
+  // Per pixel: mass, tilt, one centre per channel.
+  static constexpr int kMass = 0, kTilt = 1, kCentre = 2, kSums = 2 + C;
+
+  void prepare(int query) {
+    const int height = problem_.height, width = problem_.width, pixels = problem_.pixels();
+    alpha_ = problem_.alpha[query];
+    x_ = problem_.x + static_cast<std::size_t>(query) * C * pixels;
+    const double sigma = problem_.sigma[query];
+    precision_ = kLog2E / (2.0 * sigma * sigma);
+    const double scale = std::sqrt(precision_);
+    // Centres are read off the scaled images, so alpha = 0 becomes a number too small to matter.
+    image_scale_ = std::max(alpha_ * scale, 1e-20 * std::min(scale, 1.0));
+    double power = 0.0, largest = image_scale_;
+    for (int i = 0; i < C * pixels; ++i) {
+      const double value = scale * x_[i];
+      power += value * value;
+      largest = std::max(largest, std::abs(value));
+    }
+    bias_ = static_cast<float>(std::min(0.5 * kLog2E * C, power / pixels));
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      offset_[pixel] = bias_ * static_cast<double>(inside(pixel / width, height)) *
+                       inside(pixel % width, width);
+    }
+    largest_ = largest;
+    typical_ = std::sqrt(power / (C * pixels));
+    threshold_ = static_cast<float>(22.0 + std::log2(most_candidates(problem_)));
+    refine_above_ = refinement_limit();
+
+    const int rows = wraps_ ? 2 * height : height + 2 * radius_;
+    for (int row = 0; row < rows; ++row) {
+      for (int column = 0; column < query_stride_; ++column) {
+        int y = row - query_pad_y_, v = column - query_pad_x_;
+        const bool inside = y >= 0 && y < height && v >= 0 && v < width;
+        y = (y + height) % height;
+        v = (v + width) % width;
+        for (int c = 0; c < C; ++c) {
+          const double value = inside || problem_.circular ? x_[(c * height + y) * width + v] : 0.0;
+          query_[(static_cast<std::size_t>(row) * query_stride_ + column) * C + c] =
+              static_cast<float>(scale * value);
+        }
+      }
+    }
+  }
+
+  // How many of a patch's P coordinates along one axis are read from the image.
+  int inside(int coordinate, int length) const {
+    if (problem_.circular) return problem_.patch_size;
+    return std::min(coordinate + radius_, length - 1) - std::max(coordinate - radius_, 0) + 1;
+  }
+
+  // Root-mean-square error of a float32 D', fitted to measurements on images (docs/performance.md):
+  // the rounding of its sums, and that of the scaled coordinates it is made from.
+  double float_error(double distance) const {
+    const double area = static_cast<double>(problem_.patch_size) * problem_.patch_size;
+    const double whole = std::max(0.0, distance + bias_ * area);
+    return kUnit * (1.2 * std::abs(distance) + 1.2 * typical_ * std::sqrt(whole));
+  }
+
+  // Above this D', float32 is not good enough, and candidates are measured again in float64.
+  float refinement_limit() const {
+    constexpr double kTolerated = 1.5e-5;
+    if (float_error(0.0) > kTolerated) return -kInfinity;
+    double low = 0.0, high = kTolerated / kUnit;
+    for (int i = 0; i < 60; ++i) {
+      const double middle = 0.5 * (low + high);
+      (float_error(middle) > kTolerated ? high : low) = middle;
+    }
+    return static_cast<float>(low);
+  }
+
+  // A bound, not an estimate: no float32 D' is further than this from the true one.
+  float float_slack(float distance) const {
+    const double area = static_cast<double>(problem_.patch_size) * problem_.patch_size;
+    const double total = std::abs(static_cast<double>(distance)) + bias_ * area;
+    return static_cast<float>(
+        kUnit * (4.0 * (problem_.patch_size + C) * total + 8.0 * largest_ * std::sqrt(total * area * C)));
+  }
+
+  void load(std::int64_t block) {
+    const int height = problem_.height, width = problem_.width, pixels = problem_.pixels();
+    const std::int64_t begin = block * kLanes;
+    filled_ = static_cast<int>(std::min<std::int64_t>(kLanes, problem_.member_count - begin));
+    for (int lane = 0; lane < filled_; ++lane) {
+      member_[lane] = problem_.members[begin + lane];
+      const std::uint8_t* image =
+          problem_.images + static_cast<std::size_t>(member_[lane]) * C * pixels;
+      for (int c = 0; c < C; ++c) {
+        for (int i = 0; i < pixels; ++i) bytes_[(i * C + c) * kLanes + lane] = image[c * pixels + i];
+      }
+    }
+    // Lanes without an image are put so far away that their weight is exactly zero.
+    Vec scale{}, shift{};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      scale[lane] = lane < filled_ ? static_cast<float>(image_scale_ / 127.5) : 0.0f;
+      shift[lane] = lane < filled_ ? static_cast<float>(-image_scale_) : 1e15f;
+    }
+    for (int y = 0; y < height; ++y) {
+      const std::uint8_t* from = bytes_.data() + static_cast<std::size_t>(y) * width * C * kLanes;
+      Vec* to = image_row(y) + image_pad_x_ * C;
+      for (int i = 0; i < width * C; ++i) {
+        to[i] = bytes_to_floats(from + i * kLanes) * scale + shift;
+      }
+    }
+    if (problem_.circular) {
+      if (!problem_.equivariant) wrap_image();
+    } else {
+      clear_border();
+    }
+  }
+
+  // Beyond the border the query is 0, and an image reads what makes the biased term vanish.
+  void clear_border() {
+    const Vec value = splat(static_cast<float>(std::sqrt(bias_ / C)));
+    const int side = image_pad_x_ * C, height = problem_.height;
+    const int row = (problem_.width + 2 * image_pad_x_) * C;
+    for (int y = -image_pad_y_; y < height + image_pad_y_; ++y) {
+      Vec* to = image_row(y);
+      const bool outside = y < 0 || y >= height;
+      std::fill_n(to, outside ? row : side, value);
+      if (!outside) std::fill_n(to + row - side, side, value);
+    }
+  }
+
+  void wrap_image() {
+    const int r = radius_, height = problem_.height, width = problem_.width;
+    for (int y = -r; y < height + r; ++y) {
+      const Vec* from = image_row((y + height) % height) + image_pad_x_ * C;
+      Vec* to = image_row(y) + image_pad_x_ * C;
+      for (int v = -r; v < width + r; ++v) {
+        const int wrapped = (v + width) % width;
+        for (int c = 0; c < C; ++c) to[v * C + c] = from[wrapped * C + c];
+      }
+    }
+  }
+
+  Vec* image_row(int y) {
+    return image_.data() + static_cast<std::ptrdiff_t>(y + image_pad_y_) * image_stride_;
+  }
+
+  // A row length, in vectors, that keeps neighbouring rows out of one another's cache sets.
+  static int spread(int length) { return (length + 16) | 1; }
+
+  void run_sweep(const Sweep& sweep) {
+    if (sweep.first_row() >= sweep.last_row() || sweep.column_begin >= sweep.column_end) return;
+    if (sweep.count == 1) return run_blocks<1>(sweep);
+    run_blocks<kMostDisplacements>(sweep);
+  }
+
+  // Rows of squared differences come in blocks of P terms. A window of P terms that ends inside a
+  // block is the sum of that block's terms so far and of a suffix of the block before.
+  template <int kCount>
+  void run_blocks(const Sweep& sweep) {
+    const int patch = problem_.patch_size;
+    const int row = sweep.first_row() - radius_;  // of term 0
+    const int terms = sweep.last_row() - sweep.first_row() + patch - 1;
+    if (patch == 1) {
+      for (int i = 0; i < terms; i += kMostRows) {
+        const int rows = std::min(kMostRows, terms - i);
+        add_rows<kCount, kDifferences>(sweep, row + i, 0, rows);
+        emit_rows<kCount>(sweep, row + i, rows);
+      }
+      return;
+    }
+    for (int i = patch; i > 0;) {
+      const int rows = (i - 1) % kMostRows + 1;
+      i -= rows;
+      add_rows<kCount, kSuffixes>(sweep, row + i, i, rows);
+    }
+    emit_rows<kCount>(sweep, row + radius_, 1);
+    for (int start = patch; start < terms; start += patch) {
+      const int count = std::min(patch, terms - start);
+      const bool last = start + patch >= terms;
+      for (int i = 0; i < count; i += kMostRows) {
+        const int rows = std::min(kMostRows, count - i);
+        if (last) {
+          add_rows<kCount, kPrefixes>(sweep, row + start + i, i, rows);
+        } else {
+          add_rows<kCount, kPrefixesKept>(sweep, row + start + i, i, rows);
+        }
+        emit_rows<kCount>(sweep, row + start + i - radius_, rows);
+      }
+      if (!last) make_suffixes<kCount>(sweep);
+    }
+  }
+
+  // What add_rows leaves behind, besides the carry:
+  enum Mode {
+    kDifferences,   // P = 1: windows are the terms
+    kSuffixes,      // suffixes of a block without windows, from its last row up, and its whole sum
+    kPrefixes,      // windows
+    kPrefixesKept,  // windows, and the terms in the slots of used suffixes, for make_suffixes
+  };
+
+  template <int kCount, Mode kMode>
+  void add_rows(const Sweep& sweep, int row, int i, int rows) {
+    switch (rows) {
+      case 1: return add_tile<kCount, kMode, 1>(sweep, row, i);
+      case 2: return add_tile<kCount, kMode, 2>(sweep, row, i);
+      case 3: return add_tile<kCount, kMode, 3>(sweep, row, i);
+      case 4: return add_tile<kCount, kMode, 4>(sweep, row, i);
+    }
+  }
+
+  // Squared differences of query rows row.. (terms i.. of their block) under kCount displacements.
+  template <int kCount, Mode kMode, int kRows>
+  void add_tile(const Sweep& sweep, int row, int i) {
+    static_assert(kRows <= kMostRows, "vertical_ has kMostRows rows");
+    const int width = sweep.column_end - sweep.column_begin + 2 * radius_;
+    const int left = sweep.column_begin - radius_;
+    const int patch = problem_.patch_size;
+    const float* query =
+        query_.data() +
+        (static_cast<std::ptrdiff_t>(row + query_pad_y_) * query_stride_ + left + query_pad_x_) * C;
+    const Vec* image = image_row(row + sweep.dy) + (left + sweep.dx + image_pad_x_) * C;
+    const std::ptrdiff_t query_step = static_cast<std::ptrdiff_t>(query_stride_) * C;
+    const std::ptrdiff_t stride = window_stride_;
+    Vec* const suffix = suffix_.data() + i * stride;
+    Vec* const vertical = vertical_.data();
+    Vec* const carries = carry_.data();
+    const Vec bias = splat(-bias_);
+    const bool at_top = i == 0, at_bottom = i + kRows == patch;
+    const bool fresh = kMode == kSuffixes ? at_bottom : at_top;
+    const bool done = kMode == kSuffixes ? at_top : at_bottom;
+    for (int column = 0; column < width; ++column) {
+      Vec x[kRows][C];
+      for (int j = 0; j < kRows; ++j) {
+        for (int c = 0; c < C; ++c) x[j][c] = splat(query[j * query_step + column * C + c]);
+      }
+      const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(column) * kCount;
+      Vec carry[kCount];
+      for (int t = 0; t < kCount; ++t) carry[t] = fresh ? Vec{} : carries[at + t];
+      for (int step = 0; step < kRows; ++step) {
+        const int j = kMode == kSuffixes ? kRows - 1 - step : step;
+        const Vec* k = image + j * image_stride_ + column * C;
+        Vec term[kCount];
+        for (int t = 0; t < kCount; ++t) term[t] = bias;
+        for (int c = 0; c < C; ++c) {
+          for (int t = 0; t < kCount; ++t) {
+            const Vec difference = x[j][c] - k[t * image_stride_ + c];
+            term[t] += difference * difference;
+          }
+        }
+        Vec* const sum = vertical + j * stride + at;
+        Vec* const slot = suffix + j * stride + at;
+        for (int t = 0; t < kCount; ++t) carry[t] += term[t];
+        if (kMode == kDifferences) {
+          for (int t = 0; t < kCount; ++t) sum[t] = term[t];
+        } else if (kMode == kSuffixes) {
+          for (int t = 0; t < kCount; ++t) slot[t] = carry[t];
+        } else {
+          for (int t = 0; t < kCount; ++t) {
+            sum[t] = i + j + 1 < patch ? carry[t] + slot[stride + t] : carry[t];
+          }
+          if (kMode == kPrefixesKept) {
+            for (int t = 0; t < kCount; ++t) slot[t] = term[t];
+          }
+        }
+      }
+      for (int t = 0; t < kCount; ++t) {
+        if (!done) carries[at + t] = carry[t];
+        if (kMode == kSuffixes && done) vertical[at + t] = carry[t];
+      }
+    }
+  }
+
+  template <int kCount>
+  void make_suffixes(const Sweep& sweep) {
+    const int width = sweep.column_end - sweep.column_begin + 2 * radius_;
+    for (int i = problem_.patch_size - 2; i > 0; --i) {
+      Vec* const suffix = suffix_.data() + static_cast<std::ptrdiff_t>(i) * window_stride_;
+      for (int at = 0; at < kCount * width; ++at) suffix[at] += suffix[window_stride_ + at];
+    }
+  }
+
+  // Finishes the windows of the vertical sums in hand, which are centred on query rows row..
+  template <int kCount>
+  void emit_rows(const Sweep& sweep, int row, int rows) {
+    const int columns = sweep.column_end - sweep.column_begin;
+    for (int j = 0; j < rows; ++j) {
+      int first = kCount, last = 0;
+      for (int t = 0; t < sweep.count; ++t) {
+        if (row + j < sweep.row_begin[t] || row + j >= sweep.row_end[t]) continue;
+        first = std::min(first, t);
+        last = t + 1;
+      }
+      if (first >= last) continue;
+      sum_row<kCount>(vertical_.data() + static_cast<std::ptrdiff_t>(j) * window_stride_, columns,
+                      distances_.data());
+      accumulate<kCount>(sweep, row + j, first, last);
+    }
+  }
+
+  template <int kCount>
+  void sum_row(const Vec* terms, int columns, Vec* sums) {
+    switch (problem_.patch_size) {
+      case 1: std::copy_n(terms, columns * kCount, sums); return;
+      case 3: return sum_windows<kCount, 3>(terms, columns, sums);
+      case 5: return sum_windows<kCount, 5>(terms, columns, sums);
+      default: return sum_windows<kCount, 0>(terms, columns, sums);
+    }
+  }
+
+  // Sums of P consecutive terms along a row, in lockstep for kCount displacements; kPatch = 0 for a
+  // size too large for registers.
+  template <int kCount, int kPatch>
+  void sum_windows(const Vec* terms, int columns, Vec* sums) {
+    const int patch = kPatch > 0 ? kPatch : problem_.patch_size;
+    Vec registers[kPatch > 0 ? kPatch * kCount : 1];
+    Vec* const suffix = kPatch > 0 ? registers : row_suffix_.data();
+    const auto finish_block = [&](const Vec* block, Vec* whole) {
+      Vec sum[kCount];
+      for (int t = 0; t < kCount; ++t) {
+        sum[t] = suffix[(patch - 1) * kCount + t] = block[(patch - 1) * kCount + t];
+      }
+#pragma GCC unroll 8
+      for (int i = patch - 2; i > 0; --i) {
+        for (int t = 0; t < kCount; ++t) suffix[i * kCount + t] = sum[t] += block[i * kCount + t];
+      }
+      for (int t = 0; t < kCount; ++t) whole[t] = sum[t] + block[t];
+    };
+    const auto add_term = [&](const Vec* block, int i, Vec* prefix, Vec* sum) {
+      for (int t = 0; t < kCount; ++t) {
+        prefix[t] += block[i * kCount + t];
+        sum[t] = prefix[t] + suffix[(i + 1) * kCount + t];
+      }
+    };
+    finish_block(terms, sums);
+    const Vec* block = terms + patch * kCount;
+    sums += kCount;
+    int left = columns - 1;
+    for (; left >= patch; left -= patch, block += patch * kCount, sums += patch * kCount) {
+      Vec prefix[kCount] = {};
+#pragma GCC unroll 8
+      for (int i = 0; i < patch - 1; ++i) add_term(block, i, prefix, sums + i * kCount);
+      finish_block(block, sums + (patch - 1) * kCount);
+    }
+    Vec prefix[kCount] = {};
+    for (int i = 0; i < left; ++i) add_term(block, i, prefix, sums + i * kCount);
+  }
+
+  // Adds displacements begin..end of a query row to its pixels; distances are kStride apart.
+  template <int kStride>
+  void accumulate(const Sweep& sweep, int row, int begin, int end) {
+    if (problem_.tilt != nullptr) {
+      accumulate_row<kStride, true>(sweep, row, begin, end);
+    } else {
+      accumulate_row<kStride, false>(sweep, row, begin, end);
+    }
+    if (problem_.top > 0) rank_row<kStride>(sweep, row, begin, end);
+  }
+
+  template <int kStride, bool kTilted>
+  void accumulate_row(const Sweep& sweep, int row, int begin, int end) {
+    if (kStride == 1) return accumulate_some<kStride, kTilted, 1>(sweep, row, begin);
+    switch (end - begin) {
+      case 1: return accumulate_some<kStride, kTilted, 1>(sweep, row, begin);
+      case 2: return accumulate_some<kStride, kTilted, 2>(sweep, row, begin);
+      case 3: return accumulate_some<kStride, kTilted, 3>(sweep, row, begin);
+      case 4: return accumulate_some<kStride, kTilted, 4>(sweep, row, begin);
+    }
+  }
+
+  template <int kStride, bool kTilted, int kCount>
+  void accumulate_some(const Sweep& sweep, int row, int begin) {
+    const int columns = sweep.column_end - sweep.column_begin;
+    const int y = (row + problem_.height) % problem_.height;
+    const Vec* k = image_row(row + sweep.dy + begin) + (sweep.column_begin + sweep.dx + image_pad_x_) * C;
+    const Vec* distances = distances_.data() + begin;
+    int pixel = y * problem_.width + (sweep.column_begin + problem_.width) % problem_.width;
+    const int wrap = (y + 1) * problem_.width;
+    for (int column = 0; column < columns; ++column, ++pixel, distances += kStride, k += C) {
+      if (pixel == wrap) pixel -= problem_.width;
+      Vec nearest = distances[0];
+      for (int t = 1; t < kCount; ++t) nearest = min(nearest, distances[t]);
+      const float reference = reference_[pixel];
+      if (mask_less(nearest, splat(reference + threshold_)) == 0) continue;
+      if (mask_less(nearest, splat(reference)) != 0) lower_reference(pixel, min_lane(nearest));
+      if (reference_[pixel] > refine_above_) {
+        accumulate_refined<kStride>(sweep, row, column, begin, begin + kCount, pixel);
+        continue;
+      }
+      const Vec level = splat(reference_[pixel]);
+      Vec* const sums = lanes_.data() + static_cast<std::size_t>(pixel) * kSums;
+      Vec mass = sums[kMass], tilt = kTilted ? sums[kTilt] : Vec{};
+      Vec centre[C];
+      for (int c = 0; c < C; ++c) centre[c] = sums[kCentre + c];
+      Vec exponent[kCount], weight[kCount];
+      for (int t = 0; t < kCount; ++t) exponent[t] = level - distances[t];
+      exp2_nonpositive(exponent, weight);
+      for (int t = 0; t < kCount; ++t) {
+        mass += weight[t];
+        if (kTilted) tilt += weight[t] * exponent[t];
+        for (int c = 0; c < C; ++c) centre[c] += weight[t] * k[t * image_stride_ + c];
+      }
+      sums[kMass] = mass;
+      if (kTilted) sums[kTilt] = tilt;
+      for (int c = 0; c < C; ++c) sums[kCentre + c] = centre[c];
+    }
+  }
+
+  // Moves a pixel's sums to a lower reference distance (a higher reference logit).
+  void lower_reference(int pixel, float reference) {
+    const float old = reference_[pixel];
+    reference_[pixel] = reference;
+    if (old == kInfinity) return;
+    const double shift = static_cast<double>(reference) - old;
+    const double scale = std::exp2(shift);
+    Vec* lanes = lanes_.data() + static_cast<std::size_t>(pixel) * kSums;
+    double* sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
+    lanes[kTilt] += static_cast<float>(shift) * lanes[kMass];
+    sums[kTilt] += shift * sums[kMass];
+    for (int i = 0; i < kSums; ++i) {
+      lanes[i] *= static_cast<float>(scale);
+      sums[i] *= scale;
+    }
+  }
+
+  // The slow, sure path: float32 has chosen the candidates that could matter, float64 weighs them.
+  template <int kStride>
+  void accumulate_refined(const Sweep& sweep, int row, int column, int begin, int end, int pixel) {
+    double* const sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
+    for (int t = begin; t < end; ++t) {
+      const Vec distances = distances_[column * kStride + t];
+      const float limit = reference_[pixel] + threshold_ + float_slack(reference_[pixel]);
+      const std::uint32_t mask = mask_less(distances, splat(limit));
+      for (int lane = 0; lane < filled_; ++lane) {
+        if ((mask >> lane & 1) == 0) continue;
+        const int v = sweep.column_begin + column;
+        const double distance = exact_distance(row, v, sweep.dy + t, sweep.dx, lane);
+        if (distance < reference_[pixel]) lower_reference(pixel, static_cast<float>(distance));
+        const double exponent = static_cast<double>(reference_[pixel]) - distance;
+        const double weight = std::exp2(exponent);
+        sums[kMass] += weight;
+        sums[kTilt] += weight * exponent;
+        const Vec* k = image_row(row + sweep.dy + t) + (v + sweep.dx + image_pad_x_) * C;
+        for (int c = 0; c < C; ++c) sums[kCentre + c] += weight * static_cast<double>(k[c][lane]);
+      }
+    }
+  }
+
+  // D' from the definition, in float64.
+  double exact_distance(int row, int column, int dy, int dx, int lane) const {
+    const int r = radius_, height = problem_.height, width = problem_.width;
+    double sum = 0.0;
+    for (int y = row - r; y <= row + r; ++y) {
+      if (!problem_.circular && (y < 0 || y >= height)) continue;
+      const int query_y = (y + height) % height, image_y = (y + dy + height) % height;
+      for (int v = column - r; v <= column + r; ++v) {
+        if (!problem_.circular && (v < 0 || v >= width)) continue;
+        const int query_v = (v + width) % width, image_v = (v + dx + width) % width;
+        for (int c = 0; c < C; ++c) {
+          const double value =
+              bytes_[(static_cast<std::size_t>(image_y * width + image_v) * C + c) * kLanes + lane];
+          const double difference = static_cast<double>(x_[(c * height + query_y) * width + query_v]) -
+                                    alpha_ * (value / 127.5 - 1.0);
+          sum += difference * difference;
+        }
+      }
+    }
+    return precision_ * sum - offset_[(row + height) % height * width + (column + width) % width];
+  }
+
+  template <int kStride>
+  void rank_row(const Sweep& sweep, int row, int begin, int end) {
+    const int columns = sweep.column_end - sweep.column_begin;
+    const int y = (row + problem_.height) % problem_.height;
+    for (int column = 0; column < columns; ++column) {
+      const int v = sweep.column_begin + column;
+      const std::size_t pixel = y * problem_.width + (v + problem_.width) % problem_.width;
+      TopList list(problem_.top, top_distances_ + pixel * problem_.top,
+                   top_addresses_ + pixel * problem_.top);
+      for (int t = begin; t < end; ++t) {
+        const float worst = static_cast<float>(list.worst());
+        const Vec limit = splat(worst == kInfinity ? worst : worst + float_slack(worst));
+        const std::uint32_t mask =
+            mask_less(distances_[column * kStride + t], limit);
+        if (mask == 0) continue;
+        for (int lane = 0; lane < filled_; ++lane) {
+          if ((mask >> lane & 1) == 0) continue;
+          const std::int64_t image_y = row + sweep.dy + t, image_v = v + sweep.dx;
+          list.insert(exact_distance(row, v, sweep.dy + t, sweep.dx, lane),
+                      (member_[lane] * problem_.height + image_y) * problem_.width + image_v);
+        }
+      }
+    }
+  }
+
+  void flush() {
+    for (int i = 0; i < problem_.pixels() * kSums; ++i) {
+      sums_[i] += sum_lanes(lanes_[i]);
+      lanes_[i] = Vec{};
+    }
+  }
+
+  // To natural logarithms and unscaled centres.
+  void finish(std::size_t slot) {
+    const int pixels = problem_.pixels();
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      const double* sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
+      const std::size_t out = slot * pixels + pixel;
+      problem_.maximum[out] = -kLn2 * (static_cast<double>(reference_[pixel]) + offset_[pixel]);
+      problem_.mass[out] = sums[kMass];
+      if (problem_.tilt != nullptr) problem_.tilt[out] = kLn2 * sums[kTilt];
+      for (int c = 0; c < C; ++c) {
+        problem_.centre[(slot * C + c) * pixels + pixel] = sums[kCentre + c] / image_scale_;
+      }
+    }
+    if (problem_.top > 0) {
+      const std::size_t count = static_cast<std::size_t>(pixels) * problem_.top;
+      for (std::size_t i = 0; i < count; ++i) {
+        top_distances_[i] = -kLn2 * (top_distances_[i] + offset_[i / problem_.top]);
+      }
+    }
+  }
+
+  const Problem& problem_;
+  const std::vector<Sweep>& sweeps_;
+  const int radius_;
+  bool wraps_;
+  int query_pad_y_, query_pad_x_, query_stride_;
+  int image_pad_y_, image_pad_x_, image_stride_, window_stride_;
+
+  // The query of this task.
+  const float* x_ = nullptr;
+  double alpha_ = 0.0, precision_ = 0.0, image_scale_ = 0.0, largest_ = 0.0, typical_ = 0.0;
+  float bias_ = 0.0f, threshold_ = 0.0f, refine_above_ = 0.0f;
+  Buffer<float> query_;    // scaled, padded, [rows][columns][C]
+  Buffer<double> offset_;  // [H][W]: D' + offset is the whole distance
+
+  // The block of images in hand.
+  int filled_ = 0;
+  std::int64_t member_[kLanes] = {};
+  Buffer<std::uint8_t> bytes_;  // [y][x][C][lane]
+  Buffer<Vec> image_;           // scaled, padded, [y][x][C], image_stride_ a row
+
+  // Window sums in flight.
+  Buffer<Vec> suffix_;      // [P][column][displacement]: sums of terms i..P-1 of the block before
+  Buffer<Vec> carry_;       // [column][displacement]: sums of the terms so far of this block
+  Buffer<Vec> vertical_;    // [row][column][displacement]: sums of P terms
+  Buffer<Vec> row_suffix_;  // [P][displacement]
+  Buffer<Vec> distances_;   // [column][displacement]
+
+  // The state of every pixel: lanes in float32, emptied into float64 sums.
+  Buffer<Vec> lanes_;
+  Buffer<float> reference_;
+  Buffer<double> sums_;
+  double* top_distances_ = nullptr;
+  std::int64_t* top_addresses_ = nullptr;
+};
+
+}  // namespace els

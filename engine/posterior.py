@@ -1,0 +1,220 @@
+"""The local posterior: what is asked of a backend, the partial state it answers with, the merge.
+
+A local posterior is a softmax over candidate training patches (arXiv 2412.20292, the ELS machine).
+Partial states over disjoint candidate sets form a monoid: threads, image blocks, processes, border
+classes, a retrieved head and a sampled tail all meet in :func:`merge`, which is written only here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Kind: TypeAlias = Literal["IS", "ES", "LS", "ELS"]
+Boundary: TypeAlias = Literal["zeros", "circular"]
+
+
+@dataclass(frozen=True)
+class PosteriorQuery:
+    """A validated batch of noisy images and the candidates to weigh for each of their pixels.
+
+    Attributes:
+        x: noisy images ``alpha * x0 + sigma * eps``, floating, ``[B, C, H, W]``.
+        alpha: signal scale per image, float64 on the CPU, ``[B]``.
+        sigma: noise standard deviation per image, float64 on the CPU, ``[B]``, > 0.
+        kind: which machine (design, section 1).
+        boundary: what a patch reads beyond the image's border; ignored by IS and ES.
+        patch_size: odd side P of the patch, 1 to the image's shorter side; ignored by IS and ES.
+        members: ascending image numbers whose patches are candidates, int64 ``[M]``, M >= 1.
+        entropy: whether the state's ``tilt`` is wanted.
+        top: how many of the heaviest candidates to return per pixel (0 for none).
+    """
+
+    x: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    kind: Kind
+    boundary: Boundary
+    patch_size: int
+    members: npt.NDArray[np.int64]
+    entropy: bool = False
+    top: int = 0
+
+
+@dataclass(frozen=True)
+class TopPatches:
+    """The heaviest candidates of each pixel, best first; ties go to the lower address.
+
+    Attributes:
+        logits: float64 ``[B, H, W, k]``; ``-inf`` where there are fewer than k candidates.
+        addresses: of the patch's centre, ``(n * H + y) * W + x``, int64 ``[B, H, W, k]``; -1 for
+            none.
+    """
+
+    logits: Tensor
+    addresses: Tensor
+
+
+@dataclass(frozen=True)
+class PosteriorState:
+    """Partial posterior of every pixel over some set of candidates; all sums are float64.
+
+    With ``logit = -||x_patch - alpha * k_patch||^2 / (2 sigma^2)`` (natural logarithm):
+
+    Attributes:
+        maximum: reference logit m, at or near the largest, ``[B, H, W]``; ``-inf`` for no
+            candidate.
+        mass: ``sum exp(logit - m)``, ``[B, H, W]``.
+        centre: ``sum exp(logit - m) * k_n[p']``, the clean centre pixels, ``[B, C, H, W]``.
+        tilt: ``sum exp(logit - m) * (logit - m)``, ``[B, H, W]``, or None where it was not asked
+            for.
+        top: the heaviest candidates, or None where they were not asked for.
+    """
+
+    maximum: Tensor
+    mass: Tensor
+    centre: Tensor
+    tilt: Tensor | None = None
+    top: TopPatches | None = None
+
+
+@dataclass(frozen=True)
+class LocalPosterior:
+    """Posterior of the clean image under a score machine.
+
+    The mean has the dtype of the query, everything else at least float32: a log evidence of -1e9
+    is beyond float16.
+
+    Attributes:
+        mean: posterior mean of the clean pixels, in [-1, 1], ``[B, C, H, W]``.
+        log_evidence: ``log sum_c exp(logit_c)``, natural logarithm, ``[B, H, W]``.
+        effective_patches: exp(entropy of the weights), 1 to the number of candidates,
+            ``[B, H, W]``; None if the entropy was not asked for.
+        top_weights: posterior weights of the heaviest candidates, best first, ``[B, H, W, k]``,
+            0 where there are fewer than k; None if they were not asked for.
+        top_addresses: their addresses ``(n * H + y) * W + x``, int64 ``[B, H, W, k]``, -1 for none.
+    """
+
+    mean: Tensor
+    log_evidence: Tensor
+    effective_patches: Tensor | None = None
+    top_weights: Tensor | None = None
+    top_addresses: Tensor | None = None
+
+
+def merge(first: PosteriorState, second: PosteriorState) -> PosteriorState:
+    """Combine the states of two disjoint candidate sets exactly (log-sum-exp).
+
+    Both states must carry the same optional fields.
+    """
+    maximum = torch.maximum(first.maximum, second.maximum)
+    # An empty side has maximum -inf: its shift would be nan (both empty) or -inf (times mass 0).
+    shifts = [
+        torch.where(torch.isneginf(state.maximum), 0.0, state.maximum - maximum)
+        for state in (first, second)
+    ]
+    scales = [shift.exp() for shift in shifts]
+    mass = scales[0] * first.mass + scales[1] * second.mass
+    centre = scales[0].unsqueeze(1) * first.centre + scales[1].unsqueeze(1) * second.centre
+    tilt = None
+    if first.tilt is not None and second.tilt is not None:
+        tilt = scales[0] * (first.tilt + shifts[0] * first.mass) + scales[1] * (
+            second.tilt + shifts[1] * second.mass
+        )
+    top = None
+    if first.top is not None and second.top is not None:
+        top = best(
+            torch.cat([first.top.logits, second.top.logits], dim=-1),
+            torch.cat([first.top.addresses, second.top.addresses], dim=-1),
+            first.top.logits.shape[-1],
+        )
+    return PosteriorState(maximum, mass, centre, tilt, top)
+
+
+def empty(query: PosteriorQuery) -> PosteriorState:
+    """The state of no candidates, the identity of :func:`merge`."""
+    x = query.x.to(torch.float64)
+    none = torch.full_like(x[:, 0], -torch.inf)
+    top = None
+    if query.top:
+        logits = none.unsqueeze(-1).repeat(1, 1, 1, query.top)
+        top = TopPatches(logits, torch.full_like(logits, -1, dtype=torch.int64))
+    zero = torch.zeros_like(none)
+    return PosteriorState(
+        none, zero, torch.zeros_like(x), zero.clone() if query.entropy else None, top
+    )
+
+
+def merge_into(
+    total: PosteriorState, part: PosteriorState, images: slice, rows: slice, columns: slice
+) -> None:
+    """Merge a state of some of the pixels into ``total``, in place."""
+    pixels = (images, rows, columns)
+    every_channel = (images, slice(None), rows, columns)
+    merged = merge(
+        PosteriorState(
+            total.maximum[pixels],
+            total.mass[pixels],
+            total.centre[every_channel],
+            None if total.tilt is None else total.tilt[pixels],
+            None
+            if total.top is None
+            else TopPatches(total.top.logits[pixels], total.top.addresses[pixels]),
+        ),
+        part,
+    )
+    total.maximum[pixels] = merged.maximum
+    total.mass[pixels] = merged.mass
+    total.centre[every_channel] = merged.centre
+    if total.tilt is not None and merged.tilt is not None:
+        total.tilt[pixels] = merged.tilt
+    if total.top is not None and merged.top is not None:
+        total.top.logits[pixels] = merged.top.logits
+        total.top.addresses[pixels] = merged.top.addresses
+
+
+def merge_all(states: Iterable[PosteriorState]) -> PosteriorState:
+    """Merge in the order given: the same order gives the same bits."""
+    return reduce(merge, states)
+
+
+def best(logits: Tensor, addresses: Tensor, count: int) -> TopPatches:
+    """The ``count`` largest of the last axis, best first, ties to the lower address.
+
+    Args:
+        logits: ``[..., n]``, ``-inf`` for none.
+        addresses: int64 ``[..., n]``, -1 for none.
+        count: how many to keep; missing ones are padded with ``-inf`` and -1.
+    """
+    by_address = addresses.argsort(dim=-1, stable=True)
+    by_logit = logits.gather(-1, by_address).argsort(dim=-1, descending=True, stable=True)
+    order = by_address.gather(-1, by_logit)[..., :count]
+    missing = (0, count - order.shape[-1])
+    return TopPatches(
+        torch.nn.functional.pad(logits.gather(-1, order), missing, value=-torch.inf),
+        torch.nn.functional.pad(addresses.gather(-1, order), missing, value=-1),
+    )
+
+
+def finish(state: PosteriorState, dtype: torch.dtype) -> LocalPosterior:
+    """Normalise a state that has seen all candidates."""
+    wide = torch.promote_types(dtype, torch.float32)
+    log_mass = state.mass.log()
+    mean = state.centre / state.mass.unsqueeze(1)
+    effective = None
+    if state.tilt is not None:
+        effective = (log_mass - state.tilt / state.mass).exp().to(wide)
+    weights = addresses = None
+    if state.top is not None:
+        log_weights = state.top.logits - (state.maximum + log_mass).unsqueeze(-1)
+        weights, addresses = log_weights.exp().to(wide), state.top.addresses
+    return LocalPosterior(
+        mean.to(dtype), (state.maximum + log_mass).to(wide), effective, weights, addresses
+    )
