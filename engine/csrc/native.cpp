@@ -36,6 +36,7 @@ T* checked(Array<T>& array, std::vector<py::ssize_t> shape, const char* name) {
 template <int C>
 void work(const els::Problem& problem, const std::vector<els::Sweep>& sweeps,
           std::atomic<std::int64_t>& next, std::atomic<bool>& cancelled) {
+  els::flush_denormals();
   els::Worker<C> worker(problem, sweeps);
   const std::int64_t tasks = static_cast<std::int64_t>(problem.groups) * problem.batch;
   for (;;) {

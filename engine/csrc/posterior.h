@@ -31,8 +31,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Displacements that share the accumulators of a pixel row while it is in registers and L1.
 constexpr int kMostDisplacements = 4;
-// Rows of vertical sums that are finished together, while they are in L1.
-constexpr int kMostRows = 4;
+// Query rows that are taken together: as many as leave room in the registers.
+constexpr int kMostRows = 3;
 
 struct Problem {
   // Training images, uint8 [*, C, H, W], and the numbers of those whose patches are candidates.
@@ -454,7 +454,6 @@ class Worker {
       case 1: return add_tile<kCount, kMode, 1>(sweep, row, i);
       case 2: return add_tile<kCount, kMode, 2>(sweep, row, i);
       case 3: return add_tile<kCount, kMode, 3>(sweep, row, i);
-      case 4: return add_tile<kCount, kMode, 4>(sweep, row, i);
     }
   }
 
@@ -483,17 +482,21 @@ class Worker {
       for (int j = 0; j < kRows; ++j) {
         for (int c = 0; c < C; ++c) x[j][c] = splat(query[j * query_step + column * C + c]);
       }
+      // An image row serves up to kCount pairs of this tile, so it is loaded here, once.
+      Vec k[kRows + kCount - 1][C];
+      for (int j = 0; j < kRows + kCount - 1; ++j) {
+        for (int c = 0; c < C; ++c) k[j][c] = image[j * image_stride_ + column * C + c];
+      }
       const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(column) * kCount;
       Vec carry[kCount];
       for (int t = 0; t < kCount; ++t) carry[t] = fresh ? Vec{} : carries[at + t];
       for (int step = 0; step < kRows; ++step) {
         const int j = kMode == kSuffixes ? kRows - 1 - step : step;
-        const Vec* k = image + j * image_stride_ + column * C;
         Vec term[kCount];
         for (int t = 0; t < kCount; ++t) term[t] = bias;
         for (int c = 0; c < C; ++c) {
           for (int t = 0; t < kCount; ++t) {
-            const Vec difference = x[j][c] - k[t * image_stride_ + c];
+            const Vec difference = x[j][c] - k[j + t][c];
             term[t] += difference * difference;
           }
         }
