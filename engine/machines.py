@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, final, get_args
+from typing import final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,9 @@ from els.engine.posterior import (
     LocalPosterior,
     PosteriorQuery,
     PosteriorState,
-    TopPatches,
     finish,
+    stack,
+    take,
 )
 from els.index import PatchDatabase
 
@@ -159,7 +160,8 @@ class ScoreMachine:
             self._backend.state(images, _rows(query, rows_of[label], members_of[label]))
             for label in classes
         ]
-        return _scatter(states, torch.cat([rows_of[label] for label in classes]))
+        order = torch.cat([rows_of[label] for label in classes]).argsort()
+        return take(stack(states), order)
 
     def _validated(
         self,
@@ -280,28 +282,4 @@ def _rows(query: PosteriorQuery, rows: Tensor, members: npt.NDArray[np.int64]) -
         alpha=query.alpha[rows],
         sigma=query.sigma[rows],
         members=members,
-    )
-
-
-def _scatter(states: list[PosteriorState], rows: Tensor) -> PosteriorState:
-    """States of disjoint images of the batch, put back into the batch's order."""
-
-    def put(parts: list[Tensor]) -> Tensor:
-        stacked = torch.cat(parts)
-        result = torch.empty_like(stacked)
-        result[rows.to(stacked.device)] = stacked
-        return result
-
-    def put_optional(parts: list[Any]) -> Tensor | None:
-        return None if parts[0] is None else put(parts)
-
-    tops = [state.top for state in states if state.top is not None]
-    return PosteriorState(
-        maximum=put([state.maximum for state in states]),
-        mass=put([state.mass for state in states]),
-        centre=put([state.centre for state in states]),
-        tilt=put_optional([state.tilt for state in states]),
-        top=TopPatches(put([top.logits for top in tops]), put([top.addresses for top in tops]))
-        if tops
-        else None,
     )

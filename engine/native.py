@@ -12,21 +12,20 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from els.engine.posterior import (
     PosteriorQuery,
     PosteriorState,
     TopPatches,
-    best,
     merge_all,
+    stack,
 )
 from els.engine.whole_image import equivariant_state, ideal_state
 
-# Groups of image blocks have states of their own, merged in order: how many there are depends on
-# the query alone, so that the bits of the result do not depend on the number of threads.
+# Groups of image blocks have states of their own, merged in order. How many there are depends on
+# the database and the shape of one query, so that neither threads nor batches change any bit.
 _MOST_GROUPS = 32
-_GROUP_STATES_BYTES = 64 << 20
+_STATES_BYTES = 64 << 20
 
 
 @final
@@ -60,11 +59,22 @@ class NativeBackend:
                 return ideal_state(images, query)
             case "ES":
                 return equivariant_state(images, query)
-        batch, channels, height, width = query.x.shape
-        per_pixel = 8 * (3 + channels) + 16 * query.top
-        groups = _GROUP_STATES_BYTES // (batch * height * width * per_pixel)
+        _, channels, height, width = query.x.shape
+        image_bytes = height * width * (8 * (3 + channels) + 16 * query.top)
         blocks = -(-len(query.members) // self._kernel.LANES)
-        groups = max(1, min(groups, blocks, _MOST_GROUPS))
+        groups = max(1, min(_STATES_BYTES // image_bytes, blocks, _MOST_GROUPS))
+        chunk = max(1, _STATES_BYTES // (groups * image_bytes))
+        states = [
+            self._chunk_state(images, query, slice(start, start + chunk), groups)
+            for start in range(0, len(query.x), chunk)
+        ]
+        return states[0] if len(states) == 1 else stack(states)
+
+    def _chunk_state(
+        self, images: npt.NDArray[np.uint8], query: PosteriorQuery, rows: slice, groups: int
+    ) -> PosteriorState:
+        x = query.x[rows]
+        batch, channels, height, width = x.shape
         maximum = np.empty((groups, batch, height, width))
         mass = np.empty_like(maximum)
         centre = np.empty((groups, batch, channels, height, width))
@@ -75,9 +85,9 @@ class NativeBackend:
         self._kernel.posterior(
             images=images,
             members=query.members,
-            x=query.x.to(torch.float32).contiguous().numpy(),
-            alpha=query.alpha.numpy(),
-            sigma=query.sigma.numpy(),
+            x=x.to(torch.float32).contiguous().numpy(),
+            alpha=query.alpha[rows].numpy(),
+            sigma=query.sigma[rows].numpy(),
             patch_size=query.patch_size,
             equivariant=query.kind == "ELS",
             circular=query.boundary == "circular",
@@ -89,19 +99,17 @@ class NativeBackend:
             top_logits=top_logits,
             top_addresses=top_addresses,
         )
-        tops: list[TopPatches | None] = [None] * groups
-        if top_logits is not None and top_addresses is not None:
-            tops = [
-                best(_tensor(logits), _tensor(addresses), query.top)
-                for logits, addresses in zip(top_logits, top_addresses, strict=True)
-            ]
         return merge_all(
             PosteriorState(
-                _tensor(maximum[group]),
-                _tensor(mass[group]),
-                _tensor(centre[group]),
-                None if tilt is None else _tensor(tilt[group]),
-                tops[group],
+                torch.from_numpy(maximum[group]),
+                torch.from_numpy(mass[group]),
+                torch.from_numpy(centre[group]),
+                None if tilt is None else torch.from_numpy(tilt[group]),
+                None
+                if top_logits is None or top_addresses is None
+                else TopPatches(
+                    torch.from_numpy(top_logits[group]), torch.from_numpy(top_addresses[group])
+                ),
             )
             for group in range(groups)
         )
@@ -130,7 +138,3 @@ def _module(instruction_set: str) -> ModuleType:
 
 def _qualified(instruction_set: str) -> str:
     return f"els.engine._native_{instruction_set}"
-
-
-def _tensor(array: npt.NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(array)

@@ -7,7 +7,7 @@ classes, a retrieved head and a sampled tail all meet in :func:`merge`, which is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal, TypeAlias
@@ -178,6 +178,41 @@ def merge_into(
     if total.top is not None and merged.top is not None:
         total.top.logits[pixels] = merged.top.logits
         total.top.addresses[pixels] = merged.top.addresses
+
+
+def stack(states: Sequence[PosteriorState]) -> PosteriorState:
+    """The states of disjoint parts of a batch as one, in their order."""
+
+    def together(parts: list[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
+
+    tops = [state.top for state in states if state.top is not None]
+    return PosteriorState(
+        torch.cat([state.maximum for state in states]),
+        torch.cat([state.mass for state in states]),
+        torch.cat([state.centre for state in states]),
+        together([state.tilt for state in states]),
+        TopPatches(
+            torch.cat([top.logits for top in tops]), torch.cat([top.addresses for top in tops])
+        )
+        if tops
+        else None,
+    )
+
+
+def take(state: PosteriorState, order: Tensor) -> PosteriorState:
+    """The images of a batch in another order; ``order`` is int64 ``[B]``."""
+    order = order.to(state.maximum.device)
+    return PosteriorState(
+        state.maximum[order],
+        state.mass[order],
+        state.centre[order],
+        None if state.tilt is None else state.tilt[order],
+        None
+        if state.top is None
+        else TopPatches(state.top.logits[order], state.top.addresses[order]),
+    )
 
 
 def merge_all(states: Iterable[PosteriorState]) -> PosteriorState:

@@ -23,7 +23,6 @@ from typing import IO, Any, Self, cast, final
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from PIL import Image
 
 from .arrays import check_class_names, check_labels
 
@@ -162,6 +161,8 @@ class PictureSource(ImageSource):
                 yield np.stack([self._decoded(read, number) for number in numbers])
 
     def _decoded(self, read: Callable[[int], IO[bytes]], number: int) -> NDArray[np.uint8]:
+        from PIL import Image
+
         remedy = "fetch that picture again, or take it out"
         # Read whole, so that an archive compares its check sum.
         with (
@@ -486,6 +487,8 @@ def _is_picture(name: str) -> bool:
     """Whether the name says so; hidden files and those that archivers add are left out."""
     parts = PurePosixPath(name).parts
     hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
+    from PIL import Image  # not needed by those who only open databases
+
     form = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
     return form in Image.OPEN and not hidden and not name.endswith("/")
 
@@ -551,6 +554,8 @@ def _survey(
     class_names: tuple[str, ...] | None,
 ) -> PictureSource:
     """Reads the header of every picture: their common size and mode."""
+    from PIL import Image
+
     modes: set[str] = set()
     first: tuple[int, int] | None = resize
     with opener() as read:
@@ -753,6 +758,8 @@ def _with_size(source: ImageSource, size: tuple[int, int] | None) -> ImageSource
 
 def _resized(image: NDArray[np.uint8], size: tuple[int, ...]) -> NDArray[np.uint8]:
     """Scales [C, H, W] plane by plane, against aliasing."""
+    from PIL import Image
+
     height, width = size
     whole = image.shape[1] % height == 0 and image.shape[2] % width == 0
     method = Image.Resampling.BOX if whole else Image.Resampling.LANCZOS

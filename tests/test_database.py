@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from els.index import DatabaseError, ImageSource, PatchDatabase, decode, encode
-from els.index import database as module
-from els.index.files import DiskFullError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_files import everything_in, file_size_limit, small_disk  # noqa: F401
+
+from els.index import DatabaseError, ImageSource, PatchDatabase, decode, encode
+from els.index import database as module
+from els.index.files import DiskFullError
 
 
 def make_images(*shape: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from els.index import files
 from els.index.files import DiskFullError
 

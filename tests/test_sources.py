@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from els.index import ImageSource, PatchDatabase, SourceError, open_source
 from hypothesis import given, settings
 from numpy.typing import NDArray
 from PIL import Image
 from test_database import make_images, mutations
+
+from els.index import ImageSource, PatchDatabase, SourceError, open_source
 
 
 def read(source: ImageSource, size: int = 3) -> NDArray[np.uint8]:

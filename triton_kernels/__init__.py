@@ -1,1 +1,1 @@
-"""GPU kernels in Triton: the place of the ``triton`` backend, which ScoreMachine does not offer yet."""
+"""GPU kernels in Triton: the place of a ``triton`` backend."""

@@ -1,0 +1,302 @@
+"""IS and ES posteriors: whole images, compared by matrix products and FFTs in float64.
+
+A clean pixel is an integer over 255, so a correlation with it is exact once the other factor is
+written as two fixed-point halves: the sums are integers that a double holds. Hence duplicates tie
+exactly, and the rest of the batch does not show in the bits. Nor does the number of threads: a
+block of images has one thread, and blocks are merged in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial, reduce
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from els.engine.posterior import (
+    PosteriorQuery,
+    PosteriorState,
+    TopPatches,
+    best,
+    merge,
+    merge_all,
+)
+
+# Temporary memory of one block of images; at most _MOST_WORKERS blocks are in work at a time.
+_BLOCK_BYTES = 16 << 20
+_MOST_WORKERS = 8
+_MOST_IMAGES = 4096
+_EXACT_BITS = 53  # integers up to 2^53 are exact in float64
+_PIXEL_BITS = 8  # |2 v - 255| < 2^8
+_SMALLEST = 1e-200  # rows that are smaller are 0: their scale would overflow
+
+_Result = TypeVar("_Result")
+
+
+def ideal_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
+    """The posterior state of the ideal score machine over ``images[query.members]``.
+
+    Args:
+        images: the whole database, uint8 ``[N, C, H, W]``.
+        query: what to compute, on any device with float64.
+    """
+    height, width = query.x.shape[2:]
+    x = query.x.to(torch.float64).flatten(1)
+    count = min(_MOST_IMAGES, _BLOCK_BYTES // (16 * x.shape[1]))
+    block_state = partial(_ideal_block, images, query, x, _energy(x))
+    state = merge_all(_in_order(block_state, _blocks(query.members, count), x.device))
+    if state.top is not None:
+        # Every pixel's candidates are the same pixel of the heaviest images.
+        pixel = torch.arange(height * width, device=x.device).reshape(height, width, 1)
+        addresses = state.top.addresses * (height * width) + pixel
+        top = TopPatches(
+            state.top.logits.expand(addresses.shape),
+            torch.where(state.top.addresses < 0, -1, addresses),
+        )
+        state = replace(state, top=top)
+    return _everywhere(state, height, width)
+
+
+def equivariant_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
+    """The posterior state of the equivariant machine over ``images[query.members]``.
+
+    Shift s of image n has the pixels ``k_n[(p + s) mod (H, W)]``.
+
+    Args:
+        images: the whole database, uint8 ``[N, C, H, W]``.
+        query: what to compute, on any device with float64.
+    """
+    x = query.x.to(torch.float64)
+    noisy = _noisy_spectra(x)
+    count = _BLOCK_BYTES // (8 * (5 * x.shape[1] + 8) * x.shape[2] * x.shape[3])
+    block_states = partial(_equivariant_block, images, query, noisy)
+    blocks = _in_order(block_states, _blocks(query.members, count), x.device)
+    states = reduce(lambda first, second: list(map(merge, first, second)), blocks)
+    return _everywhere(_concatenated(states), *x.shape[2:])
+
+
+def _ideal_block(
+    images: npt.NDArray[np.uint8],
+    query: PosteriorQuery,
+    x: Tensor,
+    energy: Tensor,
+    members: npt.NDArray[np.int64],
+) -> PosteriorState:
+    """The state of noisy images ``x`` ``[B, C * H * W]`` over ``images[members]``.
+
+    All pixels share maximum, mass, tilt and top, ``[B, 1, 1]``, whose addresses are image numbers.
+    """
+    pixels = _integers(images, members, x.device).flatten(1)
+    logits = _logits(
+        energy.unsqueeze(1),
+        _exact_product(x, pixels.T) / 255,
+        _norms(pixels),
+        query.alpha.to(x.device).unsqueeze(1),
+        query.sigma.to(x.device).unsqueeze(1),
+    )
+    maximum = logits.amax(1, keepdim=True)
+    shifted = logits - maximum
+    weights = shifted.exp()
+    ones = torch.ones_like(pixels[:, :1])
+    top = None
+    if query.top:
+        numbers = torch.tensor(members, device=x.device).expand(logits.shape)
+        top = best(logits[:, None, None], numbers[:, None, None], query.top)
+    return PosteriorState(
+        maximum=maximum.unsqueeze(2),
+        mass=_exact_product(weights, ones).unsqueeze(2),
+        centre=_exact_product(weights, pixels).reshape(query.x.shape) / 255,
+        tilt=_exact_product(weights * shifted, ones).unsqueeze(2) if query.entropy else None,
+        top=top,
+    )
+
+
+class _NoisySpectra(NamedTuple):
+    """The batch as an ES block needs it.
+
+    Attributes:
+        halves: spectra of the fixed-point halves, ``[B, 2, C, H, W // 2 + 1]``.
+        scale: what the fixed-point numbers are multiples of, inverted, ``[B]``.
+        bits: each half has this many.
+        energy: squared norm of the noisy image, ``[B]``.
+    """
+
+    halves: Tensor
+    scale: Tensor
+    bits: int
+    energy: Tensor
+
+
+def _noisy_spectra(x: Tensor) -> _NoisySpectra:
+    flat = x.flatten(1)
+    # The error of an FFT correlation, about 10 ulp of the product of the norms, must stay below
+    # a half, so that rounding gives the integer.
+    bits = _EXACT_BITS - _PIXEL_BITS - 6 - flat.shape[1].bit_length()
+    high, low, scale = _halves(flat, bits)
+    halves = torch.stack([high, low], dim=1).reshape(len(x), 2, *x.shape[1:])
+    return _NoisySpectra(torch.fft.rfft2(halves), scale.flatten(), bits, _energy(flat))
+
+
+def _equivariant_block(
+    images: npt.NDArray[np.uint8],
+    query: PosteriorQuery,
+    noisy: _NoisySpectra,
+    members: npt.NDArray[np.int64],
+) -> list[PosteriorState]:
+    """The state of each noisy image over all shifts of ``images[members]``."""
+    device = query.x.device
+    pixels = _integers(images, members, device)
+    spectrum = torch.fft.rfft2(pixels)
+    norms = _norms(pixels.flatten(1)).reshape(-1, 1, 1)
+    numbers = torch.tensor(members, device=device)
+    states = []
+    for image in range(query.x.shape[0]):
+        correlated = noisy.halves[image].conj().unsqueeze(1) * spectrum
+        high, low = torch.fft.irfft2(correlated.sum(2), s=pixels.shape[2:]).round()
+        logits = _logits(
+            noisy.energy[image],
+            (high + low * 2.0**-noisy.bits) / noisy.scale[image] / 255,
+            norms,
+            query.alpha[image].to(device),
+            query.sigma[image].to(device),
+        )
+        states.append(_equivariant_image(query, logits, spectrum, numbers))
+    return states
+
+
+def _equivariant_image(
+    query: PosteriorQuery, logits: Tensor, spectrum: Tensor, numbers: Tensor
+) -> PosteriorState:
+    """The state of logits ``[n, H, W]``, of each image and shift.
+
+    All pixels share maximum, mass and tilt, ``[1, 1, 1]``.
+    """
+    maximum = logits.amax()
+    shifted = logits - maximum
+    weights = shifted.exp()
+    shifted_back = torch.fft.rfft2(weights).conj().unsqueeze(1) * spectrum
+    centre = torch.fft.irfft2(shifted_back.sum(0), s=logits.shape[1:]) / 255
+    return PosteriorState(
+        maximum=maximum.reshape(1, 1, 1),
+        mass=weights.sum().reshape(1, 1, 1),
+        centre=centre.unsqueeze(0),
+        tilt=(weights * shifted).sum().reshape(1, 1, 1) if query.entropy else None,
+        top=_top_shifts(logits, numbers, query.top) if query.top else None,
+    )
+
+
+def _top_shifts(logits: Tensor, numbers: Tensor, count: int) -> TopPatches:
+    """The heaviest (image, shift) pairs as addresses of the pixels that land on each pixel."""
+    height, width = logits.shape[1:]
+    least = logits.flatten().topk(min(count, logits.numel())).values[-1]
+    chosen = torch.nonzero(logits > least)
+    # Which of an image's tied shifts has the lower address differs from pixel to pixel, so the
+    # ties of as many images as might be needed all go on.
+    tied = torch.nonzero(logits == least)
+    last_image = tied[min(count, len(tied)) - 1, 0]
+    image, down, right = torch.cat([chosen, tied[tied[:, 0] <= last_image]]).unbind(1)
+    y = torch.arange(height, device=logits.device).reshape(-1, 1, 1)
+    x = torch.arange(width, device=logits.device).reshape(1, -1, 1)
+    addresses = (numbers[image] * height + (y + down) % height) * width + (x + right) % width
+    values = logits[image, down, right].expand(addresses.shape)
+    return best(values.unsqueeze(0), addresses.unsqueeze(0), count)
+
+
+def _concatenated(states: list[PosteriorState]) -> PosteriorState:
+    """One state of a batch from those of its images."""
+    tilts = [state.tilt for state in states if state.tilt is not None]
+    tops = [state.top for state in states if state.top is not None]
+    top = None
+    if tops:
+        logits = torch.cat([each.logits for each in tops])
+        top = TopPatches(logits, torch.cat([each.addresses for each in tops]))
+    return PosteriorState(
+        maximum=torch.cat([state.maximum for state in states]),
+        mass=torch.cat([state.mass for state in states]),
+        centre=torch.cat([state.centre for state in states]),
+        tilt=torch.cat(tilts) if tilts else None,
+        top=top,
+    )
+
+
+def _everywhere(state: PosteriorState, height: int, width: int) -> PosteriorState:
+    """What all pixels share, ``[B, 1, 1]``, given to each of them."""
+
+    def spread(values: Tensor) -> Tensor:
+        return values.expand(-1, height, width)
+
+    tilt = None if state.tilt is None else spread(state.tilt)
+    return replace(state, maximum=spread(state.maximum), mass=spread(state.mass), tilt=tilt)
+
+
+def _logits(energy: Tensor, product: Tensor, norms: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """``-||x - alpha k||^2 / (2 sigma^2)`` from ``|x|^2``, ``x . k`` and ``|k|^2``."""
+    return (energy - 2 * alpha * product + alpha**2 * norms) / (-2 * sigma**2)
+
+
+def _energy(x: Tensor) -> Tensor:
+    """Squared norm of each row; numpy's sum of a row depends on nothing but the row."""
+    return torch.from_numpy(np.square(x.cpu().numpy()).sum(axis=1)).to(x.device)
+
+
+def _norms(pixels: Tensor) -> Tensor:
+    """Squared norm of each row of clean pixels, given as integers."""
+    return pixels.square().sum(1) / 255**2
+
+
+def _halves(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``values = (high + low / 2^bits) / scale`` row by row, in integers up to ``2^bits``."""
+    largest = values.abs().amax(1, keepdim=True)
+    scale = 2.0**bits / largest.clamp(min=_SMALLEST)
+    scaled = values * scale
+    high = scaled.round()
+    return high, ((scaled - high) * 2.0**bits).round(), scale
+
+
+def _exact_product(values: Tensor, integers: Tensor) -> Tensor:
+    """``values @ integers`` in which no sum is rounded, so that its order does not matter.
+
+    Args:
+        values: float64 ``[m, k]``.
+        integers: float64 ``[k, n]``, whole numbers below ``2^8`` in size.
+    """
+    bits = _EXACT_BITS - _PIXEL_BITS - values.shape[1].bit_length()
+    high, low, scale = _halves(values, bits)
+    high, low = (torch.cat([high, low]) @ integers).chunk(2)
+    return (high + low * 2.0**-bits) / scale
+
+
+def _integers(
+    images: npt.NDArray[np.uint8], members: npt.NDArray[np.int64], device: torch.device
+) -> Tensor:
+    """Pixels as ``2 v - 255``, 255 times their clean value, float64 ``[n, C, H, W]``."""
+    return torch.from_numpy(images[members]).to(device, torch.float64).mul_(2).sub_(255)
+
+
+def _blocks(members: npt.NDArray[np.int64], count: int) -> Iterator[npt.NDArray[np.int64]]:
+    size = max(1, count)
+    return (members[start : start + size] for start in range(0, len(members), size))
+
+
+def _in_order(
+    function: Callable[[npt.NDArray[np.int64]], _Result],
+    blocks: Iterator[npt.NDArray[np.int64]],
+    device: torch.device,
+) -> Iterator[_Result]:
+    """Results block after block, each computed by one thread."""
+    threads = torch.get_num_threads()
+    workers = min(threads, _MOST_WORKERS) if device.type == "cpu" else 1
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            while group := list(islice(blocks, workers)):
+                yield from pool.map(function, group)
+    finally:
+        # The workers' setting is their own, but also the default of threads to come.
+        torch.set_num_threads(threads)

@@ -1,0 +1,85 @@
+"""The backends that the conformance suite runs, and machines that use them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from numpy.typing import NDArray
+
+from els.engine import ScoreMachine
+from els.engine.backends import Backend
+from els.engine.reference import TorchBackend
+from els.index import PatchDatabase
+
+# The tensors of tests are tiny: on a busy machine threads would mostly wait for each other.
+torch.set_num_threads(1)
+settings.register_profile("busy-machine", deadline=None)
+settings.load_profile("busy-machine")
+
+
+@dataclass(frozen=True)
+class BackendUnderTest:
+    """A backend, the dtype to ask it in, and the error budget it has (see test_conformance).
+
+    Attributes:
+        make: the backend with so many threads, where it counts its own.
+        dtype: of the queries.
+        logit_error: most error of the difference of two logits that carry weight.
+        relative: most relative error of a log evidence.
+        difference_error: most error of a difference of pixels, where it is not float64.
+        is_native: whether it counts its own threads.
+    """
+
+    make: Callable[[int], Backend]
+    dtype: torch.dtype
+    logit_error: float
+    relative: float
+    difference_error: float = 0.0
+    is_native: bool = False
+
+    def machine(
+        self,
+        images: NDArray[np.uint8],
+        kind: str,
+        boundary: str,
+        labels: NDArray[np.int64] | None = None,
+        threads: int = 2,
+    ) -> ScoreMachine:
+        machine = ScoreMachine(
+            PatchDatabase.from_arrays(images, labels), kind, boundary, backend="torch"
+        )
+        machine._backend = self.make(threads)
+        return machine
+
+
+FLOAT32 = BackendUnderTest(lambda threads: TorchBackend("cpu"), torch.float32, 1e-5, 2e-6)
+FLOAT64 = replace(FLOAT32, dtype=torch.float64, logit_error=5e-10, relative=1e-13)
+
+
+def backends() -> Iterator[object]:
+    yield pytest.param(FLOAT32, id="torch-float32")
+    yield pytest.param(FLOAT64, id="torch-float64")
+    try:
+        from els.engine.native import NativeBackend, instruction_sets
+
+        available = instruction_sets()
+    except (ImportError, RuntimeError) as error:
+        yield pytest.param(None, id="native", marks=pytest.mark.skip(reason=str(error)))
+        return
+    for name in available:
+        native = replace(
+            FLOAT32,
+            make=lambda threads, name=name: NativeBackend(threads, name),
+            # Decoding, times alpha, minus: three roundings of numbers below 2.
+            difference_error=3 * 2.0**-24,
+            is_native=True,
+        )
+        yield pytest.param(native, id=f"native-{name}")
+
+
+@pytest.fixture(params=backends(), scope="session")
+def backend(request: pytest.FixtureRequest) -> BackendUnderTest:
+    return request.param

@@ -1,0 +1,618 @@
+"""One suite for every backend: what it answers, against the float64 oracle.
+
+The tolerances follow from one figure, the backend's budget d for the error of a difference of two
+logits that carry weight (`BackendUnderTest.logit_error`). Weights are then off by a factor within
+1 +- 2 d, so a mean of values in [-1, 1] is off by at most 2 d, and an entropy by at most 2 d log M
+with M candidates.
+
+Float64 is not exact either, which shows at small sigma: a sum of squares is known to about 16 ulp,
+and that of a whole image, |x|^2 - 2 alpha x.k + alpha^2 |k|^2, to 16 ulp of its parts. Both are
+added to d. A log evidence is a number, not a difference: it has besides a relative error, and
+where pixels are subtracted in float32 with error e, one of e / sigma * sqrt(2 |logit| terms)
+(Cauchy-Schwarz: the differences of the heaviest candidates have the norm sigma sqrt(2 |logit|)).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import FLOAT64, BackendUnderTest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from oracle import OraclePosterior
+
+from els.engine import ScoreMachine, reference, whole_image
+from els.engine.posterior import LocalPosterior, PosteriorQuery, finish, merge_all
+
+FLOAT64_ERROR = 16 * 2.0**-52
+TOP = 4
+
+MACHINES = [
+    pytest.param("IS", "zeros", id="IS"),
+    pytest.param("ES", "zeros", id="ES"),
+    pytest.param("LS", "zeros", id="LS-zeros"),
+    pytest.param("LS", "circular", id="LS-circular"),
+    pytest.param("ELS", "circular", id="ELS-circular"),
+    pytest.param("ELS", "zeros", id="ELS-zeros"),
+]
+LOCAL_MACHINES = MACHINES[2:]
+every_machine = pytest.mark.parametrize(("kind", "boundary"), MACHINES)
+every_local_machine = pytest.mark.parametrize(("kind", "boundary"), LOCAL_MACHINES)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask of a machine; the noisy images are float32 numbers for every backend.
+
+    Attributes:
+        images: uint8 ``[N, C, H, W]``.
+        x: noisy images, float32 ``[B, C, H, W]``.
+        alpha: ``[B]``.
+        sigma: ``[B]``.
+        patch_size: side of the patch.
+        image_labels: ``[N]``, or None for a database without.
+        labels: ``[B]``, or None for no condition.
+    """
+
+    images: NDArray[np.uint8]
+    x: NDArray[np.float32]
+    alpha: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+    patch_size: int
+    image_labels: NDArray[np.int64] | None = None
+    labels: NDArray[np.int64] | None = None
+
+    def of(self, rows: list[int]) -> "Question":
+        """The same for some images of the batch."""
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(
+            self, x=self.x[rows], alpha=self.alpha[rows], sigma=self.sigma[rows], labels=labels
+        )
+
+    def ask(self, machine: ScoreMachine, dtype: torch.dtype, **options: object) -> LocalPosterior:
+        return machine.posterior(
+            torch.from_numpy(self.x).to(dtype),
+            alpha=torch.from_numpy(self.alpha),
+            sigma=torch.from_numpy(self.sigma),
+            patch_size=self.patch_size,
+            labels=None if self.labels is None else torch.from_numpy(self.labels),
+            **options,
+        )
+
+    def expected(self, kind: str, boundary: str) -> list[OraclePosterior]:
+        return [
+            oracle.posterior(
+                self.images,
+                self.x[b],
+                alpha=self.alpha[b],
+                sigma=self.sigma[b],
+                kind=kind,
+                boundary=boundary,
+                patch_size=self.patch_size,
+                members=None
+                if self.labels is None
+                else np.flatnonzero(self.image_labels == self.labels[b]),
+            )
+            for b in range(len(self.x))
+        ]
+
+
+def make_question(
+    shape: tuple[int, int, int],
+    count: int,
+    patch_size: int,
+    *,
+    alpha: list[float],
+    sigma: list[float],
+    levels: int = 256,
+    seed: int = 0,
+) -> Question:
+    """Even images of the batch lie on the manifold, odd ones are random.
+
+    ``levels`` grey levels; few make exact ties. From five images on, the last repeats the first.
+    """
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, levels, (count, *shape)) * (255 // (levels - 1))
+    if count >= 5:
+        images[-1] = images[0]
+    alphas, sigmas = np.array(alpha), np.array(sigma)
+    x = rng.uniform(-1.5, 1.5, (len(alphas), *shape))
+    scale = sigmas[::2, None, None, None]
+    source = images[rng.integers(0, count, len(scale))] / 127.5 - 1
+    x[::2] = alphas[::2, None, None, None] * source + scale * rng.standard_normal(source.shape)
+    return Question(images.astype(np.uint8), x.astype(np.float32), alphas, sigmas, patch_size)
+
+
+def assert_matches(
+    answer: LocalPosterior,
+    question: Question,
+    expected: list[OraclePosterior],
+    budget: BackendUnderTest,
+) -> None:
+    """Whether an answer is within the error budget of the oracle's."""
+    rounding = float(torch.finfo(answer.mean.dtype).eps)
+    for b, truth in enumerate(expected):
+        candidates = max(len(logits) for logits in truth.logits.values())
+        evidence = np.abs(truth.log_evidence)
+        sigma = question.sigma[b]
+        error = budget.logit_error + FLOAT64_ERROR * evidence
+        if truth.terms == question.x[b].size:
+            parts = np.square(question.x[b], dtype=np.float64).sum() + truth.terms
+            error = error + FLOAT64_ERROR * parts / (2 * sigma**2)
+        assert_within(answer.mean[b], truth.mean, 2 * error + rounding, "mean")
+        spread = np.sqrt(2 * truth.terms * (evidence + math.log(candidates)))
+        evidence_error = (
+            error
+            + (budget.relative + rounding) * evidence
+            + budget.difference_error / sigma * spread
+        )
+        assert_within(answer.log_evidence[b], truth.log_evidence, evidence_error, "log_evidence")
+        if answer.effective_patches is not None:
+            relative = 2 * error * (1 + math.log(candidates)) + 4 * rounding
+            effective = answer.effective_patches[b]
+            assert_within(
+                effective, truth.effective_patches, relative * truth.effective_patches, "effective"
+            )
+            assert effective.min() >= 1 - 4 * rounding
+            assert effective.max() <= candidates * (1 + 4 * rounding + relative.max())
+        if answer.top_addresses is not None:
+            assert_top_matches(answer, b, truth, evidence_error, 2 * error + 4 * rounding)
+
+
+def assert_within(
+    values: torch.Tensor, truth: NDArray[np.float64], tolerance: object, what: str
+) -> None:
+    excess = np.abs(values.double().numpy() - truth) - tolerance
+    assert np.isfinite(values.numpy()).all(), f"{what} is not finite"
+    worst = np.unravel_index(excess.argmax(), excess.shape)
+    assert excess[worst] <= 0, f"{what} at {worst}: {values[worst]} instead of {truth[worst]}"
+
+
+def assert_top_matches(
+    answer: LocalPosterior,
+    b: int,
+    truth: OraclePosterior,
+    logit_error: NDArray[np.float64],
+    weight_error: NDArray[np.float64],
+) -> None:
+    """Compared by logits, so that ties pass whichever way they were resolved."""
+    for pixel, logits in truth.logits.items():
+        addresses = answer.top_addresses[b][pixel].tolist()
+        weights = answer.top_weights[b][pixel].double().numpy()
+        count = min(len(addresses), len(logits))
+        assert addresses[count:] == [-1] * (len(addresses) - count)
+        assert not weights[count:].any()
+        assert len(set(addresses[:count])) == count
+        reported = np.array([logits[address] for address in addresses[:count]])
+        heaviest = np.sort(list(logits.values()))[::-1][:count]
+        # The error grows with the distance as that of the log evidence does.
+        lighter = np.abs(heaviest) / max(1.0, abs(truth.log_evidence[pixel]))
+        slack = 2 * logit_error[pixel] * np.maximum(1, lighter)
+        assert (np.abs(reported - heaviest) <= slack).all(), f"top at {pixel}"
+        true_weights = np.exp(reported - truth.log_evidence[pixel])
+        assert (np.abs(weights[:count] - true_weights) <= weight_error[pixel]).all()
+
+
+# Shape [C, H, W], images, patch size.
+GEOMETRIES = {
+    "one-pixel": ((1, 1, 1), 1, 1),
+    "one-image": ((3, 5, 4), 1, 3),
+    "one-row": ((1, 1, 7), 5, 1),
+    "single-pixel-patches": ((2, 4, 5), 33, 1),
+    "patch-is-the-image": ((4, 5, 5), 5, 5),
+    "patch-is-the-shorter-side": ((1, 9, 3), 17, 3),
+    "wide": ((3, 4, 11), 5, 3),
+    "17-images": ((1, 7, 6), 17, 5),
+    "large-patch": ((3, 9, 9), 5, 7),
+    "33-images": ((1, 12, 11), 33, 5),
+}
+
+
+@cache
+def geometry(name: str) -> Question:
+    shape, count, patch_size = GEOMETRIES[name]
+    # Broad enough for several candidates to share a pixel, whatever the number of terms.
+    sigma = 0.35 * math.sqrt(shape[0]) * patch_size
+    return make_question(
+        shape, count, patch_size, alpha=[0.8, 0.6], sigma=[sigma, 0.5 * sigma], seed=count
+    )
+
+
+@cache
+def noise(sigma: float) -> Question:
+    preserving = math.sqrt(max(0.0, 1 - sigma**2))
+    alpha = [0.0, 0.0, 1.0, 1.0, preserving, preserving]
+    return make_question((3, 6, 5), 9, 3, alpha=alpha, sigma=[sigma] * 6, seed=3)
+
+
+@cache
+def far_ties(sigma: float) -> Question:
+    """Patches that differ in the order of their pixels tie, far from the query."""
+    question = make_question((3, 6, 5), 9, 3, alpha=[1.0], sigma=[sigma], levels=2, seed=4)
+    images = np.where(question.images > 0, 155, 100).astype(np.uint8)
+    return replace(question, images=images, x=np.full_like(question.x, 1.5))
+
+
+@cache
+def conditional() -> Question:
+    plain = make_question((2, 6, 5), 19, 3, alpha=[0.9] * 4, sigma=[0.9] * 4, seed=5)
+    rng = np.random.default_rng(6)
+    image_labels = np.concatenate([[0, 3, 7], rng.choice([0, 3, 7], 16)])
+    return replace(plain, image_labels=image_labels, labels=np.array([3, 0, 3, 7]))
+
+
+@cache
+def truth_of(make: object, argument: object, kind: str, boundary: str) -> list[OraclePosterior]:
+    """Brute force, once for all backends."""
+    question = make() if argument is None else make(argument)
+    return question.expected(kind, boundary)
+
+
+@every_machine
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_geometry(backend: BackendUnderTest, kind: str, boundary: str, name: str) -> None:
+    question = geometry(name)
+    machine = backend.machine(question.images, kind, boundary)
+    truth = truth_of(geometry, name, kind, boundary)
+    assert_matches(question.ask(machine, backend.dtype), question, truth, backend)
+    assert_matches(
+        question.ask(machine, backend.dtype, entropy=False, top=TOP), question, truth, backend
+    )
+
+
+@every_machine
+@pytest.mark.parametrize("sigma", [1e-3, 0.03, 0.3, 0.8, 1e3])
+def test_every_noise_level(
+    backend: BackendUnderTest, kind: str, boundary: str, sigma: float
+) -> None:
+    question = noise(sigma)
+    machine = backend.machine(question.images, kind, boundary)
+    truth = truth_of(noise, sigma, kind, boundary)
+    assert_matches(question.ask(machine, backend.dtype), question, truth, backend)
+    assert_matches(question.ask(machine, backend.dtype, top=TOP), question, truth, backend)
+
+
+@every_machine
+@pytest.mark.parametrize("sigma", [1e-3, 0.03, 0.3])
+def test_near_ties_far_off_the_manifold(
+    backend: BackendUnderTest, kind: str, boundary: str, sigma: float
+) -> None:
+    """Here a float32 distance is off by more than the differences that decide."""
+    question = far_ties(sigma)
+    machine = backend.machine(question.images, kind, boundary)
+    truth = truth_of(far_ties, sigma, kind, boundary)
+    assert_matches(question.ask(machine, backend.dtype, top=TOP), question, truth, backend)
+
+
+@every_machine
+def test_one_label_per_query(backend: BackendUnderTest, kind: str, boundary: str) -> None:
+    question = conditional()
+    machine = backend.machine(question.images, kind, boundary, question.image_labels)
+    truth = truth_of(conditional, None, kind, boundary)
+    assert_matches(question.ask(machine, backend.dtype, top=TOP), question, truth, backend)
+
+
+@every_machine
+def test_one_label_for_all(backend: BackendUnderTest, kind: str, boundary: str) -> None:
+    question = conditional()
+    machine = backend.machine(question.images, kind, boundary, question.image_labels)
+    some = question.of([0, 2])
+    together = machine.posterior(
+        torch.from_numpy(some.x).to(backend.dtype),
+        alpha=0.9,
+        sigma=0.9,
+        patch_size=3,
+        labels=3,
+    )
+    truth = truth_of(conditional, None, kind, boundary)[::2]
+    assert_matches(together, some, truth, backend)
+
+
+@every_machine
+def test_more_wanted_than_there_are(backend: BackendUnderTest, kind: str, boundary: str) -> None:
+    question = geometry("17-images")
+    machine = backend.machine(question.images, kind, boundary)
+    answer = question.ask(machine, backend.dtype, top=1000)
+    assert_matches(answer, question, truth_of(geometry, "17-images", kind, boundary), backend)
+    counted = answer.top_weights.double().sum(-1)
+    assert (counted - 1).abs().max() <= 2 * backend.logit_error + 1e-5
+
+
+@every_machine
+def test_ties_go_to_the_lower_address(backend: BackendUnderTest, kind: str, boundary: str) -> None:
+    """Three times the same flat images: ties between images, and between places and shifts."""
+    flat = np.repeat(np.array([30, 200, 90], dtype=np.uint8), 25).reshape(3, 1, 5, 5)
+    images = np.concatenate([flat, flat, flat])
+    question = Question(
+        images, np.full((1, 1, 5, 5), 0.3, np.float32), np.array([1.0]), np.array([0.5]), 3
+    )
+    top = 60
+    answer = question.ask(backend.machine(images, kind, boundary), backend.dtype, top=top)
+    for pixel, logits in question.expected(kind, boundary)[0].logits.items():
+        # Where the distance is a sum in another order, equal logits differ in the last digits.
+        order = sorted(logits, key=lambda address: (-round(logits[address], 6), address))[:top]
+        assert answer.top_addresses[0][pixel].tolist()[: len(order)] == order
+
+
+@every_machine
+def test_the_batch_does_not_show(backend: BackendUnderTest, kind: str, boundary: str) -> None:
+    question = geometry("33-images")
+    machine = backend.machine(question.images, kind, boundary)
+    together = question.ask(machine, backend.dtype, top=TOP)
+    for b in range(len(question.x)):
+        alone = question.of([b]).ask(machine, backend.dtype, top=TOP)
+        for value, single in zip(fields(together), fields(alone), strict=True):
+            assert torch.equal(value[b : b + 1], single)
+
+
+def fields(answer: LocalPosterior) -> list[torch.Tensor]:
+    return [
+        answer.mean,
+        answer.log_evidence,
+        answer.effective_patches,
+        answer.top_weights,
+        answer.top_addresses,
+    ]
+
+
+@every_machine
+def test_the_number_of_threads_does_not_show(
+    backend: BackendUnderTest, kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not backend.is_native and kind in ("LS", "ELS"):
+        pytest.skip("torch promises this for whole images only")
+    # Several blocks of images even for few images.
+    monkeypatch.setattr(whole_image, "_BLOCK_BYTES", 1 << 16)
+    question = make_question((3, 8, 9), 150, 5, alpha=[0.7] * 3, sigma=[2.0] * 3)
+    answers = []
+    threads_before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            machine = backend.machine(question.images, kind, boundary, threads=threads)
+            answers.append(question.ask(machine, backend.dtype, top=TOP))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads_before)
+    for first, second in zip(*map(fields, answers), strict=True):
+        assert torch.equal(first, second)
+
+
+@every_machine
+def test_many_blocks_are_one(kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch backend cut into single images, and its answer whole."""
+    question = geometry("17-images")
+    machine = FLOAT64.machine(question.images, kind, boundary)
+    monkeypatch.setattr(whole_image, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", 1)
+    answer = question.ask(machine, torch.float64, top=TOP)
+    assert_matches(answer, question, truth_of(geometry, "17-images", kind, boundary), FLOAT64)
+
+
+@every_machine
+def test_strides_do_not_matter(backend: BackendUnderTest, kind: str, boundary: str) -> None:
+    question = geometry("large-patch")
+    machine = backend.machine(question.images, kind, boundary)
+    x = torch.from_numpy(question.x).to(backend.dtype)
+    spread = torch.zeros(9, 18, 3, 2, dtype=backend.dtype)
+    spread[:, ::2] = x.permute(2, 3, 1, 0)
+    strided = spread[:, ::2].permute(3, 2, 0, 1)
+    assert not strided.is_contiguous()
+    means = [
+        machine.posterior(given, alpha=0.6, sigma=2.0, patch_size=7).mean for given in (x, strided)
+    ]
+    assert torch.equal(*means)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@every_machine
+def test_half_precision_queries(kind: str, boundary: str, dtype: torch.dtype) -> None:
+    """Computed in float64 from the numbers that were given; only the mean is rounded again."""
+    question = noise(0.03)
+    half = torch.from_numpy(question.x).to(dtype)
+    rounded = replace(question, x=half.float().numpy())
+    answer = rounded.ask(FLOAT64.machine(question.images, kind, boundary), dtype)
+    assert answer.mean.dtype == dtype
+    assert answer.log_evidence.dtype == torch.float32
+    for b, truth in enumerate(rounded.expected(kind, boundary)):
+        assert_within(answer.mean[b].float(), truth.mean, torch.finfo(dtype).eps, "mean")
+        assert_within(
+            answer.log_evidence[b],
+            truth.log_evidence,
+            1e-6 * (1 + np.abs(truth.log_evidence)),
+            "log_evidence",
+        )
+
+
+@pytest.mark.parametrize("patch_size", [1, 3, 5])
+def test_circular_els_is_equivariant(backend: BackendUnderTest, patch_size: int) -> None:
+    question = make_question((1, 6, 7), 5, patch_size, alpha=[0.8] * 2, sigma=[1.0] * 2)
+    machine = backend.machine(question.images, "ELS", "circular")
+    x = torch.from_numpy(question.x).to(backend.dtype)
+    options = {"alpha": 0.8, "sigma": 1.0, "patch_size": patch_size}
+    mean = machine.posterior(x, **options).mean
+    for shift in [(1, 0), (0, 1), (4, 5)]:
+        shifted = machine.posterior(x.roll(shift, (2, 3)), **options).mean
+        assert (shifted - mean.roll(shift, (2, 3))).abs().max() <= 4 * backend.logit_error
+
+
+def test_els_is_ls_where_the_patch_is_the_image(backend: BackendUnderTest) -> None:
+    question = geometry("patch-is-the-image")
+    els, ls = (
+        question.ask(backend.machine(question.images, kind, "zeros"), backend.dtype)
+        for kind in ("ELS", "LS")
+    )
+    assert (els.mean - ls.mean).abs().max() <= 4 * backend.logit_error
+
+
+@every_machine
+def test_the_order_of_the_images_does_not_matter(
+    backend: BackendUnderTest, kind: str, boundary: str
+) -> None:
+    question = geometry("17-images")
+    order = np.random.default_rng(1).permutation(len(question.images))
+    machine = backend.machine(question.images[order], kind, boundary)
+    answer = question.ask(machine, backend.dtype)
+    assert_matches(answer, question, truth_of(geometry, "17-images", kind, boundary), backend)
+
+
+@every_machine
+@settings(max_examples=10)
+@given(data=st.data())
+def test_states_of_parts_merge_to_the_whole(
+    backend: BackendUnderTest, kind: str, boundary: str, data: st.DataObject
+) -> None:
+    question = data.draw(questions())
+    machine = backend.machine(question.images, kind, boundary)
+    count = len(question.images)
+    chosen = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    parts = [np.flatnonzero(chosen), np.flatnonzero(~chosen)]
+    states = [
+        machine._backend.state(machine.db.images, query_of(question, kind, boundary, backend, part))
+        for part in parts
+        if len(part)
+    ]
+    whole = merge_all(states)
+    answer = finish(whole, backend.dtype)
+    assert_matches(answer, question, question.expected(kind, boundary), backend)
+
+
+@every_machine
+@settings(max_examples=10)
+@given(data=st.data())
+def test_any_question(
+    backend: BackendUnderTest, kind: str, boundary: str, data: st.DataObject
+) -> None:
+    question = data.draw(questions())
+    machine = backend.machine(question.images, kind, boundary)
+    answer = question.ask(machine, backend.dtype, top=data.draw(st.sampled_from([0, 1, 5])))
+    assert_matches(answer, question, question.expected(kind, boundary), backend)
+
+
+@st.composite
+def questions(draw: st.DrawFn) -> Question:
+    channels, height, width = (draw(st.integers(1, most)) for most in (4, 6, 6))
+    radius = draw(st.integers(0, (min(height, width) - 1) // 2))
+    sigma = 10.0 ** draw(st.floats(-2, 2))
+    return make_question(
+        (channels, height, width),
+        draw(st.integers(1, 20)),
+        2 * radius + 1,
+        alpha=[draw(st.floats(0, 1))] * 2,
+        sigma=[sigma, 2 * sigma],
+        levels=draw(st.sampled_from([2, 4, 256])),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+def query_of(
+    question: Question,
+    kind: str,
+    boundary: str,
+    backend: BackendUnderTest,
+    members: NDArray[np.int64],
+) -> PosteriorQuery:
+    return PosteriorQuery(
+        x=torch.from_numpy(question.x).to(backend.dtype),
+        alpha=torch.from_numpy(question.alpha),
+        sigma=torch.from_numpy(question.sigma),
+        kind=kind,
+        boundary=boundary,
+        patch_size=question.patch_size,
+        members=members,
+    )
+
+
+def drop_the_border_mask(patch: pytest.MonkeyPatch) -> None:
+    def every_shift(_kind, _boundary, length, _patch_size):
+        return [
+            reference._Alignment(max(0, -shift), shift, length - abs(shift))
+            for shift in range(1 - length, length)
+        ]
+
+    patch.setattr(reference, "_alignments", every_shift)
+
+
+def flip_the_shift(patch: pytest.MonkeyPatch) -> None:
+    """Centres from the wrong side: right distances, wrong pixels."""
+    honest = reference._block_state
+
+    def flipped(query, logits, clean, numbers, rows, columns):
+        return honest(query, logits, clean.flip(-1), numbers, rows, columns)
+
+    patch.setattr(reference, "_block_state", flipped)
+
+
+def flip_the_sign(patch: pytest.MonkeyPatch) -> None:
+    honest = whole_image._logits
+    patch.setattr(
+        whole_image,
+        "_logits",
+        lambda energy, product, *others: honest(energy, -product, *others),
+    )
+
+
+def forget_the_factor_two(patch: pytest.MonkeyPatch) -> None:
+    honest = reference._patch_distances
+    patch.setattr(reference, "_patch_distances", lambda *given: 2 * honest(*given))
+
+
+def forget_a_displacement(patch: pytest.MonkeyPatch) -> None:
+    honest = reference._alignments
+    patch.setattr(reference, "_alignments", lambda *given: honest(*given)[:-1])
+
+
+def forget_to_rescale(patch: pytest.MonkeyPatch) -> None:
+    """Merge masses without regard to their maxima."""
+
+    def careless(total, part, images, rows, columns):
+        total.maximum[images, rows, columns] = part.maximum
+        total.mass[images, rows, columns] += part.mass
+        total.centre[images, :, rows, columns] += part.centre
+
+    patch.setattr(reference, "merge_into", careless)
+
+
+def reverse_the_shifts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.Tensor, "conj", lambda tensor: tensor)
+
+
+MUTANTS = [
+    pytest.param(drop_the_border_mask, "ELS", "zeros", id="border-mask-dropped"),
+    pytest.param(flip_the_shift, "ELS", "circular", id="shift-flipped"),
+    pytest.param(flip_the_sign, "IS", "zeros", id="sign-flipped"),
+    pytest.param(forget_the_factor_two, "LS", "zeros", id="factor-two-forgotten"),
+    pytest.param(forget_a_displacement, "ELS", "zeros", id="displacement-forgotten"),
+    pytest.param(forget_to_rescale, "ELS", "circular", id="rescaling-forgotten"),
+    pytest.param(reverse_the_shifts, "ES", "zeros", id="shifts-reversed"),
+]
+
+
+@pytest.mark.parametrize(("mutate", "kind", "boundary"), MUTANTS)
+def test_the_suite_can_fail(
+    mutate: object, kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong engine is rejected, and the same engine unharmed is not."""
+    question = geometry("17-images")
+    truth = truth_of(geometry, "17-images", kind, boundary)
+    machine = FLOAT64.machine(question.images, kind, boundary)
+    assert_matches(question.ask(machine, torch.float64, entropy=False), question, truth, FLOAT64)
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError, match=r"mean|log_evidence"):
+        assert_matches(
+            question.ask(machine, torch.float64, entropy=False), question, truth, FLOAT64
+        )
+
+
+def test_a_wrong_top_is_rejected() -> None:
+    question = geometry("17-images")
+    truth = truth_of(geometry, "17-images", "ELS", "zeros")
+    answer = question.ask(FLOAT64.machine(question.images, "ELS", "zeros"), torch.float64, top=TOP)
+    second_best = replace(answer, top_addresses=answer.top_addresses.flip(-1))
+    with pytest.raises(AssertionError, match="top"):
+        assert_matches(second_best, question, truth, FLOAT64)

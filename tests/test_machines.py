@@ -1,0 +1,209 @@
+"""The engine's entry: what is refused, and what derives from the posterior."""
+
+import builtins
+import logging
+import sys
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from els.engine import ScoreMachine
+from els.engine.reference import TorchBackend
+from els.index import PatchDatabase
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 3, 7, 5), dtype=np.uint8)
+DB = PatchDatabase.from_arrays(IMAGES, np.array([0, 1, 1, 4, 0, 1]))
+UNLABELLED = PatchDatabase.from_arrays(IMAGES)
+X = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 3, 7, 5), dtype=np.float32))
+GOOD = {"alpha": 0.8, "sigma": 0.6, "patch_size": 3}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> ScoreMachine:
+    """A machine whose backend must not be reached."""
+
+    def unreachable(*_: object) -> None:
+        raise AssertionError("the backend was called before the input was checked")
+
+    monkeypatch.setattr(TorchBackend, "state", unreachable)
+    return ScoreMachine(DB, backend="torch")
+
+
+def with_value(value: float) -> torch.Tensor:
+    x = X.clone()
+    x[1, 2, 3, 4] = value
+    return x
+
+
+BAD_QUERIES = [
+    pytest.param({"x": X[0]}, ValueError, r"\(3, 7, 5\).*\[B, 3, 7, 5\]", id="x-without-batch"),
+    pytest.param({"x": X[:, :1]}, ValueError, r"\(2, 1, 7, 5\)", id="x-wrong-channels"),
+    pytest.param({"x": X.mT}, ValueError, r"\(2, 3, 5, 7\)", id="x-transposed"),
+    pytest.param({"x": X[:0]}, ValueError, r"\(0, 3, 7, 5\).*B >= 1", id="x-empty-batch"),
+    pytest.param({"x": X.to(torch.uint8)}, TypeError, "torch.uint8; decode", id="x-uint8"),
+    pytest.param({"x": X.to(torch.complex64)}, TypeError, "complex64", id="x-complex"),
+    pytest.param({"x": X.numpy()}, TypeError, "ndarray", id="x-numpy"),
+    pytest.param({"x": with_value(np.nan)}, ValueError, "1 values.*not finite", id="x-nan"),
+    pytest.param({"x": with_value(np.inf)}, ValueError, "1 values.*not finite", id="x-inf"),
+    pytest.param({"x": X.to("meta")}, ValueError, "meta.*cpu.*move x", id="x-elsewhere"),
+    pytest.param({"patch_size": 4}, ValueError, "patch_size=4 is even", id="patch-even"),
+    pytest.param({"patch_size": 7}, ValueError, "patch_size=7.*1 to 5", id="patch-oversized"),
+    pytest.param({"patch_size": -1}, ValueError, "patch_size=-1", id="patch-negative"),
+    pytest.param({"patch_size": None}, ValueError, "give patch_size", id="patch-missing"),
+    pytest.param({"patch_size": 3.0}, TypeError, "float", id="patch-float"),
+    pytest.param({"patch_size": True}, TypeError, "bool", id="patch-bool"),
+    pytest.param({"sigma": 0}, ValueError, "sigma=0.* > 0", id="sigma-zero"),
+    pytest.param({"sigma": -0.5}, ValueError, "sigma=-0.5", id="sigma-negative"),
+    pytest.param({"sigma": float("nan")}, ValueError, "sigma=nan", id="sigma-nan"),
+    pytest.param({"sigma": torch.tensor([0.5, 0.0])}, ValueError, "sigma", id="sigma-one-zero"),
+    pytest.param({"sigma": torch.ones(3)}, ValueError, r"\(3,\).*\[2\]", id="sigma-wrong-batch"),
+    pytest.param({"sigma": "low"}, TypeError, "sigma.*'low'", id="sigma-text"),
+    pytest.param({"sigma": None}, TypeError, "sigma.*None", id="sigma-none"),
+    pytest.param({"alpha": -0.1}, ValueError, "alpha=-0.1.*>= 0", id="alpha-negative"),
+    pytest.param({"alpha": float("inf")}, ValueError, "alpha=inf", id="alpha-infinite"),
+    pytest.param({"alpha": torch.ones(2, 1)}, ValueError, r"alpha.*\(2, 1\)", id="alpha-column"),
+    pytest.param({"alpha": 1j}, TypeError, "alpha.*1j", id="alpha-complex"),
+    pytest.param(
+        {"alpha": torch.ones(2, dtype=torch.complex64)}, TypeError, "alpha", id="alpha-complexes"
+    ),
+    pytest.param({"labels": 2}, ValueError, "no image has label 2.*0, 1, 4", id="class-empty"),
+    pytest.param({"labels": 9}, ValueError, "label 9", id="class-out-of-range"),
+    pytest.param({"labels": -1}, ValueError, "label -1", id="class-negative"),
+    pytest.param({"labels": torch.tensor([1, 9])}, ValueError, "label 9", id="class-one-bad"),
+    pytest.param({"labels": torch.tensor([1])}, ValueError, r"\(1,\).*\[2\]", id="labels-batch"),
+    pytest.param({"labels": 1.0}, TypeError, "float32", id="labels-float"),
+    pytest.param({"labels": True}, TypeError, "bool", id="labels-bool"),
+    pytest.param({"labels": "shoe"}, TypeError, "shoe", id="labels-text"),
+    pytest.param({"top": -1}, ValueError, "top=-1", id="top-negative"),
+    pytest.param({"top": 5000}, ValueError, "top=5000.*4096", id="top-too-many"),
+    pytest.param({"top": 1.5}, ValueError, "top=1.5", id="top-float"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_QUERIES)
+def test_bad_queries_are_refused_before_any_work(
+    machine: ScoreMachine, change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    arguments = {"x": X, **GOOD, **change}
+    with pytest.raises(error, match=message):
+        machine.posterior(arguments.pop("x"), **arguments)
+
+
+@pytest.mark.parametrize("method", ["score", "epsilon"])
+def test_score_and_epsilon_refuse_the_same(machine: ScoreMachine, method: str) -> None:
+    with pytest.raises(ValueError, match="patch_size=4 is even"):
+        getattr(machine, method)(X, alpha=0.8, sigma=0.6, patch_size=4)
+
+
+def test_labels_need_a_labelled_database() -> None:
+    with pytest.raises(ValueError, match="database has none; build it with labels"):
+        ScoreMachine(UNLABELLED, backend="torch").posterior(X, **GOOD, labels=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        pytest.param({"kind": "els"}, ValueError, "kind='els'.*IS, ES, LS, ELS", id="kind"),
+        pytest.param({"boundary": "reflect"}, ValueError, "boundary='reflect'", id="boundary"),
+        pytest.param({"backend": "cuda"}, ValueError, "backend='cuda'.*'torch'", id="backend"),
+        pytest.param({"threads": 0}, ValueError, "threads=0", id="threads-zero"),
+        pytest.param({"threads": 1.5}, ValueError, "threads=1.5", id="threads-float"),
+        pytest.param({"threads": True}, ValueError, "threads=True", id="threads-bool"),
+        pytest.param({"db": IMAGES}, TypeError, "ndarray.*PatchDatabase.open", id="db-array"),
+        pytest.param(
+            {"backend": "torch", "device": "nowhere"}, RuntimeError, "nowhere", id="device-unknown"
+        ),
+        pytest.param(
+            {"backend": "torch", "device": "cuda:99"},
+            RuntimeError,
+            "cuda:99.*use device='cpu'",
+            id="device-absent",
+        ),
+    ],
+)
+def test_bad_machines_are_refused(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ScoreMachine(**{"db": DB, **arguments})
+
+
+def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = builtins.__import__
+
+    def without_the_extension(name: str, *others: object) -> object:
+        if name == "els.engine.native":
+            raise ImportError("no extension")
+        return honest(name, *others)
+
+    monkeypatch.delitem(sys.modules, "els.engine.native", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without_the_extension)
+    with pytest.raises(ImportError, match="no extension"):
+        ScoreMachine(DB, backend="native")
+
+
+def test_auto_says_what_it_chose_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="els"):
+        machine = ScoreMachine(DB)
+    assert machine.backend.startswith(("native", "torch"))
+    assert machine.backend in caplog.text
+    assert machine.backend_reason in caplog.text
+    assert ScoreMachine(DB, backend="torch").backend_reason == "asked for by name"
+
+
+@pytest.mark.parametrize("kind", ["IS", "ES"])
+def test_whole_image_machines_need_no_patch_size(kind: str) -> None:
+    machine = ScoreMachine(DB, kind, backend="torch")
+    assert not machine.is_local
+    mean = machine.posterior(X, alpha=0.8, sigma=0.6).mean
+    assert torch.equal(mean, machine.posterior(X, **GOOD).mean)
+
+
+def test_score_and_epsilon_derive_from_the_mean() -> None:
+    machine = ScoreMachine(DB, backend="torch")
+    x = X.double()
+    alpha, sigma = torch.tensor([0.9, 0.1]), torch.tensor([0.4, 2.5])
+    score = machine.score(x, alpha=alpha, sigma=sigma, patch_size=3)
+    epsilon = machine.epsilon(x, alpha=alpha, sigma=sigma, patch_size=3)
+    for b in range(len(x)):
+        truth = oracle.posterior(
+            IMAGES,
+            x[b].numpy(),
+            alpha=alpha[b].item(),
+            sigma=sigma[b].item(),
+            kind="ELS",
+            boundary="zeros",
+            patch_size=3,
+        )
+        np.testing.assert_allclose(score[b], truth.score, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(epsilon[b], -truth.score * sigma[b].item(), rtol=1e-9, atol=1e-9)
+
+
+def test_numbers_and_tensors_mean_the_same() -> None:
+    """A Python float is a double: 0.3 rounded to float32 would show in a double's answer."""
+    machine = ScoreMachine(DB, backend="torch")
+    x = X.double()
+    by_number = machine.score(x, alpha=0.3, sigma=0.7, patch_size=3)
+    alpha, sigma = torch.tensor([[0.3, 0.3], [0.7, 0.7]], dtype=torch.float64)
+    by_tensor = machine.score(x, alpha=alpha, sigma=sigma, patch_size=3)
+    assert torch.equal(by_number, by_tensor)
+
+
+def test_entropy_and_top_come_on_request() -> None:
+    machine = ScoreMachine(DB, backend="torch")
+    bare = machine.posterior(X, **GOOD, entropy=False)
+    assert bare.effective_patches is None
+    assert bare.top_weights is None
+    assert bare.top_addresses is None
+    full = machine.posterior(X, **GOOD, top=2)
+    assert full.effective_patches.shape == (2, 7, 5)
+    assert full.top_weights.shape == full.top_addresses.shape == (2, 7, 5, 2)
+    assert torch.equal(full.mean, bare.mean)
+
+
+def test_a_query_that_requires_a_gradient_is_answered_without() -> None:
+    for kind in ("IS", "ES", "LS", "ELS"):
+        machine = ScoreMachine(DB, kind, backend="torch")
+        assert not machine.posterior(X.clone().requires_grad_(), **GOOD).mean.requires_grad
