@@ -1,0 +1,5 @@
+"""``python -m els.engine`` is the command line ``els``."""
+
+from els.engine.cli import main
+
+main()

@@ -1,0 +1,400 @@
+"""The command line ``els``: build a database, look at it, sample, explain.
+
+Results go to stdout; progress and errors to stderr. An expected failure is one message without a
+traceback and exit code 1; wrong usage is 2, Ctrl-C 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+# Torch and matplotlib take seconds to import: commands import what they use, help none of it.
+if TYPE_CHECKING:
+    from els.engine.explain import Explanation
+    from els.engine.runs import RunReport, StepProgress
+    from els.engine.sampler import StepState
+    from els.index import PatchDatabase
+
+_Arguments = ParamSpec("_Arguments")
+_MOST_LISTED = 8
+
+app = typer.Typer(
+    name="els",
+    help="Equivariant local score machines: images from training patches, with no training.",
+    epilog="A first run: els build embedded:fashion-mnist -o db, then "
+    "els sample db --sizes fashion-mnist-resnet -o run, then els explain run --sample 0",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+class _Machine(StrEnum):
+    IS = "IS"
+    ES = "ES"
+    LS = "LS"
+    ELS = "ELS"
+
+
+class _Boundary(StrEnum):
+    ZEROS = "zeros"
+    CIRCULAR = "circular"
+
+
+class _Schedule(StrEnum):
+    COSINE = "cosine"
+    LINEAR = "linear"
+    EXPONENTIAL = "exponential"
+
+
+class _Backend(StrEnum):
+    AUTO = "auto"
+    NATIVE = "native"
+    TORCH = "torch"
+
+
+def main() -> None:
+    """Run the command line; the console entry point ``els``."""
+    app()
+
+
+def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Turns expected failures into one message and an exit code."""
+
+    @wraps(command)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt as interruption:
+            _fail("stopped", interruption)
+            raise typer.Exit(130) from None
+        except (ValueError, RuntimeError, OSError) as error:
+            _fail(f"error: {error}", error)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _fail(message: str, error: BaseException) -> None:
+    typer.echo("\n".join([message, *getattr(error, "__notes__", [])]), err=True)
+
+
+@app.command(epilog="Example: els build photos.zip -o db --resize 32")
+@_reported
+def build(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder or zip of pictures (class subfolders become labels), an .npz, .npy or "
+            "idx file, hf:NAME, or embedded:fashion-mnist."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The database folder to make.")],
+    resize: Annotated[
+        int | None, typer.Option(help="Scale every picture to this height and width.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels of an .npy or idx SOURCE (.npy or idx).")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the database at --output.")
+    ] = False,
+) -> None:
+    """Build a patch database from images; streamed, whole or not at all."""
+    from els.index import PatchDatabase, open_source
+
+    images = open_source(source, labels=labels, resize=resize)
+    with _counting("images") as update:
+        db = PatchDatabase.build(images, path=output, overwrite=overwrite, progress=update)
+    _print(_described(db))
+
+
+@app.command(epilog="Example: els info db --verify")
+@_reported
+def info(
+    database: Annotated[Path, typer.Argument(help="The database folder.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything and check the content hash.")
+    ] = False,
+) -> None:
+    """Show what a patch database holds."""
+    from els.index import PatchDatabase
+
+    db = PatchDatabase.open(database)
+    _print(_described(db))
+    if verify:
+        with _counting("images") as update:
+            db.verify(progress=update)
+        typer.echo("verified: the content is what was built")
+
+
+@app.command(
+    epilog="Examples: els sample db --sizes fashion-mnist-resnet -o run; "
+    "els sample db --machine LS --sizes 5 --label 3 -n 4 -o threes; "
+    "els sample db --machine IS -o memorised"
+)
+@_reported
+def sample(
+    database: Annotated[Path, typer.Argument(help="The database folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder; may exist.")],
+    n: Annotated[int, typer.Option("-n", help="Number of samples; may grow later.")] = 16,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    machine: Annotated[
+        _Machine,
+        typer.Option(
+            case_sensitive=False,
+            help="IS: whole images. ES: their cyclic shifts. LS: patches from the same place. "
+            "ELS: patches from everywhere.",
+        ),
+    ] = _Machine.ELS,
+    boundary: Annotated[
+        _Boundary,
+        typer.Option(case_sensitive=False, help="What a patch reads beyond the border."),
+    ] = _Boundary.ZEROS,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Patch sizes, needed by LS and ELS: the name of a calibrated table "
+            "(fashion-mnist-resnet; a wrong name lists all), one odd number, a comma list or a "
+            ".json list with one per step, lowest noise first."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Sample i depends on this and on i alone.")] = 0,
+    label: Annotated[
+        int | None, typer.Option(help="Draw only on training images of this class.")
+    ] = None,
+    schedule: Annotated[
+        _Schedule, typer.Option(case_sensitive=False, help="Noise over time.")
+    ] = _Schedule.COSINE,
+    eta: Annotated[
+        float, typer.Option(help="0 (DDIM, deterministic) to 1 (fresh noise in every step).")
+    ] = 0.0,
+    trajectory: Annotated[
+        bool,
+        typer.Option("--trajectory", help="Keep x_t and the predicted x_0 of every step."),
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples at once; the images do not depend on it.")
+    ] = None,
+    backend: Annotated[
+        _Backend, typer.Option(case_sensitive=False, help="What computes.")
+    ] = _Backend.AUTO,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the native backend; one per core if not given.")
+    ] = None,
+) -> None:
+    """Sample images into a run folder; the same command goes on with an interrupted run.
+
+    Each finished sample is written at once (samples/*.png and *.npy), a grid.png at the end;
+    run.json holds every setting. With other settings an existing run is refused.
+    """
+    from els.engine import ScoreMachine
+    from els.engine.runs import sample_run
+    from els.engine.schedule import schedule_named
+    from els.index import PatchDatabase
+
+    db = PatchDatabase.open(database)
+    chosen = ScoreMachine(db, machine.value, boundary.value, backend.value, threads=threads)
+    typer.echo(f"backend: {chosen.backend}: {chosen.backend_reason}", err=True)
+    with _sampling(n, steps) as update:
+        report = sample_run(
+            chosen,
+            output,
+            n=n,
+            steps=steps,
+            patch_sizes=None if sizes is None else _patch_sizes(sizes),
+            seed=seed,
+            schedule=schedule_named(schedule.value),
+            eta=eta,
+            label=label,
+            trajectory=trajectory,
+            batch_size=batch_size,
+            progress=update,
+        )
+    _print_report(report, n)
+
+
+@app.command(epilog="Example: els explain run --sample 3 --step 8")
+@_reported
+def explain(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    sample: Annotated[int, typer.Option(help="Number of the sample, from 0.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The picture (.png, .pdf, .svg); by default in the run folder. "
+            "The data goes beside it, as .npz.",
+        ),
+    ] = None,
+    step: Annotated[
+        int, typer.Option(help="The step to look at closely: 1 is the last and cleanest.")
+    ] = 1,
+    top: Annotated[
+        int, typer.Option(help="Heaviest patches per pixel to count at that step.")
+    ] = 16,
+    database: Annotated[
+        Path | None, typer.Option("--db", help="Where the database is now, if it was moved.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the native backend; one per core if not given.")
+    ] = None,
+) -> None:
+    """Draw where a sample came from: which training patches, how many, from which images."""
+    from els.engine.explain import explain_run
+    from els.engine.mosaic import require_picture, write_explanation
+    from els.engine.runs import read_settings
+
+    picture = run / f"explain-{sample:06d}-step{step:02d}.png" if output is None else output
+    require_picture(picture)
+    with _stepping(read_settings(run).steps) as update:
+        explanation, db = explain_run(
+            run, sample, database=database, step=step, top=top, threads=threads, progress=update
+        )
+    data = write_explanation(explanation, db, picture)
+    _print_contributors(explanation, db)
+    typer.echo(f"picture: {picture}\ndata: {data}")
+
+
+def _patch_sizes(text: str) -> str | int | list[int]:
+    """What ``--sizes`` means: a table's name, one size, or a list, written out or in a file."""
+    if text.endswith(".json"):
+        listed = json.loads(Path(text).read_bytes())
+        if not isinstance(listed, list):
+            raise ValueError(f"{text} must hold a JSON list of sizes, such as [3, 3, 5]")
+        return listed
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        return text
+    return numbers if "," in text else numbers[0]
+
+
+def _described(db: PatchDatabase) -> Table:
+    channels, height, width = db.shape
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("images", f"{len(db):,}")
+    table.add_row("shape", f"{height} x {width}, {channels} channel{'s' * (channels > 1)}")
+    table.add_row("size", f"{db.size_bytes / 1e6:,.1f} MB")
+    table.add_row("content", db.content_hash)
+    table.add_row("path", str(db.path))
+    if db.labels is None:
+        table.add_row("classes", "none")
+        return table
+    counts = [int((db.labels == label).sum()) for label in range(db.num_classes)]
+    for label, count in enumerate(counts):
+        name = db.class_names[label] if db.class_names else ""
+        table.add_row("classes" if label == 0 else "", f"{label:3d}  {count:7,}  {name}")
+    return table
+
+
+def _print_report(report: RunReport, n: int) -> None:
+    typer.echo(f"{n} samples in {report.folder.path} ({report.computed} computed now)")
+    typer.echo(f"grid: {report.folder.grid}")
+    seconds = report.seconds_per_image_step()
+    if seconds is None:
+        return
+    typer.echo(f"seconds per image-step (median): {seconds:.4g}")
+    for size, of_size in report.seconds_by_patch_size().items():
+        if size is not None:
+            typer.echo(f"  patch size {size:3d}: {of_size:.4g}")
+
+
+def _print_contributors(explanation: Explanation, db: PatchDatabase) -> None:
+    table = Table("training image", "class", "share of the sample", box=None, pad_edge=False)
+    for contributor in explanation.contributors()[:_MOST_LISTED]:
+        label = None if db.labels is None else int(db.labels[contributor.image])
+        name = "" if label is None else str(label)
+        if label is not None and db.class_names is not None:
+            name = db.class_names[label]
+        table.add_row(str(contributor.image), name, f"{contributor.share:.1%}")
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    # A pipe has no width: as wide as needed, so that no cell is cut.
+    width = None if sys.stdout.isatty() else 200
+    Console(markup=False, highlight=False, width=width).print(table)
+
+
+@contextmanager
+def _bar(unit: str, *extra: TextColumn) -> Iterator[Progress]:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        *extra,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        yield progress
+
+
+@contextmanager
+def _counting(unit: str) -> Iterator[Callable[[int, int], None]]:
+    with _bar(unit) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def _sampling(n: int, steps: int) -> Iterator[Callable[[StepProgress], None]]:
+    speed = TextColumn("{task.fields[seconds]}")
+    with _bar("image-steps", speed) as progress:
+        task: TaskID | None = None
+
+        def update(done: StepProgress) -> None:
+            nonlocal task
+            if task is None:
+                # Earlier sessions' samples are not this one's work: the time left is for the rest.
+                total = (n - done.finished) * steps
+                task = progress.add_task("sampling", total=total, seconds="")
+            size = "" if done.patch_size is None else f", P {done.patch_size:2d}"
+            progress.update(
+                task,
+                advance=done.images,
+                description=f"step {steps - done.step + 1:2d}/{steps}{size}",
+                seconds=f"({done.seconds / done.images:.3f} s)",
+            )
+
+        yield update
+
+
+@contextmanager
+def _stepping(steps: int) -> Iterator[Callable[[StepState], None]]:
+    with _bar("steps") as progress:
+        task = progress.add_task("explaining", total=steps)
+
+        def update(_: StepState) -> None:
+            progress.advance(task)
+
+        yield update

@@ -1,0 +1,277 @@
+"""Where a sample came from: which training patches won, how many shared, which images gave most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from els.engine.machines import MAX_TOP, ScoreMachine
+from els.engine.posterior import Kind, LocalPosterior
+from els.engine.runs import RunError, RunFolder, read_settings
+from els.engine.sampler import SamplePlan, StepState, sample
+from els.index import PatchDatabase
+
+DEFAULT_TOP = 16
+
+# A grey level: rounding differs between processors by far less, another noise by far more.
+_SAME_SAMPLE = 1 / 127.5
+
+
+@dataclass(frozen=True)
+class Contributor:
+    """A training image that gave to a sample.
+
+    Attributes:
+        image: its number in the database.
+        share: of the sample: posterior weight of its patches, averaged over the pixels, 0 to 1.
+    """
+
+    image: int
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """The posteriors behind one sample, step by step from noise to clean (S steps).
+
+    Attributes:
+        index: the sample's number in its run.
+        kind: the machine.
+        values: the sample, float32 ``[C, H, W]``, nominally in [-1, 1].
+        step: the step that is looked at closely; steps count down to 1.
+        sigma: standard deviation of the noise, float64 ``[S]``.
+        patch_sizes: int64 ``[S]``; 0 for IS and ES, which compare whole images.
+        effective_patches: exp(entropy of the weights), float32 ``[S, H, W]``.
+        heaviest: image number and centre of every pixel's heaviest patch, ``(n, y, x)``, int64
+            ``[S, H, W, 3]``.
+        weights: at :attr:`step`, posterior weights of the k heaviest patches, best first, float32
+            ``[H, W, k]``.
+        sources: their image numbers, int64 ``[H, W, k]``; -1 where there are fewer than k.
+    """
+
+    index: int
+    kind: Kind
+    values: npt.NDArray[np.float32]
+    step: int
+    sigma: npt.NDArray[np.float64]
+    patch_sizes: npt.NDArray[np.int64]
+    effective_patches: npt.NDArray[np.float32]
+    heaviest: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    sources: npt.NDArray[np.int64]
+
+    @property
+    def row(self) -> int:
+        """Where :attr:`step` is in the arrays."""
+        return len(self.sigma) - self.step
+
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """``(dy, dx)`` from every pixel to the centre of its heaviest patch, ``[S, H, W, 2]``.
+
+        The shifts of ES are cyclic: of the two ways round, the shorter.
+        """
+        sides = np.array(self.values.shape[1:])
+        here = np.moveaxis(np.indices(self.values.shape[1:]), 0, -1)
+        offsets: npt.NDArray[np.int64] = self.heaviest[..., 1:] - here
+        if self.kind == "ES":
+            offsets = (offsets + sides // 2) % sides - sides // 2
+        return offsets
+
+    def contributors(self) -> tuple[Contributor, ...]:
+        """The training images among the heaviest patches at :attr:`step`, most given first.
+
+        Shares count the k heaviest patches of each pixel; what is missing to a sum of 1 is the
+        mass beyond them.
+        """
+        there = self.sources >= 0
+        numbers, places = np.unique(self.sources[there], return_inverse=True)
+        pixels = self.values[0].size
+        sums = np.bincount(places, self.weights[there]) / pixels
+        order = np.argsort(-sums, kind="stable")
+        return tuple(Contributor(int(numbers[i]), float(sums[i])) for i in order)
+
+
+def explain_sample(
+    machine: ScoreMachine,
+    plan: SamplePlan,
+    index: int,
+    *,
+    label: int | None = None,
+    step: int = 1,
+    top: int = DEFAULT_TOP,
+    progress: Callable[[StepState], None] | None = None,
+) -> Explanation:
+    """Draw one sample again and keep the posterior of every step.
+
+    Args:
+        machine: that drew it.
+        plan: how it was drawn.
+        index: its number.
+        label: the class that was drawn on.
+        step: to look at closely, 1 (the last, cleanest) to ``plan.steps``.
+        top: how many of the heaviest patches to keep per pixel at that step; 1 at the others.
+        progress: called after every step.
+
+    Raises:
+        ValueError: for a step or top out of range.
+    """
+    if not 1 <= step <= plan.steps:
+        raise ValueError(f"step={step} is out of range 1 (the last, cleanest) to {plan.steps}")
+    if not 1 <= top <= MAX_TOP:
+        raise ValueError(f"top={top} is out of range 1 to {MAX_TOP}")
+    recorder = _Recorder(machine, [top if i == step else 1 for i in range(plan.steps, 0, -1)])
+    states: list[StepState] = []
+
+    def observe(state: StepState) -> None:
+        states.append(state)
+        if progress is not None:
+            progress(state)
+
+    values = sample(
+        recorder,
+        steps=plan.steps,
+        patch_sizes=plan.patch_sizes,
+        seed=plan.seed,
+        schedule=plan.schedule,
+        eta=plan.eta,
+        labels=label,
+        callback=observe,
+        indices=[index],
+    )
+    answers = recorder.answers
+    close = answers[plan.steps - step]
+    addresses = close.addresses.numpy()
+    there = addresses >= 0
+    sources, _, _ = machine.db.locate(np.where(there, addresses, 0))
+    heaviest = torch.stack([answer.addresses[..., 0] for answer in answers]).numpy()
+    return Explanation(
+        index=index,
+        kind=machine.kind,
+        values=values[0].numpy(),
+        step=step,
+        sigma=np.array([state.sigma for state in states]),
+        patch_sizes=np.array([state.patch_size or 0 for state in states], dtype=np.int64),
+        effective_patches=torch.stack([answer.effective for answer in answers]).numpy(),
+        heaviest=np.stack(machine.db.locate(heaviest), axis=-1),
+        weights=close.weights.numpy(),
+        sources=np.where(there, sources, -1),
+    )
+
+
+def explain_run(
+    folder: str | Path,
+    index: int,
+    *,
+    database: str | Path | None = None,
+    step: int = 1,
+    top: int = DEFAULT_TOP,
+    threads: int | None = None,
+    progress: Callable[[StepState], None] | None = None,
+) -> tuple[Explanation, PatchDatabase]:
+    """Explain a finished sample of a run; see :func:`explain_sample`.
+
+    Args:
+        folder: of the run.
+        index: number of the sample.
+        database: where the run's database is now, if it was moved.
+        step: as in :func:`explain_sample`; so is what is not listed here.
+        top: see there.
+        threads: of the native backend.
+        progress: see there.
+
+    Returns:
+        The explanation, and the database that its image numbers refer to.
+
+    Raises:
+        RunError: if the sample is not there, the database is another one, or the sample cannot be
+            reproduced here.
+        DatabaseError: (a ValueError) if the database is not there any more.
+        ValueError: for an argument out of range.
+        RuntimeError: if the run's backend cannot run here.
+    """
+    settings = read_settings(folder)
+    stored = RunFolder(Path(folder)).load(index)
+    db = PatchDatabase.open(settings.database if database is None else database)
+    if db.content_hash != settings.content_hash:
+        raise RunError(
+            f"{db.path} is not the database of {folder}: its content hash is {db.content_hash}, "
+            f"the run's {settings.content_hash}; say where that one is now"
+        )
+    machine = ScoreMachine(
+        db, settings.machine, settings.boundary or "zeros", settings.backend, threads=threads
+    )
+    explanation = explain_sample(
+        machine,
+        settings.plan,
+        index,
+        label=settings.label,
+        step=step,
+        top=top,
+        progress=progress,
+    )
+    difference = float(np.abs(explanation.values - stored).mean())
+    if difference > _SAME_SAMPLE:
+        raise RunError(
+            f"sample {index} of {folder} came out differently (by {difference:.3f} on average): "
+            f"compare the versions in its run.json with those here (numpy {np.__version__}, "
+            f"torch {torch.__version__})"
+        )
+    return explanation, db
+
+
+class _Answer(NamedTuple):
+    """What is kept of one posterior."""
+
+    effective: Tensor
+    weights: Tensor
+    addresses: Tensor
+
+
+@final
+class _Recorder:
+    """A machine that asks more of every posterior than the sampler does, and keeps it.
+
+    Args:
+        machine: that is asked, about one image at a time.
+        tops: how many of the heaviest patches to ask for, one number per question.
+    """
+
+    def __init__(self, machine: ScoreMachine, tops: Sequence[int]) -> None:
+        self.db = machine.db
+        self.kind = machine.kind
+        self.is_local = machine.is_local
+        self.device = machine.device
+        self.answers: list[_Answer] = []
+        self._machine = machine
+        self._tops = tops
+
+    def posterior(
+        self,
+        x: Tensor,
+        *,
+        alpha: float | Tensor,
+        sigma: float | Tensor,
+        patch_size: int | None = None,
+        labels: int | Tensor | None = None,
+        entropy: bool = True,
+    ) -> LocalPosterior:
+        """The machine's answer; the entropy is always asked for."""
+        answer = self._machine.posterior(
+            x,
+            alpha=alpha,
+            sigma=sigma,
+            patch_size=patch_size,
+            labels=labels,
+            entropy=True,
+            top=self._tops[len(self.answers)],
+        )
+        kept = (answer.effective_patches, answer.top_weights, answer.top_addresses)
+        self.answers.append(_Answer(*(tensor[0].cpu() for tensor in kept if tensor is not None)))
+        return answer

@@ -1,0 +1,288 @@
+"""The sampler: DDIM (arXiv 2010.02502) over a score machine, reproducible sample by sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from els.engine.posterior import Kind, LocalPosterior
+from els.engine.schedule import PATCH_SIZES, Cosine, Schedule, patch_sizes_for
+from els.index import PatchDatabase
+
+DEFAULT_BATCH = 16
+
+
+class Denoiser(Protocol):
+    """What the sampler asks of a machine; :class:`~els.engine.ScoreMachine` answers it."""
+
+    @property
+    def db(self) -> PatchDatabase:
+        """The training images."""
+
+    @property
+    def kind(self) -> Kind:
+        """Which machine."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a patch size is needed."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where queries must live."""
+
+    def posterior(
+        self,
+        x: Tensor,
+        *,
+        alpha: float | Tensor,
+        sigma: float | Tensor,
+        patch_size: int | None = None,
+        labels: int | Tensor | None = None,
+        entropy: bool = True,
+    ) -> LocalPosterior:
+        """See :meth:`els.engine.ScoreMachine.posterior`."""
+
+
+@dataclass(frozen=True)
+class StepState:
+    """One sampling step of one batch; B images, pixels in [-1, 1] where clean.
+
+    Attributes:
+        step: counts down from ``steps`` (pure noise) to 1.
+        t: ``step / steps``.
+        alpha: signal scale of ``x_t``.
+        sigma: standard deviation of the noise in ``x_t``.
+        patch_size: what was compared; None for IS and ES.
+        indices: sample numbers of the batch, length B.
+        x_t: what the step started from, float64 on the CPU, ``[B, C, H, W]``.
+        predicted: posterior mean of the clean images, float64 on the CPU, ``[B, C, H, W]``.
+        x_next: what the step ended with; at step 1 the final images.
+    """
+
+    step: int
+    t: float
+    alpha: float
+    sigma: float
+    patch_size: int | None
+    indices: tuple[int, ...]
+    x_t: Tensor
+    predicted: Tensor
+    x_next: Tensor
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """Checked arguments of :func:`sample`; see there.
+
+    Attributes:
+        steps: number of steps.
+        patch_sizes: one per step, lowest noise first; None for IS and ES.
+        seed: of the run.
+        schedule: noise over time.
+        eta: 0 deterministic to 1 ancestral.
+    """
+
+    steps: int
+    patch_sizes: tuple[int, ...] | None
+    seed: int
+    schedule: Schedule
+    eta: float
+
+
+def plan_sampling(
+    machine: Denoiser,
+    *,
+    steps: int,
+    patch_sizes: str | int | Sequence[int] | None,
+    seed: int,
+    schedule: Schedule,
+    eta: float,
+) -> SamplePlan:
+    """Check the arguments of :func:`sample` against the machine, before any work.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: for a value out of range; the message says what would be right.
+    """
+    require_count("steps", steps, 1)
+    require_count("seed", seed, 0)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule must be a Schedule such as Cosine(), got {type(schedule).__name__}"
+        )
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta!r} must be from 0 (DDIM) to 1 (ancestral)")
+    sizes = _sizes_for_machine(machine, patch_sizes, steps)
+    return SamplePlan(int(steps), sizes, int(seed), schedule, float(eta))
+
+
+def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
+    """The standard normal noise that sample ``index`` of a run starts from, float64."""
+    return _noise(seed, index, 0, shape)
+
+
+def sample(
+    machine: Denoiser,
+    n: int = 16,
+    steps: int = 20,
+    patch_sizes: str | int | Sequence[int] | None = None,
+    seed: int = 0,
+    schedule: Schedule = Cosine(),  # noqa: B008 - frozen, so one instance can serve every call
+    eta: float = 0.0,
+    labels: int | Sequence[int] | Tensor | None = None,
+    callback: Callable[[StepState], None] | None = None,
+    batch_size: int | None = None,
+    indices: Sequence[int] | None = None,
+) -> Tensor:
+    """Draw images from a score machine by DDIM; no training anywhere.
+
+    Sample i depends on the seed and on i alone: not on n, the batch size, the order or
+    interruptions, to the last bit where the backend's results do not depend on the batch.
+
+    Args:
+        machine: a :class:`~els.engine.ScoreMachine`.
+        n: how many images: samples 0 to n - 1.
+        steps: number of steps; step i = steps..1 goes from t = i / steps to (i - 1) / steps.
+        patch_sizes: needed by LS and ELS: a calibrated table's name such as
+            ``"fashion-mnist-resnet"``, one odd size for all steps, or one per step, **lowest noise
+            first** (see :func:`~els.engine.schedule.patch_sizes_for`).
+        seed: of the run, >= 0.
+        schedule: noise over time.
+        eta: 0 (deterministic DDIM) to 1 (ancestral sampling).
+        labels: draw only on training images of this class: one for all, or one per sample.
+        callback: receives a :class:`StepState` after every step of every batch.
+        batch_size: how many images the machine sees at once; None for at most 16.
+        indices: the sample numbers to draw, instead of 0 to n - 1.
+
+    Returns:
+        Images in [-1, 1], float32 on the CPU, ``[n, C, H, W]``.
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: for a value out of range. Both are raised before any work.
+    """
+    plan = plan_sampling(
+        machine, steps=steps, patch_sizes=patch_sizes, seed=seed, schedule=schedule, eta=eta
+    )
+    chosen = _indices(n, indices)
+    labels_of = _labels(machine, labels, len(chosen))
+    size = DEFAULT_BATCH if batch_size is None else batch_size
+    require_count("batch_size", size, 1)
+    images = torch.empty(len(chosen), *machine.db.shape, dtype=torch.float32)
+    for start in range(0, len(chosen), size):
+        rows = slice(start, start + size)
+        label = None if labels_of is None else labels_of[rows]
+        for state in _ddim(machine, plan, chosen[rows], label):
+            if callback is not None:
+                callback(state)
+        images[rows] = state.x_next
+    return images
+
+
+def _ddim(
+    machine: Denoiser, plan: SamplePlan, indices: tuple[int, ...], labels: Tensor | None
+) -> Iterator[StepState]:
+    """DDIM for one batch (arXiv 2010.02502, equations 12 and 16), the trajectory in float64."""
+    shape = machine.db.shape
+    x = torch.stack([initial_noise(plan.seed, index, shape) for index in indices])
+    for step in range(plan.steps, 0, -1):
+        alpha, sigma = _scales(plan, step)
+        alpha_next, sigma_next = _scales(plan, step - 1)
+        size = None if plan.patch_sizes is None else plan.patch_sizes[step - 1]
+        query = x.to(machine.device, torch.float32)
+        clean = machine.posterior(
+            query, alpha=alpha, sigma=sigma, patch_size=size, labels=labels, entropy=False
+        ).mean.to("cpu", torch.float64)
+        eps = (x - alpha * clean) / sigma
+        fresh = plan.eta * sigma_next / sigma * _root(1 - (alpha / alpha_next) ** 2)
+        direction = _root(sigma_next**2 - fresh**2)
+        x_next = alpha_next * clean + direction * eps
+        if fresh > 0:
+            noise = [_noise(plan.seed, index, step, shape) for index in indices]
+            x_next += fresh * torch.stack(noise)
+        yield StepState(step, step / plan.steps, alpha, sigma, size, indices, x, clean, x_next)
+        x = x_next
+
+
+def _scales(plan: SamplePlan, step: int) -> tuple[float, float]:
+    """Alpha and sigma at t = step / steps; the end is clean, whatever the schedule leaves there."""
+    if step == 0:
+        return 1.0, 0.0
+    t = step / plan.steps
+    return plan.schedule.alpha(t), plan.schedule.sigma(t)
+
+
+def _root(square: float) -> float:
+    """The root of what is >= 0 in exact arithmetic, but may round to just below."""
+    return math.sqrt(max(0.0, square))
+
+
+def _noise(seed: int, index: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    """The stream of (seed, index, step): step 0 starts the trajectory, others are eta's noise."""
+    stream = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(index, step)))
+    return torch.from_numpy(np.random.Generator(stream).standard_normal(shape))
+
+
+def _sizes_for_machine(
+    machine: Denoiser, patch_sizes: str | int | Sequence[int] | None, steps: int
+) -> tuple[int, ...] | None:
+    if not machine.is_local:
+        return None
+    if patch_sizes is None:
+        raise ValueError(
+            f"{machine.kind} compares patches: give patch_sizes, one odd size, one per step "
+            f"(lowest noise first), or the name of a default: {', '.join(PATCH_SIZES)}"
+        )
+    sizes = patch_sizes_for(patch_sizes, steps)
+    side = min(machine.db.shape[1:])
+    if max(sizes) > side:
+        raise ValueError(
+            f"patch_sizes={patch_sizes!r} goes up to {max(sizes)}, but the images' shorter side "
+            f"is {side}; give sizes of at most {side}"
+        )
+    return sizes
+
+
+def _indices(n: int, indices: Sequence[int] | None) -> tuple[int, ...]:
+    if indices is None:
+        require_count("n", n, 1)
+        return tuple(range(n))
+    if len(indices) == 0:
+        raise ValueError("indices is empty; give at least one sample number, or None and n")
+    for index in indices:
+        require_count("indices", index, 0)
+    return tuple(int(index) for index in indices)
+
+
+def _labels(
+    machine: Denoiser, labels: int | Sequence[int] | Tensor | None, count: int
+) -> Tensor | None:
+    """One label per sample, int64 ``[count]``, each known to have training images."""
+    if labels is None:
+        return None
+    tensor = torch.as_tensor(labels)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {tensor.dtype}")
+    if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != count):
+        raise ValueError(
+            f"labels have shape {tuple(tensor.shape)}; give one int, or one per sample, [{count}]"
+        )
+    for label in sorted(set(tensor.flatten().tolist())):
+        machine.db.class_members(label)
+    return tensor.cpu().to(torch.int64).expand(count)
+
+
+def require_count(argument: str, value: object, least: int) -> None:
+    """Refuse what is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{argument} must be an integer, got {value!r}")
+    if int(value) < least:
+        raise ValueError(f"{argument}={value} must be at least {least}")

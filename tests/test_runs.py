@@ -1,0 +1,337 @@
+"""Run folders: killed, filled up, started twice, and the same images in the end."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from els.engine import ScoreMachine, sample
+from els.engine.runs import GRID_MOST, RunError, RunFolder, StepProgress, read_settings, sample_run
+from els.engine.schedule import Linear
+from els.index import PatchDatabase, encode
+
+RNG = np.random.default_rng(8)
+IMAGES = RNG.integers(0, 256, (6, 1, 6, 8), dtype=np.uint8)
+DB = PatchDatabase.from_arrays(IMAGES, [0, 1, 0, 1, 0, 1])
+OPTIONS = {"n": 5, "steps": 3, "patch_sizes": [1, 3, 5], "eta": 0.5, "batch_size": 2}
+
+
+@pytest.fixture
+def machine() -> ScoreMachine:
+    return ScoreMachine(DB, "ELS", "zeros", "torch")
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """What must not depend on how a run got there."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("run.json", ".lock")
+    }
+
+
+def test_a_run_holds_the_samples(machine: ScoreMachine, tmp_path: Path) -> None:
+    report = sample_run(machine, tmp_path / "deep" / "run", **OPTIONS)
+    run = report.folder
+    assert report.computed == 5
+    direct = sample(machine, n=5, steps=3, patch_sizes=[1, 3, 5], eta=0.5).numpy()
+    for index in range(5):
+        np.testing.assert_array_equal(run.load(index), direct[index])
+        with Image.open(run.picture(index)) as picture:
+            np.testing.assert_array_equal(np.asarray(picture), encode(direct[index])[0])
+    with Image.open(run.grid) as picture:
+        assert picture.width > 3 * 8
+    assert set(outputs(run.path)) == {"grid.png"} | {
+        f"samples/{index:06d}.{suffix}" for index in range(5) for suffix in ("npy", "png")
+    }
+
+
+def test_timings_are_per_image_and_by_patch_size(machine: ScoreMachine, tmp_path: Path) -> None:
+    seen: list[StepProgress] = []
+    report = sample_run(machine, tmp_path / "run", **OPTIONS, progress=seen.append)
+    assert tuple(seen) == report.steps
+    assert [step.images for step in seen] == [2] * 6 + [1] * 3
+    assert [step.finished for step in seen] == [0] * 3 + [2] * 3 + [4] * 3
+    assert list(report.seconds_by_patch_size()) == [1, 3, 5]
+    assert report.seconds_per_image_step() > 0
+    again = sample_run(machine, tmp_path / "run", **OPTIONS)
+    assert again.computed == 0
+    assert again.seconds_per_image_step() is None
+    assert again.seconds_by_patch_size() == {}
+
+
+def test_the_manifest_says_everything(machine: ScoreMachine, tmp_path: Path) -> None:
+    sample_run(machine, tmp_path / "run", **OPTIONS, schedule=Linear(), label=1, seed=2**65)
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["settings"] == {
+        "database": "(in memory)",
+        "content_hash": DB.content_hash,
+        "machine": "ELS",
+        "boundary": "zeros",
+        "backend": "torch",
+        "patch_sizes": [1, 3, 5],
+        "schedule": {"name": "linear", "rate_min": 0.1, "rate_max": 20.0},
+        "steps": 3,
+        "eta": 0.5,
+        "seed": 2**65,
+        "label": 1,
+        "trajectory": False,
+        "n": 5,
+    }
+    (session,) = manifest["sessions"]
+    assert session["backend"] == machine.backend
+    assert session["computed"] == 5
+    assert session["started"] <= session["finished"]
+    assert set(session["versions"]) == {"els-machine", "torch", "numpy", "python"}
+    settings = read_settings(tmp_path / "run")
+    assert settings.plan.schedule == Linear()
+    assert settings.plan.patch_sizes == (1, 3, 5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4], ids=lambda c: f"C{c}")
+def test_trajectories_are_kept(channels: int, tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (3, channels, 4, 5), dtype=np.uint8)
+    machine = ScoreMachine(PatchDatabase.from_arrays(images), "IS", backend="torch")
+    run = sample_run(machine, tmp_path / "run", n=2, steps=3, trajectory=True).folder
+    with np.load(run.trajectory(1, ".npz")) as arrays:
+        assert arrays["x_t"].shape == arrays["predicted"].shape == (3, channels, 4, 5)
+        np.testing.assert_array_equal(arrays["predicted"][-1], run.load(1))
+        assert arrays["t"].tolist() == [1.0, 2 / 3, 1 / 3]
+        np.testing.assert_allclose(arrays["alpha"] ** 2 + arrays["sigma"] ** 2, 1)
+    panels_per_tile = 1 if channels in (1, 3) else channels
+    with Image.open(run.trajectory(1, ".png")) as strip, Image.open(run.picture(1)) as picture:
+        assert strip.width / strip.height > panels_per_tile
+        assert picture.size == (5 * panels_per_tile, 4)
+        assert picture.mode == ("RGB" if channels == 3 else "L")
+
+
+def test_growing_goes_on(machine: ScoreMachine, tmp_path: Path) -> None:
+    sample_run(machine, tmp_path / "grown", **(OPTIONS | {"n": 2}))
+    assert sample_run(machine, tmp_path / "grown", **OPTIONS).computed == 3
+    sample_run(machine, tmp_path / "whole", **(OPTIONS | {"batch_size": None}))
+    assert outputs(tmp_path / "grown") == outputs(tmp_path / "whole")
+    assert read_settings(tmp_path / "grown").n == 5
+
+
+def test_a_grid_of_fewer_samples_never_stays(machine, tmp_path: Path, monkeypatch) -> None:
+    sample_run(machine, tmp_path / "grown", **(OPTIONS | {"n": 2}))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("els.engine.runs._write_grid", die)
+        with pytest.raises(KeyboardInterrupt):
+            sample_run(machine, tmp_path / "grown", **OPTIONS)
+    assert sample_run(machine, tmp_path / "grown", **OPTIONS).computed == 0
+    sample_run(machine, tmp_path / "whole", **OPTIONS)
+    assert outputs(tmp_path / "grown") == outputs(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("lost", ["grid.png", "samples/000003.png", "samples/000003.npy"])
+def test_what_is_missing_is_made_again(machine: ScoreMachine, tmp_path: Path, lost: str) -> None:
+    sample_run(machine, tmp_path, **OPTIONS)
+    before = outputs(tmp_path)
+    (tmp_path / lost).unlink()
+    assert sample_run(machine, tmp_path, **OPTIONS).computed == (0 if lost == "grid.png" else 1)
+    assert outputs(tmp_path) == before
+
+
+def test_leftovers_of_a_dead_writer_go(machine: ScoreMachine, tmp_path: Path) -> None:
+    sample_run(machine, tmp_path, **(OPTIONS | {"n": 2}))
+    before = set(outputs(tmp_path))
+    for place in (tmp_path, tmp_path / "samples"):
+        (place / ".els-0123456789ab.partial").write_bytes(b"half")
+    sample_run(machine, tmp_path, **(OPTIONS | {"n": 3}))
+    assert set(outputs(tmp_path)) - before == {"samples/000002.npy", "samples/000002.png"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param({"steps": 1, "patch_sizes": 3}, "steps is 3 there, 1 here", id="steps"),
+        pytest.param({"patch_sizes": 3}, "patch_sizes is 1 3 5 there, 3 3 3 here", id="sizes"),
+        pytest.param({"seed": 1}, "seed is 0 there, 1 here", id="seed"),
+        pytest.param({"eta": 0.0}, r"eta is 0\.5 there, 0\.0 here", id="eta"),
+        pytest.param({"label": 0}, "label is None there, 0 here", id="label"),
+        pytest.param({"schedule": Linear()}, "schedule is .*cosine.* there", id="schedule"),
+        pytest.param({"trajectory": True}, "trajectory is False there", id="trajectory"),
+        pytest.param({"n": 4}, "n is 5 there, 4 here .*grow", id="fewer"),
+        pytest.param({"seed": 1, "eta": 0.0}, "eta is .*; seed is", id="two"),
+    ],
+)
+def test_other_settings_are_refused(machine, tmp_path: Path, change, words: str) -> None:
+    sample_run(machine, tmp_path, **OPTIONS)
+    before = outputs(tmp_path)
+    with pytest.raises(RunError, match=words):
+        sample_run(machine, tmp_path, **(OPTIONS | change))
+    assert outputs(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        pytest.param(ScoreMachine(DB, "LS", "zeros", "torch"), "machine is ELS", id="kind"),
+        pytest.param(ScoreMachine(DB, "ELS", "circular", "torch"), "boundary is", id="boundary"),
+        pytest.param(
+            ScoreMachine(PatchDatabase.from_arrays(IMAGES[::-1].copy()), "ELS", "zeros", "torch"),
+            "content_hash is",
+            id="database",
+        ),
+    ],
+)
+def test_other_machines_are_refused(machine, tmp_path: Path, other, words: str) -> None:
+    sample_run(machine, tmp_path, **OPTIONS)
+    with pytest.raises(RunError, match=words):
+        sample_run(other, tmp_path, **OPTIONS)
+
+
+def test_a_boundary_does_not_matter_to_whole_images(tmp_path: Path) -> None:
+    for boundary in ("zeros", "circular"):
+        sample_run(ScoreMachine(DB, "IS", boundary, "torch"), tmp_path, n=1, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        pytest.param("notes.txt", b"mine", "not empty", id="foreign-folder"),
+        pytest.param("run.json", b"{", "not JSON", id="cut"),
+        pytest.param("run.json", b"[]", "format", id="foreign-json"),
+        pytest.param("run.json", b'{"format": "els-run", "version": 9}', "version 9", id="newer"),
+        pytest.param("run.json", b'{"format": "els-run", "version": 1}', "sessions", id="empty"),
+        pytest.param(
+            "run.json",
+            b'{"format": "els-run", "version": 1, "sessions": [], "settings": {"n": 3}}',
+            "settings are not ours",
+            id="settings",
+        ),
+    ],
+)
+def test_other_folders_are_refused(machine, tmp_path: Path, name, content, words) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RunError, match=words):
+        sample_run(machine, tmp_path, **OPTIONS)
+    assert (tmp_path / name).read_bytes() == content
+
+
+def test_wrong_arguments_leave_no_folder(machine: ScoreMachine, tmp_path: Path) -> None:
+    for wrong in ({"n": 0}, {"patch_sizes": 7}, {"label": 9}, {"batch_size": 0}, {"eta": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            sample_run(machine, tmp_path / "run", **(OPTIONS | wrong))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_in_the_way_is_refused(machine: ScoreMachine, tmp_path: Path) -> None:
+    (tmp_path / "run").write_bytes(b"")
+    with pytest.raises(RunError, match="is a file"):
+        sample_run(machine, tmp_path / "run", **OPTIONS)
+
+
+def test_a_missing_or_damaged_sample_says_so(machine: ScoreMachine, tmp_path: Path) -> None:
+    run = sample_run(machine, tmp_path, **OPTIONS).folder
+    with pytest.raises(RunError, match="sample 5"):
+        run.load(5)
+    run.values(1).write_bytes(b"\x93NUMPY")
+    with pytest.raises(RunError, match="damaged"):
+        run.load(1)
+    with pytest.raises(RunError, match=r"no run\.json"):
+        read_settings(tmp_path / "samples")
+
+
+def test_a_second_writer_is_refused(machine: ScoreMachine, tmp_path: Path) -> None:
+    def start_again(_: StepProgress) -> None:
+        with pytest.raises(RunError, match="another process"):
+            sample_run(machine, tmp_path, **OPTIONS)
+
+    assert sample_run(machine, tmp_path, **OPTIONS, progress=start_again).computed == 5
+
+
+@pytest.mark.parametrize("writes", [0, 1, 3, 8, 21], ids=lambda writes: f"after-{writes}")
+def test_a_full_disk_loses_nothing(machine, tmp_path: Path, monkeypatch, writes: int) -> None:
+    sample_run(machine, tmp_path / "whole", **OPTIONS)
+    left, sync = writes, os.fsync
+
+    def fsync(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    run = RunFolder(tmp_path / "full")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="no room to write") as caught:
+            sample_run(machine, run.path, **OPTIONS)
+    finished = sum(run.is_finished(index) for index in range(5))
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"{finished} of 5 samples are finished and safe")
+    assert not list(run.path.rglob("*.partial"))
+    assert sample_run(machine, run.path, **OPTIONS).computed == 5 - finished
+    assert outputs(run.path) == outputs(tmp_path / "whole")
+
+
+def test_ctrl_c_says_how_to_go_on(machine: ScoreMachine, tmp_path: Path) -> None:
+    def stop(progress: StepProgress) -> None:
+        if progress.finished == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sample_run(machine, tmp_path, **OPTIONS, progress=stop)
+    assert caught.value.__notes__[0].startswith("2 of 5 samples")
+    assert sample_run(machine, tmp_path, **OPTIONS).computed == 3
+
+
+def test_large_grids_stop_somewhere(tmp_path: Path) -> None:
+    tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "IS", backend="torch")
+    run = RunFolder(tmp_path)
+    sample_run(tiny, tmp_path, n=1, steps=1)
+    for index in range(1, GRID_MOST + 1):
+        run.values(index).write_bytes(run.values(0).read_bytes())
+        run.picture(index).write_bytes(run.picture(0).read_bytes())
+    sample_run(tiny, tmp_path, n=GRID_MOST + 1, steps=1, batch_size=512)
+    with Image.open(run.grid) as picture:
+        assert picture.width == picture.height
+
+
+def test_killed_again_and_again_the_run_is_the_same(tmp_path: Path) -> None:
+    PatchDatabase.build(IMAGES, path=tmp_path / "db")
+    count, chance = 120, random.Random(3)
+    run = RunFolder(tmp_path / "killed")
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        arguments = f"-n {count} --steps 3 --sizes 3 --eta 1 --batch-size 3 --trajectory"
+        command = [sys.executable, "-m", "els.engine", "sample", tmp_path / "db", "-o", folder]
+        return subprocess.Popen(
+            [*command, *arguments.split()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    killed = 0
+    for kill in range(6):
+        process = start(run.path)
+        # In the midst of the work, wherever the machine's speed has brought it.
+        reached = chance.randrange(kill * count // 8, (kill + 2) * count // 8)
+        while process.poll() is None and not run.values(reached).exists():
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        for index in range(count):
+            if run.values(index).exists():
+                run.load(index)
+    assert killed >= 3
+    for folder in (run.path, tmp_path / "whole"):
+        process = start(folder)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    assert outputs(run.path) == outputs(tmp_path / "whole")
