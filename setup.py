@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
@@ -42,7 +43,7 @@ setup(
     name="els-machine",
     version="0.1.0",
     description="Exact and approximate equivariant local score (ELS) machines, fast",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE", "index/data/LICENSE-fashion-mnist"],
@@ -57,12 +58,20 @@ setup(
     },
     ext_modules=extensions,
     cmdclass={"build_ext": build_ext},
-    install_requires=["matplotlib>=3.8", "numpy>=1.26", "pillow>=10", "rich>=13", "torch>=2.6", "typer>=0.12"],
+    install_requires=[
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10",
+        "rich>=13",
+        "torch>=2.6",
+        "typer>=0.12",
+    ],
     extras_require={
         "cpu": ["faiss-cpu>=1.8"],
         "gpu": ["faiss-gpu-cu12>=1.8"],
         "hf": ["datasets>=3"],
         "dev": ["hypothesis", "mypy", "pytest", "pytest-benchmark", "ruff"],
+        "bench": ["faiss-cpu", "pykeops", "pytest-benchmark"],
     },
     entry_points={"console_scripts": ["els = els.engine.cli:main"]},
 )
