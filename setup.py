@@ -58,6 +58,7 @@ setup(
     },
     ext_modules=extensions,
     cmdclass={"build_ext": build_ext},
+    options={"build_ext": {"parallel": len(extensions)}},
     install_requires=[
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -70,7 +71,7 @@ setup(
         "cpu": ["faiss-cpu>=1.8"],
         "gpu": ["faiss-gpu-cu12>=1.8"],
         "hf": ["datasets>=3"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-benchmark", "ruff"],
+        "dev": ["clang-format", "hypothesis", "mypy", "pytest", "pytest-benchmark", "ruff"],
         "bench": ["faiss-cpu", "pykeops", "pytest-benchmark"],
     },
     entry_points={"console_scripts": ["els = els.engine.cli:main"]},

@@ -48,7 +48,7 @@ class NativeBackend:
                 f"instruction set {chosen!r} cannot run here; available: {', '.join(available)}"
             )
         self._kernel = _module(chosen)
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or _available_cores()
         self.name = f"native ({chosen}, {self._threads} threads)"
         self.device = torch.device("cpu")
 
@@ -124,6 +124,12 @@ def instruction_sets() -> tuple[str, ...]:
     """
     supported: list[str] = _module("baseline").instruction_sets()
     return tuple(name for name in supported if importlib.util.find_spec(_qualified(name)))
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _module(instruction_set: str) -> ModuleType:

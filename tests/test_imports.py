@@ -21,6 +21,7 @@ import sys
 for name in ("faiss", "triton"):
     sys.modules[name] = None
 import els.engine
+from els.engine import ScoreMachine, sample
 eager = {"matplotlib", "typer", "PIL", "rich", "datasets"} & set(sys.modules)
 assert not eager, eager
 """

@@ -50,10 +50,14 @@ void work(const els::Problem& problem, const std::vector<els::Sweep>& sweeps,
 void work_on_channels(const els::Problem& problem, const std::vector<els::Sweep>& sweeps,
                       std::atomic<std::int64_t>& next, std::atomic<bool>& cancelled) {
   switch (problem.channels) {
-    case 1: return work<1>(problem, sweeps, next, cancelled);
-    case 2: return work<2>(problem, sweeps, next, cancelled);
-    case 3: return work<3>(problem, sweeps, next, cancelled);
-    case 4: return work<4>(problem, sweeps, next, cancelled);
+    case 1:
+      return work<1>(problem, sweeps, next, cancelled);
+    case 2:
+      return work<2>(problem, sweeps, next, cancelled);
+    case 3:
+      return work<3>(problem, sweeps, next, cancelled);
+    case 4:
+      return work<4>(problem, sweeps, next, cancelled);
   }
   throw std::invalid_argument("images must have 1 to 4 channels");
 }

@@ -6,9 +6,10 @@
 // subtracting what left the window: a float32 running sum would keep the rounding of every
 // mismatch that it has passed over, which is fatal at small noise.
 //
-// All distances here are D' = log2(e) / (2 sigma^2) * ||x_patch - alpha * k_patch||^2 - offset, so the
-// logit to base 2 is -(D' + offset). The offset is a bias per pixel of the patch, about what true
-// noise contributes: D' stays near zero, and its rounding small, for the candidates that matter.
+// All distances here are D' = log2(e) / (2 sigma^2) * ||x_patch - alpha * k_patch||^2 - offset, so
+// the logit to base 2 is -(D' + offset). The offset is a bias per pixel of the patch, about what
+// true noise contributes: D' stays near zero, and its rounding small, for the candidates that
+// matter.
 #pragma once
 
 #include <algorithm>
@@ -95,7 +96,8 @@ inline void axis_range(const Problem& problem, int displacement, int length, int
   }
 }
 
-inline void add_sweep(const Problem& problem, std::vector<Sweep>& sweeps, int dy, int dx, int count) {
+inline void add_sweep(const Problem& problem, std::vector<Sweep>& sweeps, int dy, int dx,
+                      int count) {
   Sweep sweep{};
   sweep.dy = dy;
   sweep.dx = dx;
@@ -181,8 +183,7 @@ class TopList {
  private:
   bool before(double distance, std::int64_t address, int slot) const {
     return distance < distances_[slot] ||
-           (distance == distances_[slot] &&
-            (addresses_[slot] < 0 || address < addresses_[slot]));
+           (distance == distances_[slot] && (addresses_[slot] < 0 || address < addresses_[slot]));
   }
 
   int capacity_;
@@ -218,6 +219,7 @@ class Worker {
     lanes_.resize(static_cast<std::size_t>(problem.pixels()) * kSums);
     offset_.resize(problem.pixels());
     reference_.resize(problem.pixels());
+    sorted_.resize(problem.pixels());
     sums_.resize(static_cast<std::size_t>(problem.pixels()) * kSums);
   }
 
@@ -237,12 +239,15 @@ class Worker {
     const std::int64_t blocks = problem_.blocks();
     const std::int64_t begin = blocks * group / problem_.groups;
     const std::int64_t end = blocks * (group + 1) / problem_.groups;
-    std::size_t pending = 0;
+    std::size_t pending = 0, done = 0;
     for (std::int64_t block = begin; block < end; ++block) {
       load(block);
       for (const Sweep& sweep : sweeps_) {
         if (cancelled.load(std::memory_order_relaxed)) return;
         run_sweep(sweep);
+        // Soon after the start, while the nearest patches are still being found, then now and then.
+        ++done;
+        if ((done & (done - 1)) == 0 || done % 256 == 0) adapt_bias();
       }
       // Lanes are float32: they are emptied before their rounding could be seen.
       pending += sweeps_.size() * kMostDisplacements;
@@ -273,15 +278,10 @@ class Worker {
       power += value * value;
       largest = std::max(largest, std::abs(value));
     }
-    bias_ = static_cast<float>(std::min(0.5 * kLog2E * C, power / pixels));
-    for (int pixel = 0; pixel < pixels; ++pixel) {
-      offset_[pixel] = bias_ * static_cast<double>(inside(pixel / width, height)) *
-                       inside(pixel % width, width);
-    }
     largest_ = largest;
     typical_ = std::sqrt(power / (C * pixels));
     threshold_ = static_cast<float>(22.0 + std::log2(most_candidates(problem_)));
-    refine_above_ = refinement_limit();
+    set_bias(std::min(0.5 * kLog2E * C, power / pixels));
 
     const int rows = wraps_ ? 2 * height : height + 2 * radius_;
     for (int row = 0; row < rows; ++row) {
@@ -299,7 +299,42 @@ class Worker {
     }
   }
 
-  // How many of a patch's P coordinates along one axis are read from the image.
+  void set_bias(double bias) {
+    bias_ = static_cast<float>(bias);
+    for (int pixel = 0; pixel < problem_.pixels(); ++pixel) {
+      offset_[pixel] = static_cast<double>(bias_) * inside(pixel);
+    }
+    refine_beyond_ = refinement_limit();
+  }
+
+  // Far off the manifold the noise is not what sigma says: the bias follows the nearest patches.
+  void adapt_bias() {
+    constexpr float kClose = 32.0f;
+    const int pixels = problem_.pixels();
+    std::copy_n(reference_.data(), pixels, sorted_.data());
+    float* const middle = sorted_.data() + pixels / 2;
+    std::nth_element(sorted_.data(), middle, sorted_.data() + pixels);
+    if (*middle == kInfinity || std::abs(*middle) <= kClose) return;
+    const float old = bias_;
+    set_bias(std::max(0.0, old + *middle / area()));
+    const double change = static_cast<double>(bias_) - old;
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      if (reference_[pixel] == kInfinity) continue;
+      const double exact = reference_[pixel] - change * inside(pixel);
+      reference_[pixel] = static_cast<float>(exact);
+      rescale(pixel, reference_[pixel] - exact);
+    }
+    if (!problem_.circular) clear_border();
+  }
+
+  double area() const { return static_cast<double>(problem_.patch_size) * problem_.patch_size; }
+
+  // How many of the P * P coordinates of the patch around a pixel are read from the image.
+  int inside(int pixel) const {
+    return inside(pixel / problem_.width, problem_.height) *
+           inside(pixel % problem_.width, problem_.width);
+  }
+
   int inside(int coordinate, int length) const {
     if (problem_.circular) return problem_.patch_size;
     return std::min(coordinate + radius_, length - 1) - std::max(coordinate - radius_, 0) + 1;
@@ -308,15 +343,14 @@ class Worker {
   // Root-mean-square error of a float32 D', fitted to measurements on images (docs/performance.md):
   // the rounding of its sums, and that of the scaled coordinates it is made from.
   double float_error(double distance) const {
-    const double area = static_cast<double>(problem_.patch_size) * problem_.patch_size;
-    const double whole = std::max(0.0, distance + bias_ * area);
+    const double whole = std::max(0.0, distance + bias_ * area());
     return kUnit * (1.2 * std::abs(distance) + 1.2 * typical_ * std::sqrt(whole));
   }
 
-  // Above this D', float32 is not good enough, and candidates are measured again in float64.
+  // Beyond this |D'|, float32 is not good enough, and candidates are measured again in float64.
   float refinement_limit() const {
     constexpr double kTolerated = 1.5e-5;
-    if (float_error(0.0) > kTolerated) return -kInfinity;
+    if (float_error(0.0) > kTolerated) return -1.0f;
     double low = 0.0, high = kTolerated / kUnit;
     for (int i = 0; i < 60; ++i) {
       const double middle = 0.5 * (low + high);
@@ -327,10 +361,9 @@ class Worker {
 
   // A bound, not an estimate: no float32 D' is further than this from the true one.
   float float_slack(float distance) const {
-    const double area = static_cast<double>(problem_.patch_size) * problem_.patch_size;
-    const double total = std::abs(static_cast<double>(distance)) + bias_ * area;
-    return static_cast<float>(
-        kUnit * (4.0 * (problem_.patch_size + C) * total + 8.0 * largest_ * std::sqrt(total * area * C)));
+    const double total = std::abs(static_cast<double>(distance)) + bias_ * area();
+    return static_cast<float>(kUnit * (4.0 * (problem_.patch_size + C) * total +
+                                       8.0 * largest_ * std::sqrt(total * area() * C)));
   }
 
   void load(std::int64_t block) {
@@ -342,7 +375,8 @@ class Worker {
       const std::uint8_t* image =
           problem_.images + static_cast<std::size_t>(member_[lane]) * C * pixels;
       for (int c = 0; c < C; ++c) {
-        for (int i = 0; i < pixels; ++i) bytes_[(i * C + c) * kLanes + lane] = image[c * pixels + i];
+        for (int i = 0; i < pixels; ++i)
+          bytes_[(i * C + c) * kLanes + lane] = image[c * pixels + i];
       }
     }
     // Lanes without an image are put so far away that their weight is exactly zero.
@@ -451,9 +485,12 @@ class Worker {
   template <int kCount, Mode kMode>
   void add_rows(const Sweep& sweep, int row, int i, int rows) {
     switch (rows) {
-      case 1: return add_tile<kCount, kMode, 1>(sweep, row, i);
-      case 2: return add_tile<kCount, kMode, 2>(sweep, row, i);
-      case 3: return add_tile<kCount, kMode, 3>(sweep, row, i);
+      case 1:
+        return add_tile<kCount, kMode, 1>(sweep, row, i);
+      case 2:
+        return add_tile<kCount, kMode, 2>(sweep, row, i);
+      case 3:
+        return add_tile<kCount, kMode, 3>(sweep, row, i);
     }
   }
 
@@ -477,6 +514,9 @@ class Worker {
     const bool at_top = i == 0, at_bottom = i + kRows == patch;
     const bool fresh = kMode == kSuffixes ? at_bottom : at_top;
     const bool done = kMode == kSuffixes ? at_top : at_bottom;
+    // Where the image is hardly larger than the patch, most suffixes are longer than any window
+    // needs.
+    const int windows = sweep.last_row() - sweep.first_row();
     for (int column = 0; column < width; ++column) {
       Vec x[kRows][C];
       for (int j = 0; j < kRows; ++j) {
@@ -506,6 +546,7 @@ class Worker {
         if (kMode == kDifferences) {
           for (int t = 0; t < kCount; ++t) sum[t] = term[t];
         } else if (kMode == kSuffixes) {
+          if (i + j >= windows) continue;
           for (int t = 0; t < kCount; ++t) slot[t] = carry[t];
         } else {
           for (int t = 0; t < kCount; ++t) {
@@ -553,10 +594,15 @@ class Worker {
   template <int kCount>
   void sum_row(const Vec* terms, int columns, Vec* sums) {
     switch (problem_.patch_size) {
-      case 1: std::copy_n(terms, columns * kCount, sums); return;
-      case 3: return sum_windows<kCount, 3>(terms, columns, sums);
-      case 5: return sum_windows<kCount, 5>(terms, columns, sums);
-      default: return sum_windows<kCount, 0>(terms, columns, sums);
+      case 1:
+        std::copy_n(terms, columns * kCount, sums);
+        return;
+      case 3:
+        return sum_windows<kCount, 3>(terms, columns, sums);
+      case 5:
+        return sum_windows<kCount, 5>(terms, columns, sums);
+      default:
+        return sum_windows<kCount, 0>(terms, columns, sums);
     }
   }
 
@@ -613,10 +659,14 @@ class Worker {
   void accumulate_row(const Sweep& sweep, int row, int begin, int end) {
     if (kStride == 1) return accumulate_some<kStride, kTilted, 1>(sweep, row, begin);
     switch (end - begin) {
-      case 1: return accumulate_some<kStride, kTilted, 1>(sweep, row, begin);
-      case 2: return accumulate_some<kStride, kTilted, 2>(sweep, row, begin);
-      case 3: return accumulate_some<kStride, kTilted, 3>(sweep, row, begin);
-      case 4: return accumulate_some<kStride, kTilted, 4>(sweep, row, begin);
+      case 1:
+        return accumulate_some<kStride, kTilted, 1>(sweep, row, begin);
+      case 2:
+        return accumulate_some<kStride, kTilted, 2>(sweep, row, begin);
+      case 3:
+        return accumulate_some<kStride, kTilted, 3>(sweep, row, begin);
+      case 4:
+        return accumulate_some<kStride, kTilted, 4>(sweep, row, begin);
     }
   }
 
@@ -624,7 +674,8 @@ class Worker {
   void accumulate_some(const Sweep& sweep, int row, int begin) {
     const int columns = sweep.column_end - sweep.column_begin;
     const int y = (row + problem_.height) % problem_.height;
-    const Vec* k = image_row(row + sweep.dy + begin) + (sweep.column_begin + sweep.dx + image_pad_x_) * C;
+    const Vec* k =
+        image_row(row + sweep.dy + begin) + (sweep.column_begin + sweep.dx + image_pad_x_) * C;
     const Vec* distances = distances_.data() + begin;
     int pixel = y * problem_.width + (sweep.column_begin + problem_.width) % problem_.width;
     const int wrap = (y + 1) * problem_.width;
@@ -635,7 +686,7 @@ class Worker {
       const float reference = reference_[pixel];
       if (mask_less(nearest, splat(reference + threshold_)) == 0) continue;
       if (mask_less(nearest, splat(reference)) != 0) lower_reference(pixel, min_lane(nearest));
-      if (reference_[pixel] > refine_above_) {
+      if (std::abs(reference_[pixel]) > refine_beyond_) {
         accumulate_refined<kStride>(sweep, row, column, begin, begin + kCount, pixel);
         continue;
       }
@@ -658,12 +709,14 @@ class Worker {
     }
   }
 
-  // Moves a pixel's sums to a lower reference distance (a higher reference logit).
   void lower_reference(int pixel, float reference) {
     const float old = reference_[pixel];
     reference_[pixel] = reference;
-    if (old == kInfinity) return;
-    const double shift = static_cast<double>(reference) - old;
+    if (old != kInfinity) rescale(pixel, static_cast<double>(reference) - old);
+  }
+
+  // Moves a pixel's sums to a reference distance that is further by `shift`.
+  void rescale(int pixel, double shift) {
     const double scale = std::exp2(shift);
     Vec* lanes = lanes_.data() + static_cast<std::size_t>(pixel) * kSums;
     double* sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
@@ -683,10 +736,13 @@ class Worker {
       const Vec distances = distances_[column * kStride + t];
       const float limit = reference_[pixel] + threshold_ + float_slack(reference_[pixel]);
       const std::uint32_t mask = mask_less(distances, splat(limit));
+      if (mask == 0) continue;
+      const int v = sweep.column_begin + column;
+      double exact[kLanes];
+      exact_distances(row, v, sweep.dy + t, sweep.dx, exact);
       for (int lane = 0; lane < filled_; ++lane) {
         if ((mask >> lane & 1) == 0) continue;
-        const int v = sweep.column_begin + column;
-        const double distance = exact_distance(row, v, sweep.dy + t, sweep.dx, lane);
+        const double distance = exact[lane] - offset_[pixel];
         if (distance < reference_[pixel]) lower_reference(pixel, static_cast<float>(distance));
         const double exponent = static_cast<double>(reference_[pixel]) - distance;
         const double weight = std::exp2(exponent);
@@ -698,26 +754,35 @@ class Worker {
     }
   }
 
-  // D' from the definition, in float64.
-  double exact_distance(int row, int column, int dy, int dx, int lane) const {
+  // The whole distance to every image of the block from the definition, in float64.
+  void exact_distances(int row, int column, int dy, int dx, double (&distances)[kLanes]) const {
     const int r = radius_, height = problem_.height, width = problem_.width;
-    double sum = 0.0;
+    const double scale = alpha_ / 127.5;
+    double sums[kLanes] = {};
     for (int y = row - r; y <= row + r; ++y) {
       if (!problem_.circular && (y < 0 || y >= height)) continue;
-      const int query_y = (y + height) % height, image_y = (y + dy + height) % height;
+      const int query_y = wrapped(y, height), image_y = wrapped(y + dy, height);
       for (int v = column - r; v <= column + r; ++v) {
         if (!problem_.circular && (v < 0 || v >= width)) continue;
-        const int query_v = (v + width) % width, image_v = (v + dx + width) % width;
+        const float* x = x_ + query_y * width + wrapped(v, width);
+        const std::uint8_t* bytes =
+            bytes_.data() +
+            static_cast<std::size_t>(image_y * width + wrapped(v + dx, width)) * C * kLanes;
         for (int c = 0; c < C; ++c) {
-          const double value =
-              bytes_[(static_cast<std::size_t>(image_y * width + image_v) * C + c) * kLanes + lane];
-          const double difference = static_cast<double>(x_[(c * height + query_y) * width + query_v]) -
-                                    alpha_ * (value / 127.5 - 1.0);
-          sum += difference * difference;
+          const double shifted = static_cast<double>(x[c * problem_.pixels()]) + alpha_;
+          for (int lane = 0; lane < kLanes; ++lane) {
+            const double difference = shifted - scale * bytes[c * kLanes + lane];
+            sums[lane] += difference * difference;
+          }
         }
       }
     }
-    return precision_ * sum - offset_[(row + height) % height * width + (column + width) % width];
+    for (int lane = 0; lane < kLanes; ++lane) distances[lane] = precision_ * sums[lane];
+  }
+
+  static int wrapped(int coordinate, int length) {
+    if (coordinate < 0) return coordinate + length;
+    return coordinate < length ? coordinate : coordinate - length;
   }
 
   template <int kStride>
@@ -730,15 +795,16 @@ class Worker {
       TopList list(problem_.top, top_distances_ + pixel * problem_.top,
                    top_addresses_ + pixel * problem_.top);
       for (int t = begin; t < end; ++t) {
-        const float worst = static_cast<float>(list.worst());
+        const float worst = static_cast<float>(list.worst() - offset_[pixel]);
         const Vec limit = splat(worst == kInfinity ? worst : worst + float_slack(worst));
-        const std::uint32_t mask =
-            mask_less(distances_[column * kStride + t], limit);
+        const std::uint32_t mask = mask_less(distances_[column * kStride + t], limit);
         if (mask == 0) continue;
+        double exact[kLanes];
+        exact_distances(row, v, sweep.dy + t, sweep.dx, exact);
         for (int lane = 0; lane < filled_; ++lane) {
           if ((mask >> lane & 1) == 0) continue;
           const std::int64_t image_y = row + sweep.dy + t, image_v = v + sweep.dx;
-          list.insert(exact_distance(row, v, sweep.dy + t, sweep.dx, lane),
+          list.insert(exact[lane],
                       (member_[lane] * problem_.height + image_y) * problem_.width + image_v);
         }
       }
@@ -767,9 +833,7 @@ class Worker {
     }
     if (problem_.top > 0) {
       const std::size_t count = static_cast<std::size_t>(pixels) * problem_.top;
-      for (std::size_t i = 0; i < count; ++i) {
-        top_distances_[i] = -kLn2 * (top_distances_[i] + offset_[i / problem_.top]);
-      }
+      for (std::size_t i = 0; i < count; ++i) top_distances_[i] *= -kLn2;
     }
   }
 
@@ -783,7 +847,7 @@ class Worker {
   // The query of this task.
   const float* x_ = nullptr;
   double alpha_ = 0.0, precision_ = 0.0, image_scale_ = 0.0, largest_ = 0.0, typical_ = 0.0;
-  float bias_ = 0.0f, threshold_ = 0.0f, refine_above_ = 0.0f;
+  float bias_ = 0.0f, threshold_ = 0.0f, refine_beyond_ = 0.0f;
   Buffer<float> query_;    // scaled, padded, [rows][columns][C]
   Buffer<double> offset_;  // [H][W]: D' + offset is the whole distance
 
@@ -802,7 +866,7 @@ class Worker {
 
   // The state of every pixel: lanes in float32, emptied into float64 sums.
   Buffer<Vec> lanes_;
-  Buffer<float> reference_;
+  Buffer<float> reference_, sorted_;
   Buffer<double> sums_;
   double* top_distances_ = nullptr;
   std::int64_t* top_addresses_ = nullptr;

@@ -1,0 +1,200 @@
+"""Results and the tables made from them.
+
+``python -m els.bench.report record RAW.json bench/results/NAME.json`` keeps of a pytest-benchmark
+file what a reader needs; ``python -m els.bench.report tables`` writes the tables of the docs from
+the results, and with ``--check`` says whether they are up to date.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DOCUMENTS = ("docs/performance.md", "README.md")
+
+Case = dict[str, Any]
+Result = dict[str, Any]
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+
+@app.command()
+def record(raw: Path, output: Path) -> None:
+    """Keep the cases, medians and provenance of a pytest-benchmark file."""
+    measured = json.loads(raw.read_text())
+    machine = measured["machine_info"]
+    result = {
+        "processor": machine["cpu"]["brand_raw"],
+        "cores": machine["cpu"]["count"],
+        "python": machine["python_version"],
+        "versions": {name: metadata.version(name) for name in ("torch", "numpy")},
+        "commit": measured["commit_info"]["id"],
+        "dirty": measured["commit_info"]["dirty"],
+        "date": measured["datetime"][:10],
+        "unit": "seconds",
+        "cases": [
+            {
+                "test": case["name"].partition("[")[0],
+                "parameters": case["params"] or {},
+                "extra": case["extra_info"],
+                **{key: case["stats"][key] for key in ("rounds", "q1", "median", "q3")},
+            }
+            for case in measured["benchmarks"]
+        ],
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@app.command()
+def tables(
+    check: Annotated[bool, typer.Option("--check", help="Only compare; exit 1 if stale.")] = False,
+) -> None:
+    """Write the tables between the ``<!-- table NAME -->`` marks of the documents."""
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        written = with_tables(text)
+        if written != text:
+            stale.append(name)
+            if not check:
+                path.write_text(written, encoding="utf-8")
+    if check and stale:
+        typer.echo(f"stale tables in {', '.join(stale)}: python -m els.bench.report tables")
+        raise typer.Exit(1)
+
+
+def with_tables(text: str) -> str:
+    """The text with every marked table made anew."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
+        if start not in text:
+            continue
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = f"{before}{start}{make()}{end}{after}"
+    return text
+
+
+def pairs_table() -> str:
+    """Speed of the native kernel."""
+    result = _load("posterior-cpu")
+    chosen = [case for case in result["cases"] if case["test"] == "test_pairs"]
+    settings = sorted(
+        {tuple(case["parameters"][key] for key in ("data", "boundary", "batch")) for case in chosen}
+    )
+    sizes = sorted({case["parameters"]["patch_size"] for case in chosen})
+    rows = []
+    for data, boundary, batch in settings:
+        cells = []
+        for size in sizes:
+            speeds = [
+                _pairs_per_second(
+                    _find(
+                        chosen,
+                        data=data,
+                        boundary=boundary,
+                        batch=batch,
+                        threads=threads,
+                        patch_size=size,
+                    )
+                )
+                / 1e9
+                for threads in (1, 2)
+            ]
+            cells.append(" / ".join(f"{speed:.2f}" for speed in speeds))
+        shape = {"cifar": "CIFAR-10, 32 x 32 x 3", "fashion": "Fashion-MNIST, 28 x 28"}[data]
+        rows.append([shape, boundary, str(batch), *cells])
+    worst = max(case["extra"]["max_error"] for case in chosen)
+    header = ["images", "boundary", "batch", *(f"P = {size}" for size in sizes)]
+    note = f"Largest error of the mean in the gates of these cases: {worst:.1e}."
+    return _table(header, rows) + f"\n{note} {_provenance(result)}\n"
+
+
+def alternatives_table() -> str:
+    """How many times slower the alternatives are than the native kernel."""
+    result = _load("posterior-cpu")
+    chosen = [case for case in result["cases"] if case["test"] == "test_alternatives"]
+    sizes = sorted({case["parameters"]["patch_size"] for case in chosen})
+    methods = list(dict.fromkeys(case["parameters"]["method"] for case in chosen))
+    fastest = {size: _find(chosen, method="native", patch_size=size)["median"] for size in sizes}
+    rows = []
+    for method in methods:
+        medians = [_find(chosen, method=method, patch_size=size)["median"] for size in sizes]
+        if method == "native":
+            cells = [f"{1e3 * median:.3g} ms" for median in medians]
+        else:
+            ratios = zip(medians, sizes, strict=True)
+            cells = [f"{median / fastest[size]:.3g} x" for median, size in ratios]
+        rows.append([method, *cells])
+    header = ["method", *(f"P = {size}" for size in sizes)]
+    return _table(header, rows) + f"\n{_provenance(result)}\n"
+
+
+def sampling_table() -> str:
+    """Seconds per image-step on a whole data set."""
+    result = _load("scale-cpu")
+    case = next(case for case in result["cases"] if case["test"] == "test_sampling")
+    by_size = case["extra"]["seconds_by_patch_size"]
+    header = ["patch size", *by_size]
+    rows = [["seconds per image-step", *(f"{seconds:.2f}" for seconds in by_size.values())]]
+    return _table(header, rows) + f"\n{_provenance(result)}\n"
+
+
+def memory_table() -> str:
+    """Peak memory."""
+    result = _load("scale-cpu")
+    extra = next(case for case in result["cases"] if case["test"] == "test_scoring_memory")["extra"]
+    header = ["images", "as uint8", "peak of the process"]
+    sizes = [f"{extra[key] / 1e6:.0f} MB" for key in ("image_bytes", "peak_bytes")]
+    return _table(header, [[f"{extra['images']:,} CIFAR-10", *sizes]]) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "pairs": pairs_table,
+    "alternatives": alternatives_table,
+    "sampling": sampling_table,
+    "memory": memory_table,
+}
+
+
+def _load(name: str) -> Result:
+    result: Result = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def _find(cases: Iterable[Case], **parameters: object) -> Case:
+    return next(
+        case
+        for case in cases
+        if all(case["parameters"][key] == value for key, value in parameters.items())
+    )
+
+
+def _pairs_per_second(case: Case) -> float:
+    return float(case["extra"]["pairs"] / case["median"])
+
+
+def _provenance(result: Result) -> str:
+    dirty = ", with uncommitted changes" if result["dirty"] else ""
+    return (
+        f"Medians; {result['processor']}, {result['cores']} cores, torch "
+        f"{result['versions']['torch']}; commit {result['commit'][:10]}{dirty}, {result['date']}."
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    app()
