@@ -8,18 +8,16 @@ block of images has one thread, and blocks are merged in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial, reduce
-from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from els.engine.blocks import blocks, in_order
 from els.engine.posterior import (
     PosteriorQuery,
     PosteriorState,
@@ -27,17 +25,15 @@ from els.engine.posterior import (
     best,
     merge,
     merge_all,
+    stack,
 )
 
-# Temporary memory of one block of images; at most _MOST_WORKERS blocks are in work at a time.
+# Temporary memory of one block of images.
 _BLOCK_BYTES = 16 << 20
-_MOST_WORKERS = 8
 _MOST_IMAGES = 4096
 _EXACT_BITS = 53  # integers up to 2^53 are exact in float64
 _PIXEL_BITS = 8  # |2 v - 255| < 2^8
 _SMALLEST = 1e-200  # rows that are smaller are 0: their scale would overflow
-
-_Result = TypeVar("_Result")
 
 
 def ideal_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
@@ -51,7 +47,7 @@ def ideal_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> Posteri
     x = query.x.to(torch.float64).flatten(1)
     count = min(_MOST_IMAGES, _BLOCK_BYTES // (16 * x.shape[1]))
     block_state = partial(_ideal_block, images, query, x, _energy(x))
-    state = merge_all(_in_order(block_state, _blocks(query.members, count), x.device))
+    state = merge_all(in_order(block_state, blocks(query.members, count), x.device))
     if state.top is not None:
         # Every pixel's candidates are the same pixel of the heaviest images.
         pixel = torch.arange(height * width, device=x.device).reshape(height, width, 1)
@@ -77,9 +73,9 @@ def equivariant_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> P
     noisy = _noisy_spectra(x)
     count = _BLOCK_BYTES // (8 * (5 * x.shape[1] + 8) * x.shape[2] * x.shape[3])
     block_states = partial(_equivariant_block, images, query, noisy)
-    blocks = _in_order(block_states, _blocks(query.members, count), x.device)
-    states = reduce(lambda first, second: list(map(merge, first, second)), blocks)
-    return _everywhere(_concatenated(states), *x.shape[2:])
+    parts = in_order(block_states, blocks(query.members, count), x.device)
+    states = reduce(lambda first, second: list(map(merge, first, second)), parts)
+    return _everywhere(stack(states), *x.shape[2:])
 
 
 def _ideal_block(
@@ -209,23 +205,6 @@ def _top_shifts(logits: Tensor, numbers: Tensor, count: int) -> TopPatches:
     return best(values.unsqueeze(0), addresses.unsqueeze(0), count)
 
 
-def _concatenated(states: list[PosteriorState]) -> PosteriorState:
-    """One state of a batch from those of its images."""
-    tilts = [state.tilt for state in states if state.tilt is not None]
-    tops = [state.top for state in states if state.top is not None]
-    top = None
-    if tops:
-        logits = torch.cat([each.logits for each in tops])
-        top = TopPatches(logits, torch.cat([each.addresses for each in tops]))
-    return PosteriorState(
-        maximum=torch.cat([state.maximum for state in states]),
-        mass=torch.cat([state.mass for state in states]),
-        centre=torch.cat([state.centre for state in states]),
-        tilt=torch.cat(tilts) if tilts else None,
-        top=top,
-    )
-
-
 def _everywhere(state: PosteriorState, height: int, width: int) -> PosteriorState:
     """What all pixels share, ``[B, 1, 1]``, given to each of them."""
 
@@ -278,25 +257,3 @@ def _integers(
 ) -> Tensor:
     """Pixels as ``2 v - 255``, 255 times their clean value, float64 ``[n, C, H, W]``."""
     return torch.from_numpy(images[members]).to(device, torch.float64).mul_(2).sub_(255)
-
-
-def _blocks(members: npt.NDArray[np.int64], count: int) -> Iterator[npt.NDArray[np.int64]]:
-    size = max(1, count)
-    return (members[start : start + size] for start in range(0, len(members), size))
-
-
-def _in_order(
-    function: Callable[[npt.NDArray[np.int64]], _Result],
-    blocks: Iterator[npt.NDArray[np.int64]],
-    device: torch.device,
-) -> Iterator[_Result]:
-    """Results block after block, each computed by one thread."""
-    threads = torch.get_num_threads()
-    workers = min(threads, _MOST_WORKERS) if device.type == "cpu" else 1
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            while group := list(islice(blocks, workers)):
-                yield from pool.map(function, group)
-    finally:
-        # The workers' setting is their own, but also the default of threads to come.
-        torch.set_num_threads(threads)

@@ -364,10 +364,9 @@ def fields(answer: LocalPosterior) -> list[torch.Tensor]:
 def test_the_number_of_threads_does_not_show(
     backend: BackendUnderTest, kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not backend.is_native and kind in ("LS", "ELS"):
-        pytest.skip("torch promises this for whole images only")
     # Several blocks of images even for few images.
     monkeypatch.setattr(whole_image, "_BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", 1 << 20)
     question = make_question((3, 8, 9), 150, 5, alpha=[0.7] * 3, sigma=[2.0] * 3)
     answers = []
     threads_before = torch.get_num_threads()
