@@ -58,7 +58,6 @@ setup(
     },
     ext_modules=extensions,
     cmdclass={"build_ext": build_ext},
-    options={"build_ext": {"parallel": len(extensions)}},
     install_requires=[
         "matplotlib>=3.8",
         "numpy>=1.26",

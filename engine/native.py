@@ -25,6 +25,8 @@ from els.engine.whole_image import equivariant_state, ideal_state
 # Groups of image blocks have states of their own, merged in order. How many there are depends on
 # the database and the shape of one query, so that neither threads nor batches change any bit.
 _MOST_GROUPS = 32
+# Every group has to find the nearest patches anew before it can skip the others.
+_LEAST_BLOCKS = 4
 _STATES_BYTES = 64 << 20
 
 
@@ -62,7 +64,8 @@ class NativeBackend:
         _, channels, height, width = query.x.shape
         image_bytes = height * width * (8 * (3 + channels) + 16 * query.top)
         blocks = -(-len(query.members) // self._kernel.LANES)
-        groups = max(1, min(_STATES_BYTES // image_bytes, blocks, _MOST_GROUPS))
+        most = min(_STATES_BYTES // image_bytes, blocks // _LEAST_BLOCKS, _MOST_GROUPS)
+        groups = max(1, most)
         chunk = max(1, _STATES_BYTES // (groups * image_bytes))
         states = [
             self._chunk_state(images, query, slice(start, start + chunk), groups)

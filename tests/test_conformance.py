@@ -10,6 +10,8 @@ and that of a whole image, |x|^2 - 2 alpha x.k + alpha^2 |k|^2, to 16 ulp of its
 added to d. A log evidence is a number, not a difference: it has besides a relative error, and
 where pixels are subtracted in float32 with error e, one of e / sigma * sqrt(2 |logit| terms)
 (Cauchy-Schwarz: the differences of the heaviest candidates have the norm sigma sqrt(2 |logit|)).
+A reported weight is exp(logit - log evidence), of which the logit may be exact: it bears the error
+of the log evidence.
 """
 
 import math
@@ -161,7 +163,8 @@ def assert_matches(
             assert effective.min() >= 1 - 4 * rounding
             assert effective.max() <= candidates * (1 + 4 * rounding + relative.max())
         if answer.top_addresses is not None:
-            assert_top_matches(answer, b, truth, evidence_error, 2 * error + 4 * rounding)
+            weight_error = evidence_error + 2 * error + 4 * rounding
+            assert_top_matches(answer, b, truth, evidence_error, weight_error)
 
 
 def assert_within(

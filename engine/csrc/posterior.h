@@ -220,6 +220,7 @@ class Worker {
     offset_.resize(problem.pixels());
     reference_.resize(problem.pixels());
     sorted_.resize(problem.pixels());
+    refine_beyond_.resize(problem.pixels());
     sums_.resize(static_cast<std::size_t>(problem.pixels()) * kSums);
   }
 
@@ -228,6 +229,7 @@ class Worker {
     std::fill_n(reference_.data(), problem_.pixels(), kInfinity);
     std::fill_n(sums_.data(), problem_.pixels() * kSums, 0.0);
     std::fill_n(lanes_.data(), problem_.pixels() * kSums, Vec{});
+    adapt_limits();
     const std::size_t slot = static_cast<std::size_t>(group) * problem_.batch + query;
     if (problem_.top > 0) {
       const std::size_t count = static_cast<std::size_t>(problem_.pixels()) * problem_.top;
@@ -239,23 +241,23 @@ class Worker {
     const std::int64_t blocks = problem_.blocks();
     const std::int64_t begin = blocks * group / problem_.groups;
     const std::int64_t end = blocks * (group + 1) / problem_.groups;
-    std::size_t pending = 0, done = 0;
+    std::size_t done = 0;
     for (std::int64_t block = begin; block < end; ++block) {
       load(block);
       for (const Sweep& sweep : sweeps_) {
         if (cancelled.load(std::memory_order_relaxed)) return;
         run_sweep(sweep);
         // Soon after the start, while the nearest patches are still being found, then now and then.
+        // Lanes are float32: they are emptied before their rounding could be seen.
         ++done;
-        if ((done & (done - 1)) == 0 || done % 256 == 0) adapt_bias();
-      }
-      // Lanes are float32: they are emptied before their rounding could be seen.
-      pending += sweeps_.size() * kMostDisplacements;
-      if (pending >= 512 || block + 1 == end) {
-        flush();
-        pending = 0;
+        if ((done & (done - 1)) == 0 || done % 128 == 0) {
+          flush();
+          adapt_bias();
+          adapt_limits();
+        }
       }
     }
+    flush();
     finish(slot);
   }
 
@@ -304,7 +306,6 @@ class Worker {
     for (int pixel = 0; pixel < problem_.pixels(); ++pixel) {
       offset_[pixel] = static_cast<double>(bias_) * inside(pixel);
     }
-    refine_beyond_ = refinement_limit();
   }
 
   // Far off the manifold the noise is not what sigma says: the bias follows the nearest patches.
@@ -327,6 +328,15 @@ class Worker {
     if (!problem_.circular) clear_border();
   }
 
+  // Weights are at most 1, so the mass is at most the number of equal weights that would do as
+  // well.
+  void adapt_limits() {
+    for (int pixel = 0; pixel < problem_.pixels(); ++pixel) {
+      refine_beyond_[pixel] =
+          refinement_limit(sums_[static_cast<std::size_t>(pixel) * kSums + kMass]);
+    }
+  }
+
   double area() const { return static_cast<double>(problem_.patch_size) * problem_.patch_size; }
 
   // How many of the P * P coordinates of the patch around a pixel are read from the image.
@@ -340,23 +350,19 @@ class Worker {
     return std::min(coordinate + radius_, length - 1) - std::max(coordinate - radius_, 0) + 1;
   }
 
-  // Root-mean-square error of a float32 D', fitted to measurements on images (docs/performance.md):
-  // the rounding of its sums, and that of the scaled coordinates it is made from.
-  double float_error(double distance) const {
-    const double whole = std::max(0.0, distance + bias_ * area());
-    return kUnit * (1.2 * std::abs(distance) + 1.2 * typical_ * std::sqrt(whole));
-  }
-
-  // Beyond this |D'|, float32 is not good enough, and candidates are measured again in float64.
-  float refinement_limit() const {
-    constexpr double kTolerated = 1.5e-5;
-    if (float_error(0.0) > kTolerated) return -1.0f;
-    double low = 0.0, high = kTolerated / kUnit;
-    for (int i = 0; i < 60; ++i) {
-      const double middle = 0.5 * (low + high);
-      (float_error(middle) > kTolerated ? high : low) = middle;
-    }
-    return static_cast<float>(low);
+  // The |D'| beyond which float32 is not good enough, and candidates are measured again in float64.
+  // The root-mean-square error of a float32 D', fitted to measurements (docs/performance.md), is
+  // 2^-24 * (1.2 |D'| + 1.2 * typical * sqrt(D) + P * bias): of its own rounding, of the scaled
+  // coordinates, of the partial sums. Among n equal weights it averages out to a sqrt(n)-th part.
+  float refinement_limit(double equal_weights) const {
+    constexpr double kTolerated = 1e-5 / kUnit;
+    const double room =
+        kTolerated * std::sqrt(std::max(1.0, equal_weights)) - problem_.patch_size * bias_;
+    const double whole = bias_ * area();
+    const double square = typical_ * typical_ + 4.0 * (whole + room / 1.2);
+    if (square <= 0.0) return -1.0f;
+    const double root = 0.5 * (std::sqrt(square) - typical_);
+    return root <= 0.0 ? -1.0f : static_cast<float>(std::max(-1.0, root * root - whole));
   }
 
   // A bound, not an estimate: no float32 D' is further than this from the true one.
@@ -683,10 +689,16 @@ class Worker {
       if (pixel == wrap) pixel -= problem_.width;
       Vec nearest = distances[0];
       for (int t = 1; t < kCount; ++t) nearest = min(nearest, distances[t]);
+      if (reference_[pixel] == kInfinity) begin_pixel(pixel, min_lane(nearest));
       const float reference = reference_[pixel];
-      if (mask_less(nearest, splat(reference + threshold_)) == 0) continue;
-      if (mask_less(nearest, splat(reference)) != 0) lower_reference(pixel, min_lane(nearest));
-      if (std::abs(reference_[pixel]) > refine_beyond_) {
+      const bool coarse = std::abs(reference) > refine_beyond_[pixel];
+      const float limit = reference + threshold_ + (coarse ? float_slack(reference) : 0.0f);
+      if (mask_less(nearest, splat(limit)) == 0) continue;
+      // A coarse distance may be off by more than a double's exponent: it is no reference.
+      if (!coarse && mask_less(nearest, splat(reference)) != 0) {
+        lower_reference(pixel, min_lane(nearest));
+      }
+      if (std::abs(reference_[pixel]) > refine_beyond_[pixel]) {
         accumulate_refined<kStride>(sweep, row, column, begin, begin + kCount, pixel);
         continue;
       }
@@ -709,6 +721,11 @@ class Worker {
     }
   }
 
+  // A coarse first distance is no reference either: there the exact one is awaited.
+  void begin_pixel(int pixel, float distance) {
+    if (std::abs(distance) <= refine_beyond_[pixel]) reference_[pixel] = distance;
+  }
+
   void lower_reference(int pixel, float reference) {
     const float old = reference_[pixel];
     reference_[pixel] = reference;
@@ -718,6 +735,8 @@ class Worker {
   // Moves a pixel's sums to a reference distance that is further by `shift`.
   void rescale(int pixel, double shift) {
     const double scale = std::exp2(shift);
+    // A much nearer patch makes a broad posterior narrow.
+    if (scale < 0.5) refine_beyond_[pixel] = refinement_limit(1.0);
     Vec* lanes = lanes_.data() + static_cast<std::size_t>(pixel) * kSums;
     double* sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
     lanes[kTilt] += static_cast<float>(shift) * lanes[kMass];
@@ -847,7 +866,7 @@ class Worker {
   // The query of this task.
   const float* x_ = nullptr;
   double alpha_ = 0.0, precision_ = 0.0, image_scale_ = 0.0, largest_ = 0.0, typical_ = 0.0;
-  float bias_ = 0.0f, threshold_ = 0.0f, refine_beyond_ = 0.0f;
+  float bias_ = 0.0f, threshold_ = 0.0f;
   Buffer<float> query_;    // scaled, padded, [rows][columns][C]
   Buffer<double> offset_;  // [H][W]: D' + offset is the whole distance
 
@@ -867,6 +886,7 @@ class Worker {
   // The state of every pixel: lanes in float32, emptied into float64 sums.
   Buffer<Vec> lanes_;
   Buffer<float> reference_, sorted_;
+  Buffer<float> refine_beyond_;  // see refinement_limit
   Buffer<double> sums_;
   double* top_distances_ = nullptr;
   std::int64_t* top_addresses_ = nullptr;
