@@ -244,6 +244,7 @@ class Worker {
     std::size_t done = 0;
     for (std::int64_t block = begin; block < end; ++block) {
       load(block);
+      if (block == begin) find_references();
       for (const Sweep& sweep : sweeps_) {
         if (cancelled.load(std::memory_order_relaxed)) return;
         run_sweep(sweep);
@@ -305,6 +306,41 @@ class Worker {
     bias_ = static_cast<float>(bias);
     for (int pixel = 0; pixel < problem_.pixels(); ++pixel) {
       offset_[pixel] = static_cast<double>(bias_) * inside(pixel);
+    }
+  }
+
+  // A look at a few displacements, without weights: references, and with them the bias, start near
+  // where they will be, and hardly any pixel has to await its first exact distance.
+  void find_references() {
+    const int pixels = problem_.pixels();
+    for (int pixel = 0; pixel < pixels; ++pixel) nearest(pixel) = splat(kInfinity);
+    looking_ = true;
+    for (std::size_t i = 0; i < sweeps_.size(); ++i) {
+      // Border pixels have candidates in the sweeps without a shift only.
+      if (i % 8 == 0 || sweeps_[i].dx == 0) run_sweep(sweeps_[i]);
+    }
+    looking_ = false;
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      reference_[pixel] = min_lane(nearest(pixel));
+      nearest(pixel) = Vec{};
+    }
+    adapt_bias();
+    adapt_limits();
+    for (int pixel = 0; pixel < pixels; ++pixel) {
+      // A coarse distance may be off by more than a double's exponent: it is no reference.
+      if (std::abs(reference_[pixel]) > refine_beyond_[pixel]) reference_[pixel] = kInfinity;
+    }
+  }
+
+  Vec& nearest(int pixel) { return lanes_[static_cast<std::size_t>(pixel) * kSums]; }
+
+  template <int kStride>
+  void look(const Sweep& sweep, int row, int begin, int end) {
+    const int y = wrapped(row, problem_.height);
+    for (int column = 0; column < sweep.column_end - sweep.column_begin; ++column) {
+      Vec& least =
+          nearest(y * problem_.width + wrapped(sweep.column_begin + column, problem_.width));
+      for (int t = begin; t < end; ++t) least = min(least, distances_[column * kStride + t]);
     }
   }
 
@@ -653,6 +689,7 @@ class Worker {
   // Adds displacements begin..end of a query row to its pixels; distances are kStride apart.
   template <int kStride>
   void accumulate(const Sweep& sweep, int row, int begin, int end) {
+    if (looking_) return look<kStride>(sweep, row, begin, end);
     if (problem_.tilt != nullptr) {
       accumulate_row<kStride, true>(sweep, row, begin, end);
     } else {
@@ -689,12 +726,10 @@ class Worker {
       if (pixel == wrap) pixel -= problem_.width;
       Vec nearest = distances[0];
       for (int t = 1; t < kCount; ++t) nearest = min(nearest, distances[t]);
-      if (reference_[pixel] == kInfinity) begin_pixel(pixel, min_lane(nearest));
       const float reference = reference_[pixel];
       const bool coarse = std::abs(reference) > refine_beyond_[pixel];
       const float limit = reference + threshold_ + (coarse ? float_slack(reference) : 0.0f);
       if (mask_less(nearest, splat(limit)) == 0) continue;
-      // A coarse distance may be off by more than a double's exponent: it is no reference.
       if (!coarse && mask_less(nearest, splat(reference)) != 0) {
         lower_reference(pixel, min_lane(nearest));
       }
@@ -719,11 +754,6 @@ class Worker {
       if (kTilted) sums[kTilt] = tilt;
       for (int c = 0; c < C; ++c) sums[kCentre + c] = centre[c];
     }
-  }
-
-  // A coarse first distance is no reference either: there the exact one is awaited.
-  void begin_pixel(int pixel, float distance) {
-    if (std::abs(distance) <= refine_beyond_[pixel]) reference_[pixel] = distance;
   }
 
   void lower_reference(int pixel, float reference) {
@@ -882,6 +912,8 @@ class Worker {
   Buffer<Vec> vertical_;    // [row][column][displacement]: sums of P terms
   Buffer<Vec> row_suffix_;  // [P][displacement]
   Buffer<Vec> distances_;   // [column][displacement]
+
+  bool looking_ = false;
 
   // The state of every pixel: lanes in float32, emptied into float64 sums.
   Buffer<Vec> lanes_;
