@@ -121,7 +121,7 @@ def pairs_table() -> str:
 
 def alternatives_table() -> str:
     """How many times slower the alternatives are than the native kernel."""
-    result = _load("posterior-cpu")
+    result = _load("alternatives-cpu")
     chosen = [case for case in result["cases"] if case["test"] == "test_alternatives"]
     sizes = sorted({case["parameters"]["patch_size"] for case in chosen})
     methods = list(dict.fromkeys(case["parameters"]["method"] for case in chosen))
