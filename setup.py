@@ -68,9 +68,18 @@ setup(
     ],
     extras_require={
         "cpu": ["faiss-cpu>=1.8"],
-        "gpu": ["faiss-gpu-cu12>=1.8"],
+        "gpu": ["faiss-gpu-cu12>=1.8", "triton>=3.6"],
         "hf": ["datasets>=3"],
-        "dev": ["clang-format", "hypothesis", "mypy", "pytest", "pytest-benchmark", "ruff"],
+        "dev": [
+            "clang-format",
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-benchmark",
+            "ruff",
+            # To interpret and compile the GPU kernels; there are wheels for Linux only.
+            "triton>=3.6; sys_platform == 'linux'",
+        ],
         "bench": ["faiss-cpu", "pykeops", "pytest-benchmark"],
     },
     entry_points={"console_scripts": ["els = els.engine.cli:main"]},

@@ -12,7 +12,7 @@ import torch
 
 from els.engine.posterior import PosteriorQuery, PosteriorState
 
-BackendName: TypeAlias = Literal["auto", "native", "torch"]
+BackendName: TypeAlias = Literal["auto", "native", "torch", "triton"]
 
 logger = logging.getLogger("els")
 
@@ -37,10 +37,11 @@ class Backend(Protocol):
         """
 
 
-def choose(name: BackendName, *, threads: int | None, device: str) -> tuple[Backend, str]:
+def choose(name: BackendName, *, threads: int | None, device: str | None) -> tuple[Backend, str]:
     """The backend of that name, and why it was chosen.
 
-    A backend asked for by name runs or raises; only ``"auto"`` chooses.
+    A backend asked for by name runs or raises; only ``"auto"`` chooses: Triton where it and a CUDA
+    or ROCm device are there, else native, else torch.
 
     Raises:
         ValueError: for an unknown name.
@@ -50,20 +51,27 @@ def choose(name: BackendName, *, threads: int | None, device: str) -> tuple[Back
         case "native":
             return _native(threads), "asked for by name"
         case "torch":
-            return _torch(device), "asked for by name"
+            return _torch(device or "cpu"), "asked for by name"
+        case "triton":
+            return _triton(device), "asked for by name"
         case "auto":
             backend, reason = _choose_automatically(threads, device)
             logger.info("backend %s: %s", backend.name, reason)
             return backend, reason
-    raise ValueError(f"backend={name!r} is not known; choose 'auto', 'native' or 'torch'")
+    raise ValueError(f"backend={name!r} is not known; choose 'auto', 'native', 'torch' or 'triton'")
 
 
-def _choose_automatically(threads: int | None, device: str) -> tuple[Backend, str]:
-    if torch.device(device).type != "cpu":
-        return _torch(device), f"the queries live on {device}, where the native kernel cannot run"
+def _choose_automatically(threads: int | None, device: str | None) -> tuple[Backend, str]:
+    wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    has_triton = importlib.util.find_spec("triton") is not None
+    if wanted.type == "cuda" and torch.cuda.is_available() and has_triton:
+        return _triton(str(wanted)), "a GPU and Triton are there"
+    if wanted.type != "cpu" and device is not None:
+        missing = "" if has_triton else " (pip install 'els-machine[gpu]' for kernels of its own)"
+        return _torch(device), f"the queries live on {device}{missing}"
     if importlib.util.find_spec("els.engine._native_baseline") is None:
         reason = "the compiled extension is missing (no C++ compiler at installation)"
-        return _torch(device), f"{reason}; reinstall with one for a kernel 20 times faster"
+        return _torch("cpu"), f"{reason}; reinstall with one for a kernel 20 times faster"
     return _native(threads), "the compiled kernel is the fastest on a CPU"
 
 
@@ -77,3 +85,9 @@ def _torch(device: str) -> Backend:
     from els.engine.reference import TorchBackend
 
     return TorchBackend(device)
+
+
+def _triton(device: str | None) -> Backend:
+    from els.engine.gpu import TritonBackend
+
+    return TritonBackend(device)

@@ -70,6 +70,7 @@ class _Backend(StrEnum):
     AUTO = "auto"
     NATIVE = "native"
     TORCH = "torch"
+    TRITON = "triton"
 
 
 def main() -> None:
@@ -203,6 +204,10 @@ def sample(
     threads: Annotated[
         int | None, typer.Option(help="Threads of the native backend; one per core if not given.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where torch and triton compute, e.g. cuda:1; a GPU if there is one."),
+    ] = None,
 ) -> None:
     """Sample images into a run folder; the same command goes on with an interrupted run.
 
@@ -215,7 +220,9 @@ def sample(
     from els.index import PatchDatabase
 
     db = PatchDatabase.open(database)
-    chosen = ScoreMachine(db, machine.value, boundary.value, backend.value, threads=threads)
+    chosen = ScoreMachine(
+        db, machine.value, boundary.value, backend.value, threads=threads, device=device
+    )
     typer.echo(f"backend: {chosen.backend}: {chosen.backend_reason}", err=True)
     with _sampling(n, steps) as update:
         report = sample_run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import final, get_args
+from typing import cast, final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,12 @@ class ScoreMachine:
             local.
         boundary: ``"zeros"`` (with ELS: the boundary-broken machine) or ``"circular"``; it does not
             matter to IS and ES.
-        backend: ``"native"``, ``"torch"``, or ``"auto"``, which chooses (see ``backend_reason``).
+        backend: ``"native"``, ``"torch"``, ``"triton"``, or ``"auto"``, which chooses (see
+            ``backend_reason``).
         threads: threads of the native backend; None for one per core. Results do not depend on it.
-        device: where the torch backend computes and queries live, e.g. ``"cpu"``, ``"cuda"``.
+        device: where the torch and triton backends compute and queries live, e.g. ``"cpu"``,
+            ``"cuda:1"``; None for a GPU with ``"triton"`` and ``"auto"`` (if there is one), else
+            the CPU.
 
     Raises:
         TypeError: if ``db`` is not a :class:`PatchDatabase`.
@@ -54,7 +57,7 @@ class ScoreMachine:
         backend: BackendName = "auto",
         *,
         threads: int | None = None,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
         if not isinstance(db, PatchDatabase):
             raise TypeError(
@@ -74,6 +77,11 @@ class ScoreMachine:
     def backend(self) -> str:
         """The backend that computes, e.g. ``native (avx512, 2 threads)``."""
         return self._backend.name
+
+    @property
+    def backend_name(self) -> BackendName:
+        """What would choose this backend by name."""
+        return cast(BackendName, self.backend.partition(" ")[0])
 
     @property
     def device(self) -> torch.device:

@@ -68,7 +68,7 @@ class RunSettings:
         content_hash: of the database.
         machine: which score machine.
         boundary: of the machine; None for IS and ES, to which it does not matter.
-        backend: ``native`` or ``torch``: they agree to rounding, not to the bit.
+        backend: ``native``, ``torch`` or ``triton``: they agree to rounding, not to the bit.
         patch_sizes: one per step, lowest noise first; None for IS and ES.
         schedule: name and constants.
         steps: of the sampler.
@@ -461,7 +461,7 @@ def _settings(
         content_hash=db.content_hash,
         machine=machine.kind,
         boundary=machine.boundary if machine.is_local else None,
-        backend="native" if machine.backend.startswith("native") else "torch",
+        backend=machine.backend_name,
         patch_sizes=plan.patch_sizes,
         schedule=describe(plan.schedule),
         steps=plan.steps,

@@ -1,5 +1,7 @@
 """The backends that the conformance suite runs, and machines that use them."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -14,6 +16,9 @@ from els.engine.backends import Backend
 from els.engine.reference import TorchBackend
 from els.index import PatchDatabase
 
+# Without a GPU the Triton kernels are interpreted; the switch is read when they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # The tensors of tests are tiny: on a busy machine threads would mostly wait for each other.
 torch.set_num_threads(1)
 settings.register_profile("busy-machine", deadline=None)
@@ -30,7 +35,8 @@ class BackendUnderTest:
         logit_error: most error of the difference of two logits that carry weight.
         relative: most relative error of a log evidence.
         difference_error: most error of a difference of pixels, where it is not float64.
-        is_native: whether it counts its own threads.
+        has_threads: whether the number of threads could show.
+        is_interpreted: whether every operation of a kernel takes long.
     """
 
     make: Callable[[int], Backend]
@@ -38,7 +44,8 @@ class BackendUnderTest:
     logit_error: float
     relative: float
     difference_error: float = 0.0
-    is_native: bool = False
+    has_threads: bool = True
+    is_interpreted: bool = False
 
     def machine(
         self,
@@ -57,6 +64,28 @@ class BackendUnderTest:
 
 FLOAT32 = BackendUnderTest(lambda threads: TorchBackend("cpu"), torch.float32, 1e-5, 2e-6)
 FLOAT64 = replace(FLOAT32, dtype=torch.float64, logit_error=5e-10, relative=1e-13)
+# Decoding, times alpha, minus: three roundings of numbers below 2.
+DIFFERENCE_ERROR = 3 * 2.0**-24
+
+
+def triton_backend(threads: int) -> Backend:
+    """On the GPU as shipped; interpreted with few large tiles: every operation costs alike."""
+    from els.engine.gpu import TritonBackend
+    from els.triton_kernels.configurations import Configuration
+
+    large = Configuration(64, 32, together=2, warps=4, stages=1)
+    return TritonBackend(configuration=None if torch.cuda.is_available() else large)
+
+
+# Two float16 hold 22 bits of a distance, where a float32 has 24.
+TRITON = replace(
+    FLOAT32,
+    make=triton_backend,
+    logit_error=4e-5,
+    difference_error=DIFFERENCE_ERROR,
+    has_threads=False,
+    is_interpreted=not torch.cuda.is_available(),
+)
 
 
 def backends() -> Iterator[object]:
@@ -68,16 +97,16 @@ def backends() -> Iterator[object]:
         available = instruction_sets()
     except (ImportError, RuntimeError) as error:
         yield pytest.param(None, id="native", marks=pytest.mark.skip(reason=str(error)))
-        return
+        available = ()
     for name in available:
         native = replace(
             FLOAT32,
             make=lambda threads, name=name: NativeBackend(threads, name),
-            # Decoding, times alpha, minus: three roundings of numbers below 2.
-            difference_error=3 * 2.0**-24,
-            is_native=True,
+            difference_error=DIFFERENCE_ERROR,
         )
         yield pytest.param(native, id=f"native-{name}")
+    missing = [] if importlib.util.find_spec("triton") else [pytest.mark.skip(reason="no triton")]
+    yield pytest.param(TRITON, id="triton", marks=missing)
 
 
 @pytest.fixture(params=backends(), scope="session")

@@ -1,0 +1,338 @@
+"""The Triton kernels: tiles, shipped configurations, given candidates, streams, compilation.
+
+What every backend must answer is in test_conformance.py. Without a GPU all of this is interpreted.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import FLOAT64, TRITON, triton_backend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from test_conformance import (
+    LOCAL_MACHINES,
+    MACHINES,
+    assert_matches,
+    fields,
+    geometry,
+    make_question,
+    noise,
+)
+
+from els.engine import ScoreMachine, gpu
+from els.engine.gpu import TritonBackend
+from els.engine.posterior import PosteriorQuery
+from els.index import PatchDatabase
+
+if not importlib.util.find_spec("triton"):
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from els.triton_kernels import exact
+from els.triton_kernels.configurations import CANDIDATES, PRECISE
+from els.triton_kernels.queries import Queries
+from els.triton_kernels.tiles import AxisPlan, plan_axis
+from els.triton_kernels.truncated import truncated
+
+every_local_machine = pytest.mark.parametrize(("kind", "boundary"), LOCAL_MACHINES)
+
+
+def machine_with(backend: TritonBackend, images: NDArray[np.uint8], kind: str, boundary: str):
+    machine = ScoreMachine(PatchDatabase.from_arrays(images), kind, boundary, backend="torch")
+    machine._backend = backend
+    return machine
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(["LS", "ELS"]),
+    boundary=st.sampled_from(["zeros", "circular"]),
+    length=st.integers(1, 24),
+    radius=st.integers(0, 9),
+    block=st.sampled_from([4, 8, 16]),
+    chunks=st.integers(1, 4),
+)
+def test_tiles_hold_every_pair_once_with_its_window(
+    kind: str, boundary: str, length: int, radius: int, block: int, chunks: int
+) -> None:
+    patch_size = 2 * min(radius, (length - 1) // 2) + 1
+    plan = plan_axis(
+        equivariant=kind == "ELS",
+        circular=boundary == "circular",
+        length=length,
+        patch_size=patch_size,
+        block=block,
+        chunks=chunks,
+    )
+    if plan is None:
+        assert block * chunks < patch_size
+        return
+    expected = {
+        (y, row)
+        for y in range(length)
+        for row, _ in oracle.candidates(kind, boundary, length, length, patch_size, y, y)
+    }
+    found = [
+        (int(plan.pair_query[tile, i]), int(plan.pair_training[tile, i]))
+        for tile in range(plan.tiles)
+        for i in range(block)
+        if plan.pair_query[tile, i] >= 0
+    ]
+    assert sorted(found) == sorted(expected)
+    assert_windows(plan, boundary, length, patch_size)
+    listed = [divmod(int(pair), block) for pairs in plan.pairs_of for pair in pairs if pair >= 0]
+    assert len(listed) == len(set(listed)) == len(expected)
+
+
+def assert_windows(plan: AxisPlan, boundary: str, length: int, patch_size: int) -> None:
+    radius = patch_size // 2
+    for tile in range(plan.tiles):
+        for i, p in enumerate(plan.pair_query[tile]):
+            if p < 0:
+                continue
+            q = plan.pair_training[tile, i]
+            window = slice(plan.first[tile, i], plan.last[tile, i])
+            offsets = np.arange(-radius, radius + 1)
+            if boundary == "zeros":
+                offsets = offsets[(q + offsets >= 0) & (q + offsets < length)]
+            assert plan.training[tile, window].tolist() == ((q + offsets) % length).tolist()
+            assert plan.query[tile, window].tolist() == ((p + offsets) % length).tolist()
+            assert plan.terms[p] == len(offsets)
+
+
+@pytest.mark.parametrize("configuration", CANDIDATES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "boundary", "patch_size"),
+    [("ELS", "zeros", 3), ("LS", "circular", 9)],
+    ids=["short-windows", "long-windows"],
+)
+def test_every_configuration(configuration, kind: str, boundary: str, patch_size: int) -> None:
+    question = make_question(
+        (3, 10, 9), 3, patch_size, alpha=[0.8], sigma=[0.6 * patch_size], seed=7
+    )
+    machine = machine_with(
+        TritonBackend(configuration=configuration), question.images, kind, boundary
+    )
+    answer = question.ask(machine, torch.float32)
+    assert_matches(answer, question, question.expected(kind, boundary), TRITON)
+
+
+@every_local_machine
+def test_float64_kernels(kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take over where float32 does not know a distance; here, everywhere."""
+    monkeypatch.setattr(gpu, "_MOST_ERROR", 0.0)
+    question = make_question((2, 7, 6), 5, 3, alpha=[0.8] * 2, sigma=[0.1] * 2, seed=8)
+    machine = machine_with(TritonBackend(), question.images, kind, boundary)
+    answer = question.ask(machine, torch.float64)
+    # Sums inside a program are float32 even so.
+    assert_matches(
+        answer,
+        question,
+        question.expected(kind, boundary),
+        replace(FLOAT64, logit_error=1e-6, relative=1e-6),
+    )
+    assert machine._backend._plan(query_for(question, machine), torch.float64)[0] == PRECISE
+
+
+@every_local_machine
+def test_where_the_images_are_shows_in_no_bit(
+    kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = make_question((3, 6, 7), 11, 3, alpha=[0.7], sigma=[1.0], seed=9)
+    monkeypatch.setattr(gpu, "_BLOCK_BYTES", 4 * 4 * 6 * 7)
+    answers = []
+    for resident_bytes in (None, 0):
+        backend = triton_backend(1)
+        backend._images._resident_bytes = resident_bytes
+        machine = machine_with(backend, question.images, kind, boundary)
+        answers.append(question.ask(machine, torch.float32, top=3))
+        assert (backend._images._resident is None) == (resident_bytes == 0)
+    for first, second in zip(*map(fields, answers), strict=True):
+        assert torch.equal(first, second)
+    assert_matches(answers[0], question, question.expected(kind, boundary), TRITON)
+
+
+def test_tiles_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    question = make_question((1, 7, 8), 3, 3, alpha=[0.7] * 3, sigma=[1.0] * 3, seed=10)
+    monkeypatch.setattr(exact, "_QUERY_BYTES", 1)
+    monkeypatch.setattr(exact, "_BATCH_BYTES", 1)
+    machine = machine_with(
+        TritonBackend(configuration=CANDIDATES[3]), question.images, "ELS", "zeros"
+    )
+    answer = question.ask(machine, torch.float32)
+    assert_matches(answer, question, question.expected("ELS", "zeros"), TRITON)
+
+
+def test_repeated_calls_give_the_same_bits() -> None:
+    question = geometry("17-images")
+    machine = TRITON.machine(question.images, "ELS", "zeros")
+    answers = [question.ask(machine, torch.float32, top=5) for _ in range(2)]
+    for first, second in zip(*map(fields, answers), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("kind", "boundary"), MACHINES)
+@pytest.mark.parametrize("count", [1, 5, 200], ids="k{}".format)
+def test_given_candidates(kind: str, boundary: str, count: int) -> None:
+    """States and logits of a random choice of each pixel's candidates, some places free."""
+    question = make_question((3, 5, 6), 4, 3, alpha=[0.7, 0.9], sigma=[1.5, 0.7], seed=11)
+    rng = np.random.default_rng(count)
+    expected = question.expected(kind, boundary)
+    addresses = np.full((2, 30, count), -1)
+    for b, truth in enumerate(expected):
+        for (y, x), logits in truth.logits.items():
+            chosen = rng.permutation(list(logits))[: max(1, count - 1)]
+            addresses[b, y * 6 + x, rng.permutation(count)[: len(chosen)]] = chosen
+    device = triton_backend(1).device
+    queries = Queries.of(
+        torch.from_numpy(question.x).to(device),
+        torch.from_numpy(question.alpha),
+        torch.from_numpy(question.sigma),
+    )
+    totals, logits = truncated(
+        gpu._packed(torch.from_numpy(question.images).to(device)),
+        queries.x,
+        queries.slope,
+        torch.from_numpy(addresses).to(device),
+        height=5,
+        patch_size=None if kind in ("IS", "ES") else 3,
+        circular=boundary == "circular",
+    )
+    logits = np.log(2) * logits.cpu().numpy()
+    means = totals.centre / (127.5 * totals.mass.unsqueeze(1)) - 1
+    for b, truth in enumerate(expected):
+        for (y, x), of_pixel in truth.logits.items():
+            pixel = y * 6 + x
+            given = addresses[b, pixel]
+            kept = given[given >= 0]
+            wanted = np.array([of_pixel[address] for address in kept])
+            np.testing.assert_allclose(logits[b, pixel][given >= 0], wanted, rtol=1e-12)
+            assert (logits[b, pixel][given < 0] == -np.inf).all()
+            weights = np.exp(wanted - wanted.max())
+            n, place = np.divmod(kept, 30)
+            clean = question.images[n, :, place // 6, place % 6] / 127.5 - 1
+            mean = (weights[:, None] * clean).sum(0) / weights.sum()
+            np.testing.assert_allclose(means[b, :, pixel].cpu(), mean, atol=1e-12)
+            evidence = np.log(2) * (totals.maximum + totals.mass.log2())[b, pixel].item()
+            assert evidence == pytest.approx(wanted.max() + np.log(weights.sum()), rel=1e-12)
+            entropy = -(np.log(weights / weights.sum()) * weights / weights.sum()).sum()
+            mass, tilt = (values[b, pixel].item() for values in (totals.mass, totals.tilt))
+            assert np.log(mass) - np.log(2) * tilt / mass == pytest.approx(entropy, abs=1e-9)
+
+
+def test_no_candidate_at_all() -> None:
+    x = torch.zeros(1, 1, 4, device=triton_backend(1).device, dtype=torch.float64)
+    totals, logits = truncated(
+        torch.zeros(1, 4, dtype=torch.int32, device=x.device),
+        x,
+        x.new_ones(1),
+        torch.full((1, 4, 3), -1, device=x.device),
+        height=2,
+        patch_size=1,
+        circular=False,
+    )
+    assert (totals.mass == 0).all()
+    assert torch.isneginf(logits).all()
+
+
+@pytest.mark.parametrize("shade", [0, 77], ids=["black", "grey"])
+def test_top_k_among_thousands_of_equal_patches(
+    shade: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blank patches overflow the room for candidates; the lowest addresses must be found."""
+    monkeypatch.setattr(gpu, "_LEAST_ROOM", 1)
+    monkeypatch.setattr(gpu, "_ROOM", 1)
+    rng = np.random.default_rng(12)
+    images = np.full((24, 1, 6, 6), shade, dtype=np.uint8)
+    images[5:, :, 3:, 3:] = rng.integers(0, 256, (19, 1, 3, 3))
+    question = replace(
+        make_question((1, 6, 6), 24, 3, alpha=[0.9], sigma=[0.2], seed=13),
+        images=images,
+        x=(0.1 * rng.standard_normal((1, 1, 6, 6)) - 0.5).astype(np.float32),
+    )
+    answers = [
+        question.ask(backend.machine(images, "ELS", "zeros"), backend.dtype, top=7)
+        for backend in (TRITON, FLOAT64)
+    ]
+    assert torch.equal(answers[0].top_addresses, answers[1].top_addresses)
+
+
+@every_local_machine
+@pytest.mark.parametrize("sigma", [0.03, 0.3, 3.0])
+def test_the_error_of_distances_is_as_predicted(kind: str, boundary: str, sigma: float) -> None:
+    question = make_question((3, 9, 8), 1, 5, alpha=[0.9] * 4, sigma=[sigma] * 4, seed=15)
+    machine = TRITON.machine(question.images, kind, boundary)
+    query = query_for(question, machine)
+    backend = machine._backend
+    queries = Queries.of(query.x, query.alpha, query.sigma)
+    totals, plan = backend._accumulated(question.images, query, queries, torch.float32)
+    exact_totals, _ = backend._accumulated(question.images, query, queries, torch.float64)
+    predicted = queries.distance_error(-exact_totals.maximum, plan.terms)
+    known = -exact_totals.maximum < 1e4  # beyond, squares are cut
+    ratio = ((totals.maximum - exact_totals.maximum) / predicted)[known]
+    assert known.any()
+    assert ratio.square().mean().sqrt() < 1.0
+    assert ratio.abs().max() < gpu._SAFETY / 2
+
+
+def query_for(question, machine: ScoreMachine) -> PosteriorQuery:
+    return PosteriorQuery(
+        x=torch.from_numpy(question.x).to(machine.device),
+        alpha=torch.from_numpy(question.alpha),
+        sigma=torch.from_numpy(question.sigma),
+        kind=machine.kind,
+        boundary=machine.boundary,
+        patch_size=question.patch_size,
+        members=np.arange(len(question.images)),
+    )
+
+
+def test_half_precision_is_rounded_once() -> None:
+    question = noise(0.3)
+    half = torch.from_numpy(question.x).half()
+    rounded = replace(question, x=half.float().numpy())
+    machine = TRITON.machine(question.images, "LS", "zeros")
+    answer = rounded.ask(machine, torch.float16)
+    for b, truth in enumerate(rounded.expected("LS", "zeros")):
+        error = np.abs(answer.mean[b].float().numpy() - truth.mean).max()
+        assert error <= torch.finfo(torch.float16).eps
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    db = PatchDatabase.from_arrays(np.zeros((1, 1, 2, 2), np.uint8))
+    with pytest.raises(RuntimeError, match="kernels run on the CPU, not on cuda"):
+        ScoreMachine(db, backend="triton", device="cuda")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(RuntimeError, match=r"needs a CUDA or ROCm device.*backend='native'"):
+        ScoreMachine(db, backend="triton")
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    db = PatchDatabase.from_arrays(np.zeros((1, 1, 2, 2), np.uint8))
+    with pytest.raises(RuntimeError, match=r"pip install 'els-machine\[gpu\]'"):
+        ScoreMachine(db, backend="triton")
+
+
+def test_every_kernel_compiles_without_a_gpu_and_does_not_spill() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "els.bench.ahead_of_time", "--channels", "1,3"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    # What an older Triton cannot do, it says.
+    print("\n".join(line for line in done.stdout.splitlines() if "with Triton" in line))
+    assert done.returncode == 0, done.stderr[-4000:]
