@@ -1,8 +1,8 @@
 """Every Triton kernel and configuration, compiled without a GPU: does it, and into what.
 
 ``python -m els.bench.ahead_of_time`` compiles for sm_80, sm_90 and gfx942, reads registers, shared
-memory, spills and the length of the inner loop of the sm_90 code, prints a table, and exits with 1
-if something does not compile that should, or a shipped configuration spills.
+memory, spills and the instructions of the loop over images from the sm_90 code, prints a table,
+and exits with 1 if something does not compile that should, or a shipped configuration spills.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from rich.table import Table
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 _SIDE = 32
+# Bytes: shorter backward branches are loops over a few values.
+_LONG = 1024
 
 app = typer.Typer(help=__doc__)
 
@@ -62,14 +64,15 @@ class Outcome:
         registers: per thread.
         spills: bytes of the stack per thread.
         shared: bytes of shared memory per program.
-        loop: instructions in the inner loop; None where loops are nested.
+        instructions: a thread issues for one round of its loop over images; None where the loops
+            are others.
     """
 
     error: str | None = None
     registers: int | None = None
     spills: int | None = None
     shared: int | None = None
-    loop: int | None = None
+    instructions: int | None = None
 
 
 def cases(*, targets: list[str], channels: list[int]) -> Iterator[Case]:
@@ -95,21 +98,20 @@ def cases(*, targets: list[str], channels: list[int]) -> Iterator[Case]:
                     f"{configuration.row_block} x {configuration.column_block}, "
                     f"{configuration.together} together"
                 )
-                for chunks in (1, 2):
-                    sized = {**blocks, "ROW_CHUNKS": chunks, "COLUMN_CHUNKS": chunks}
-                    suffix = f"{name}, C = {c}" + (", long windows" if chunks > 1 else "")
+                for row_chunks, column_chunks in ((1, 1), (1, 2), (2, 2), (3, 3)):
+                    sized = {**blocks, "ROW_CHUNKS": row_chunks, "COLUMN_CHUNKS": column_chunks}
+                    suffix = f"{name}, C = {c}, slots {row_chunks} x {column_chunks}"
                     suffix += ", float64" if precise else ""
-                    yield Case(
-                        "select", suffix, target, sized, precise, configuration.warps, shipped
-                    )
+                    launch = configuration.for_windows(row_chunks, column_chunks)
+                    yield Case("select", suffix, target, sized, precise, launch.warps, shipped)
                     for entropy in (False, True):
                         yield Case(
                             "exact",
                             suffix + (", entropy" if entropy else ""),
                             target,
-                            {**sized, "TOGETHER": configuration.together, "ENTROPY": entropy},
+                            {**sized, "TOGETHER": launch.together, "ENTROPY": entropy},
                             precise,
-                            configuration.warps,
+                            launch.warps,
                             shipped,
                         )
                 merged = {key: blocks[key] for key in (*image, "C", "ROW_BLOCK", "COLUMN_BLOCK")}
@@ -235,11 +237,16 @@ def compiled(case: Case) -> Outcome:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     registers, spills = map(int, found.groups())
-    return Outcome(None, registers, spills, code.metadata.shared, _loop(sass))
+    rounds = case.constants.get("ROW_CHUNKS", 1) * case.constants.get("COLUMN_CHUNKS", 1)
+    return Outcome(None, registers, spills, code.metadata.shared, _executed(sass, rounds))
 
 
-def _loop(sass: str) -> int | None:
-    """Instructions between the one long backward branch and its target; None if there are more."""
+def _executed(sass: str, inner_rounds: int) -> int | None:
+    """Instructions of one round of the loop over images; None where there is none.
+
+    Loops are long backward branches: one, or one inside the other, which runs ``inner_rounds``
+    times.
+    """
     lines = [
         (int(address, 16), text)
         for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)
@@ -247,13 +254,17 @@ def _loop(sass: str) -> int | None:
     loops = []
     for address, text in lines:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
-    long = [(first, last) for first, last in loops if last - first > 1024]
-    if len(long) != 1:
-        return None
-    first, last = long[0]
-    return sum(first <= address <= last for address, _ in lines)
+        if target and address - int(target[1], 16) > _LONG:
+            first = int(target[1], 16)
+            loops.append((sum(first <= place <= address for place, _ in lines), first, address))
+    match sorted(loops, reverse=True):
+        case [(length, _, _)]:
+            return length
+        case [(outer, first, last), (inner, inner_first, inner_last)] if (
+            first <= inner_first and inner_last <= last
+        ):
+            return outer + (inner_rounds - 1) * inner
+    return None
 
 
 def cannot(case: Case, version: str) -> str | None:
@@ -284,7 +295,7 @@ def main(
         os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
     ) as pool:
         outcomes = list(pool.map(compiled, chosen, chunksize=4))
-    table = Table("kernel", "case", "target", "registers", "spills", "shared", "loop")
+    table = Table("kernel", "case", "target", "registers", "spills", "shared", "instructions")
     failures = []
     for case, outcome in zip(chosen, outcomes, strict=True):
         name = f"{case.kernel} ({case.label}) for {case.target}"
@@ -296,15 +307,13 @@ def main(
         elif outcome.spills and case.shipped:
             failures.append(f"spills {outcome.spills} bytes: {name}")
         if case.target == "sm_90" and outcome.error is None:
-            figures = (outcome.registers, outcome.spills, outcome.shared, outcome.loop)
+            figures = (outcome.registers, outcome.spills, outcome.shared, outcome.instructions)
             table.add_row(case.kernel, case.label, case.target, *map(str, figures))
     Console().print(table)
     typer.echo(f"{len(chosen)} cases with Triton {triton.__version__}, {len(failures)} failed")
     if output:
         rows = [
-            {key: value for key, value in asdict(case).items() if key != "constants"}
-            | asdict(outcome)
-            for case, outcome in zip(chosen, outcomes, strict=True)
+            asdict(case) | asdict(outcome) for case, outcome in zip(chosen, outcomes, strict=True)
         ]
         result = {"triton": triton.__version__, "cases": rows}
         output.write_text(json.dumps(result, indent=1) + "\n")

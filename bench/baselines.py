@@ -29,6 +29,7 @@ def training_patches(work: Workload) -> Iterator[tuple[Tensor, Tensor]]:
     _, height, width = work.db.shape
     for start in range(0, len(work.db), _CHUNK_IMAGES):
         images = torch.from_numpy(decode(work.db.images[start : start + _CHUNK_IMAGES]))
+        images = images.to(work.x.device)
         centres = images[:, :, r : height - r, r : width - r].flatten(2)
         yield work.alpha * _flat(unfold(images, work.patch_size)), _flat(centres)
 
@@ -36,9 +37,9 @@ def training_patches(work: Workload) -> Iterator[tuple[Tensor, Tensor]]:
 def chunked_matmul(work: Workload) -> Tensor:
     """Matrix product and running softmax over chunks of unfolded patches."""
     queries = query_patches(work)
-    maximum = torch.full((len(queries), 1), -torch.inf)
-    mass = torch.zeros(len(queries), 1)
-    total = torch.zeros(len(queries), work.db.shape[0])
+    maximum = queries.new_full((len(queries), 1), -torch.inf)
+    mass = queries.new_zeros(len(queries), 1)
+    total = queries.new_zeros(len(queries), work.db.shape[0])
     for patches, centres in training_patches(work):
         logits = queries @ patches.T
         logits -= 0.5 * patches.square().sum(1)
@@ -56,7 +57,7 @@ def attention(work: Workload) -> Tensor:
     """``scaled_dot_product_attention``; one more coordinate carries the norms of the patches."""
     patches, centres = (torch.cat(parts) for parts in zip(*training_patches(work), strict=True))
     queries = query_patches(work)
-    queries = torch.cat([queries, torch.ones(len(queries), 1)], dim=1)
+    queries = torch.cat([queries, queries.new_ones(len(queries), 1)], dim=1)
     keys = torch.cat([patches, -0.5 * patches.square().sum(1, keepdim=True)], dim=1)
     result = scaled_dot_product_attention(
         queries[None, None], keys[None, None], centres[None, None], scale=1 / work.sigma**2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,10 @@ class Workload:
     sigma: float
     patch_size: int
 
+    def of(self, batch: int) -> Self:
+        """The same with the first queries only."""
+        return replace(self, x=self.x[:batch])
+
     def pairs(self, boundary: str) -> int:
         """Pixel-candidate pairs of one ELS posterior of the whole batch."""
         _, height, width = self.db.shape
@@ -59,16 +64,25 @@ def load_images(spec: str | Path, count: int, *, seed: int = 0) -> npt.NDArray[n
 
 
 def workload(
-    images: npt.NDArray[np.uint8], patch_size: int, batch: int, *, seed: int = 1
+    images: npt.NDArray[np.uint8],
+    patch_size: int,
+    batch: int,
+    *,
+    db: PatchDatabase | None = None,
+    device: str = "cpu",
+    seed: int = 1,
 ) -> Workload:
-    """The last ``batch`` images, noised as a patch of this size meets them, against the others."""
+    """The last ``batch`` images, noised as a patch of this size meets them.
+
+    They are asked of ``db``, or of the other images.
+    """
     beta = BETA[patch_size]
     alpha, sigma = (1 - beta) ** 0.5, beta**0.5
     noise = np.random.default_rng(seed).standard_normal((batch, *images.shape[1:]))
     x = alpha * decode(images[-batch:]) + sigma * noise
     return Workload(
-        PatchDatabase.from_arrays(images[:-batch]),
-        torch.from_numpy(x.astype(np.float32)),
+        PatchDatabase.from_arrays(images[:-batch]) if db is None else db,
+        torch.from_numpy(x.astype(np.float32)).to(device),
         alpha,
         sigma,
         patch_size,

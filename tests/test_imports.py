@@ -34,14 +34,15 @@ def sources(package: str) -> list[Path]:
 def imported(path: Path, package: str) -> Iterator[tuple[str, bool]]:
     """Every module imported, with whether that happens when the file is imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    in_functions = {
+    later = {
         id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for node in ast.walk(function)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        or (isinstance(outer, ast.If) and ast.unparse(outer.test) == "TYPE_CHECKING")
+        for node in ast.walk(outer)
     }
     for node in ast.walk(tree):
-        eager = id(node) not in in_functions
+        eager = id(node) not in later
         if isinstance(node, ast.Import):
             yield from ((alias.name, eager) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

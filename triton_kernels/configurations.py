@@ -8,7 +8,7 @@ result, and the same input must give the same bits. ``bench/gpu_check.py`` measu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from els.triton_kernels.tiles import TilePlan, plan_tiles
 
@@ -21,7 +21,7 @@ _LEAST_IMAGES = 16
 
 @dataclass(frozen=True)
 class Configuration:
-    """A launch of the exact kernel.
+    """A launch of the exact kernel, where windows are short.
 
     Attributes:
         row_block: rows of pairs in a tile, a power of two, at least 16.
@@ -36,6 +36,16 @@ class Configuration:
     together: int
     warps: int
     stages: int
+
+    def for_windows(self, row_chunks: int, column_chunks: int) -> Configuration:
+        """The same where windows take so many blocks of slots, which fill more registers."""
+        match row_chunks * column_chunks:
+            case 1:
+                return self
+            case 3 | 4:
+                return replace(self, together=1, warps=2 * self.warps)
+            case _:
+                return replace(self, together=1)
 
 
 # What bench/gpu_check.py measures. All compile without spills for 1 to 4 channels, with and without

@@ -97,7 +97,6 @@ def exact_kernel(
             distance = tile_distances(
                 tile,
                 image,
-                centre,
                 b_clean,
                 slope,
                 b_bias,
@@ -170,6 +169,7 @@ def accumulate(
         plan: tiles of the machine, made for ``configuration``'s blocks.
         configuration: of the launch.
     """
+    configuration = configuration.for_windows(plan.row_chunks, plan.column_chunks)
     batch, channels, pixels = x.shape
     fields = 2 + channels + (totals.tilt is not None)
     blocks = plan.row_block * plan.column_block

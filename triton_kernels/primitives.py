@@ -66,20 +66,28 @@ def split(values):
 
 
 @triton.jit
-def window_sums(squares, row_window, column_window, PRECISE: tl.constexpr):
-    """``row_window @ squares @ column_window``: sums over a window's rows, then its columns.
+def sum_rows(window, squares, before, PRECISE: tl.constexpr):
+    """``before + window @ squares``: sums over the rows of windows.
 
-    The windows are 0/1 matrices, exact in float16, so that two float16 products keep 22 bits of
-    the other factor; the sums are float32. ``PRECISE``: all float64.
+    Windows are 0/1 matrices, exact in float16, so that two float16 products keep 22 bits of the
+    other factor; the sums are float32. ``PRECISE``: all float64.
     """
     if PRECISE:
-        by_row = tl.dot(row_window, squares, out_dtype=tl.float64)
-        sums = tl.dot(by_row, column_window, out_dtype=tl.float64)
+        sums = tl.dot(window, squares, before, out_dtype=tl.float64)
     else:
         high, low = split(tl.minimum(squares, HIGHEST))
-        by_row = tl.dot(row_window, low, tl.dot(row_window, high))
+        sums = tl.dot(window, low, tl.dot(window, high, before))
+    return sums
+
+
+@triton.jit
+def sum_columns(by_row, window, before, PRECISE: tl.constexpr):
+    """``before + by_row @ window``: the like over columns."""
+    if PRECISE:
+        sums = tl.dot(by_row, window, before, out_dtype=tl.float64)
+    else:
         high, low = split(tl.minimum(by_row, HIGHEST))
-        sums = tl.dot(low, column_window, tl.dot(high, column_window))
+        sums = tl.dot(low, window, tl.dot(high, window, before))
     return sums
 
 
@@ -104,6 +112,12 @@ def offsets(rows, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def fits_registers(ROW_CHUNKS: tl.constexpr, COLUMN_CHUNKS: tl.constexpr):
+    """Whether all that a tile's slots need is kept in registers."""
+    return ROW_CHUNKS * COLUMN_CHUNKS <= 4
+
+
+@triton.jit
 def load_tile(
     x,
     row_tables,
@@ -119,10 +133,11 @@ def load_tile(
     COLUMN_CHUNKS: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """What a tile needs for every image: ``(x, slots, windows, in_registers)``, and the centres.
+    """What a tile needs for every image, in registers if it is little; and the pairs' centres.
 
     ``row_tables`` and ``column_tables`` are pointers to an ``AxisPlan``'s training, query,
-    pair_training, first and last.
+    pair_training, first and last. Returns ``(x, slots, windows, queries, training, row_windows,
+    column_windows)``, of which the last four are empty or hold a block of slots each.
     """
     o_row = tl.arange(0, ROW_BLOCK)
     o_column = tl.arange(0, COLUMN_BLOCK)
@@ -140,28 +155,39 @@ def load_tile(
         tl.load(column_tables[3] + o_column_pair),
         tl.load(column_tables[4] + o_column_pair),
     )
+    queries = ()
+    training = ()
+    row_windows = ()
+    column_windows = ()
+    if fits_registers(ROW_CHUNKS, COLUMN_CHUNKS):
+        for j in tl.static_range(COLUMN_CHUNKS):
+            o_column_slot = j * COLUMN_BLOCK + o_column
+            column_windows = column_windows + (
+                column_window_matrix(windows[2], windows[3], o_column_slot, PRECISE),
+            )
+            for i in tl.static_range(ROW_CHUNKS):
+                o_row_slot = i * ROW_BLOCK + o_row
+                query = x + offsets(slots[1] + o_row_slot, slots[3] + o_column_slot, WIDTH)
+                queries = queries + (load_channels(query, PIXELS, C),)
+                training = training + (
+                    offsets(slots[0] + o_row_slot, slots[2] + o_column_slot, WIDTH),
+                )
+        for i in tl.static_range(ROW_CHUNKS):
+            row_windows = row_windows + (
+                row_window_matrix(windows[0], windows[1], i * ROW_BLOCK + o_row, PRECISE),
+            )
     if ROW_CHUNKS * COLUMN_CHUNKS == 1:
         # The centre is in the slot of the same number, which the compiler can see only like this.
-        centre = offsets(slots[0] + o_row, slots[2] + o_column, WIDTH)
-        b_query = load_channels(
-            x + offsets(slots[1] + o_row, slots[3] + o_column, WIDTH), PIXELS, C
-        )
-        in_registers = (
-            b_query,
-            row_window_matrix(windows[0], windows[1], o_row, PRECISE),
-            column_window_matrix(windows[2], windows[3], o_column, PRECISE),
-        )
+        centre = training[0]
     else:
         centre = offsets(row_tables[2] + o_row_pair, column_tables[2] + o_column_pair, WIDTH)
-        in_registers = ()
-    return (x, slots, windows, in_registers), centre
+    return (x, slots, windows, queries, training, row_windows, column_windows), centre
 
 
 @triton.jit
 def tile_distances(
     tile,
     image,
-    centre,
     b_clean,
     slope,
     bias,
@@ -175,29 +201,38 @@ def tile_distances(
     PRECISE: tl.constexpr,
 ):
     """Biased distances of a tile's pairs to one image; ``b_clean``: its values at the centres."""
-    if ROW_CHUNKS * COLUMN_CHUNKS == 1:
-        b_query, row_window, column_window = tile[3]
-        squares = squared_difference(b_query, b_clean, slope, bias, C)
-        total = window_sums(squares, row_window, column_window, PRECISE)
+    x, slots, windows, queries, training, row_windows, column_windows = tile
+    none = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float64 if PRECISE else tl.float32)
+    total = none
+    if fits_registers(ROW_CHUNKS, COLUMN_CHUNKS):
+        for j in tl.static_range(COLUMN_CHUNKS):
+            by_row = none
+            for i in tl.static_range(ROW_CHUNKS):
+                if ROW_CHUNKS * COLUMN_CHUNKS == 1:
+                    b_slot = b_clean
+                else:
+                    b_slot = clean_values(tl.load(image + training[j * ROW_CHUNKS + i]), C)
+                squares = squared_difference(queries[j * ROW_CHUNKS + i], b_slot, slope, bias, C)
+                by_row = sum_rows(row_windows[i], squares, by_row, PRECISE)
+            total = sum_columns(by_row, column_windows[j], total, PRECISE)
     else:
-        # The window is longer than a block: as many blocks of slots as it takes.
-        x, slots, windows = tile[0], tile[1], tile[2]
+        # Long windows of large images: blocks of slots one by one, loaded anew for each image.
         o_row = tl.arange(0, ROW_BLOCK)
         o_column = tl.arange(0, COLUMN_BLOCK)
-        total = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float64 if PRECISE else tl.float32)
         for i in tl.range(0, ROW_CHUNKS * COLUMN_CHUNKS):
             o_row_slot = (i // COLUMN_CHUNKS) * ROW_BLOCK + o_row
             o_column_slot = (i % COLUMN_CHUNKS) * COLUMN_BLOCK + o_column
-            training = offsets(slots[0] + o_row_slot, slots[2] + o_column_slot, WIDTH)
-            query = offsets(slots[1] + o_row_slot, slots[3] + o_column_slot, WIDTH)
+            training_slot = offsets(slots[0] + o_row_slot, slots[2] + o_column_slot, WIDTH)
+            query_slot = offsets(slots[1] + o_row_slot, slots[3] + o_column_slot, WIDTH)
             squares = squared_difference(
-                load_channels(x + query, PIXELS, C),
-                clean_values(tl.load(image + training), C),
+                load_channels(x + query_slot, PIXELS, C),
+                clean_values(tl.load(image + training_slot), C),
                 slope,
                 bias,
                 C,
             )
             row_window = row_window_matrix(windows[0], windows[1], o_row_slot, PRECISE)
             column_window = column_window_matrix(windows[2], windows[3], o_column_slot, PRECISE)
-            total += window_sums(squares, row_window, column_window, PRECISE)
+            by_row = sum_rows(row_window, squares, none, PRECISE)
+            total += sum_columns(by_row, column_window, none, PRECISE)
     return total

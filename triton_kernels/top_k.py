@@ -79,7 +79,6 @@ def select_kernel(
         distance = tile_distances(
             tile,
             image,
-            centre,
             clean_values(tl.load(image + centre), C),
             slope,
             bias,
@@ -122,6 +121,7 @@ def select(
         How many there are, int32 ``[B, H * W]``, and ``image * H * W + pixel`` of as many as there
         is room for, in any order, int32 ``[B, H * W, room]``, -1 behind the last.
     """
+    configuration = configuration.for_windows(plan.row_chunks, plan.column_chunks)
     batch, channels, pixels = x.shape
     tiles = plan.row_tiles * plan.column_tiles
     per_split = images_per_split(tiles, len(images))
