@@ -315,8 +315,8 @@ def main(
         rows = [
             asdict(case) | asdict(outcome) for case, outcome in zip(chosen, outcomes, strict=True)
         ]
-        result = {"triton": triton.__version__, "cases": rows}
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        output.write_text(f'{{"triton": "{triton.__version__}", "cases": [\n{lines}\n]}}\n')
     for failure in failures:
         typer.echo(failure, err=True)
     if failures:

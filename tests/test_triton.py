@@ -36,7 +36,7 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from els.triton_kernels import exact
-from els.triton_kernels.configurations import CANDIDATES, PRECISE
+from els.triton_kernels.configurations import CANDIDATES, PRECISE, SHIPPED
 from els.triton_kernels.queries import Queries
 from els.triton_kernels.tiles import AxisPlan, plan_axis
 from els.triton_kernels.truncated import truncated
@@ -163,9 +163,7 @@ def test_tiles_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     question = make_question((1, 7, 8), 3, 3, alpha=[0.7] * 3, sigma=[1.0] * 3, seed=10)
     monkeypatch.setattr(exact, "_QUERY_BYTES", 1)
     monkeypatch.setattr(exact, "_BATCH_BYTES", 1)
-    machine = machine_with(
-        TritonBackend(configuration=CANDIDATES[3]), question.images, "ELS", "zeros"
-    )
+    machine = machine_with(TritonBackend(configuration=SHIPPED[1]), question.images, "ELS", "zeros")
     answer = question.ask(machine, torch.float32)
     assert_matches(answer, question, question.expected("ELS", "zeros"), TRITON)
 

@@ -19,9 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Cost of a slot (difference, square, both products) and of a weighed pair (exponential, sums), in
-# instructions a thread issues for each; see docs/performance.md.
-_SLOT_COST, _PAIR_COST = 24.0, 20.0
+# Instructions that a thread issues for a slot and for a pair, fitted to the compiled kernels
+# (docs/performance.md); a slot costs more where it is loaded anew for every image.
+_SLOT_COST, _RELOADED_SLOT_COST, _PAIR_COST = 43.0, 74.0, 12.0
+# Blocks of slots that a tile keeps in registers.
+_RESIDENT_CHUNKS = 4
 
 
 class Diagonal(NamedTuple):
@@ -206,7 +208,8 @@ class TilePlan:
         chunks = self.rows.chunks * self.columns.chunks
         size = self.row_block * self.column_block
         tiles = self.rows.tiles * self.columns.tiles
-        return tiles * size * (chunks * _SLOT_COST + _PAIR_COST)
+        slot_cost = _SLOT_COST if chunks <= _RESIDENT_CHUNKS else _RELOADED_SLOT_COST
+        return tiles * size * (chunks * slot_cost + _PAIR_COST)
 
 
 @cache
