@@ -9,6 +9,7 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from els.engine.posterior import PosteriorQuery, PosteriorState
 
@@ -34,6 +35,21 @@ class Backend(Protocol):
         Args:
             images: the whole database, uint8 ``[N, C, H, W]``, possibly memory-mapped.
             query: what to compute; ``query.x`` is on :attr:`device`.
+        """
+
+    def given(
+        self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
+    ) -> tuple[PosteriorState, Tensor]:
+        """The posterior state over given candidates of LS or ELS, and each one's logit, exact.
+
+        Args:
+            images: the whole database.
+            query: what to compute; its members, entropy and top do not matter.
+            addresses: of the candidates' centres, int64 ``[B, H, W, k]``, -1 for none.
+
+        Returns:
+            The state, with tilt and without top, and logits, float64 ``[B, H, W, k]``, ``-inf``
+            for no candidate.
         """
 
 

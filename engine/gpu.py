@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from els.triton_kernels.configurations import Configuration
     from els.triton_kernels.merge import Totals
     from els.triton_kernels.queries import Queries
-    from els.triton_kernels.tiles import DevicePlan
+    from els.triton_kernels.tiles import DevicePlan, Part
 
 _LN2 = math.log(2.0)
 # Packed images that a kernel is given at once. Fixed, so that where they lie shows in no bit.
@@ -110,10 +110,36 @@ class TritonBackend:
             state = replace(state, top=self._top(images, query, queries))
         return state
 
+    def given(
+        self, images: Images, query: PosteriorQuery, addresses: Tensor
+    ) -> tuple[PosteriorState, Tensor]:
+        """See :class:`els.engine.backends.Backend`."""
+        from els.triton_kernels.queries import Queries
+        from els.triton_kernels.truncated import truncated
+
+        queries = Queries.of(query.x, query.alpha, query.sigma)
+        pixels = queries.x.shape[2]
+        flat = addresses.reshape(len(addresses), pixels, -1)
+        # Only the images that are named need to be there.
+        numbers, which = torch.unique(flat.clamp(min=0) // pixels, return_inverse=True)
+        local = torch.where(flat < 0, -1, which * pixels + flat % pixels)
+        totals, logits = truncated(
+            self._images.some(images, numbers.cpu().numpy()),
+            queries.x,
+            queries.slope,
+            local,
+            height=query.x.shape[2],
+            patch_size=query.patch_size,
+            circular=query.boundary == "circular",
+        )
+        unbiased = replace(queries, bias=torch.zeros_like(queries.bias))
+        return self._natural(query, unbiased, totals), (_LN2 * logits).reshape(addresses.shape)
+
     def _totals(self, images: Images, query: PosteriorQuery, queries: Queries) -> Totals:
         """The biased states, in float64 where float32 would not do."""
         totals, plan = self._accumulated(images, query, queries, torch.float32)
         error = queries.distance_error(-totals.maximum, plan.terms)
+        error = torch.where(totals.mass > 0, error, 0.0)
         coarse = torch.nonzero((error > _MOST_ERROR).any(1)).flatten()
         if len(coarse):
             exact, _ = self._accumulated(images, query, queries.rows(coarse), torch.float64)
@@ -128,12 +154,19 @@ class TritonBackend:
         from els.triton_kernels.exact import accumulate
         from els.triton_kernels.merge import Totals
 
-        configuration, plan = self._plan(query, dtype)
+        # The pixels at the border: the ends of the rows with all columns, then the other way round.
+        parts: list[tuple[Part, Part]] = [("all", "all")]
+        if query.border_only:
+            parts = [("ends", "all"), ("middle", "ends")]
+        plans = [self._plan(query, dtype, *part) for part in parts]
         totals = Totals.empty(queries.x, entropy=query.entropy)
         x, scales = queries.arguments(dtype)
         for block in self._images.blocks(images, query.members):
-            accumulate(totals, block, x, scales, plan, configuration)
-        return totals, plan
+            for configuration, plan in plans:
+                if plan.row_tiles * plan.column_tiles == 0:
+                    continue
+                accumulate(totals, block, x, scales, plan, configuration)
+        return totals, self._plan(query, dtype)[1]
 
     def _natural(self, query: PosteriorQuery, queries: Queries, totals: Totals) -> PosteriorState:
         """Natural logarithms and clean pixels, without the bias."""
@@ -141,8 +174,9 @@ class TritonBackend:
         shape = query.x[:, 0].shape
         maximum = totals.maximum - queries.bias[:, None] * plan.terms
         centre = totals.centre / 127.5 - totals.mass.unsqueeze(1)
+        maximum = torch.where(totals.mass > 0, _LN2 * maximum, -torch.inf)
         return PosteriorState(
-            (_LN2 * maximum).reshape(shape),
+            maximum.reshape(shape),
             totals.mass.reshape(shape),
             centre.reshape(query.x.shape),
             None if totals.tilt is None else (_LN2 * totals.tilt).reshape(shape),
@@ -225,11 +259,18 @@ class TritonBackend:
         slack = _SAFETY * queries.distance_error(biased, plan.terms)
         return (biased + slack).to(dtype)
 
-    def _plan(self, query: PosteriorQuery, dtype: torch.dtype) -> tuple[Configuration, DevicePlan]:
+    def _plan(
+        self,
+        query: PosteriorQuery,
+        dtype: torch.dtype,
+        row_part: Part = "all",
+        column_part: Part = "all",
+    ) -> tuple[Configuration, DevicePlan]:
         from els.triton_kernels.configurations import PRECISE, SHIPPED, cheapest
         from els.triton_kernels.tiles import DevicePlan
 
-        key = (query.kind, query.boundary, query.patch_size, *query.x.shape[2:], dtype)
+        shape = query.x.shape[2:]
+        key = (query.kind, query.boundary, query.patch_size, *shape, dtype, row_part, column_part)
         if key not in self._plans:
             choices = SHIPPED if self._configuration is None else (self._configuration,)
             configuration, plan = cheapest(
@@ -239,6 +280,8 @@ class TritonBackend:
                 height=query.x.shape[2],
                 width=query.x.shape[3],
                 patch_size=query.patch_size,
+                row_part=row_part,
+                column_part=column_part,
             )
             self._plans[key] = configuration, DevicePlan.of(plan, self.device)
         return self._plans[key]
@@ -282,6 +325,12 @@ class _DeviceImages:
         if last - first + 1 == len(members):
             return resident[first : last + 1]
         return resident[torch.tensor(members, device=self._device)]
+
+    def some(self, images: Images, members: Members) -> Tensor:
+        """Any number of images."""
+        most = self.most(images)
+        starts = range(0, len(members), most)
+        return torch.cat([self.block(images, members[start : start + most]) for start in starts])
 
     def _resident_images(self, images: Images) -> Tensor | None:
         """All images, if they fit; uploaded when a database is first met."""

@@ -12,6 +12,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from els.engine.posterior import (
     PosteriorQuery,
@@ -19,6 +20,7 @@ from els.engine.posterior import (
     TopPatches,
     merge_all,
     stack,
+    state_of,
 )
 from els.engine.whole_image import equivariant_state, ideal_state
 
@@ -73,6 +75,30 @@ class NativeBackend:
         ]
         return states[0] if len(states) == 1 else stack(states)
 
+    def given(
+        self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
+    ) -> tuple[PosteriorState, Tensor]:
+        """See :class:`els.engine.backends.Backend`."""
+        batch, channels, height, width = query.x.shape
+        shape = (batch, height * width, addresses.shape[-1])
+        logits = np.empty(shape)
+        centres = np.empty((*shape, channels), dtype=np.uint8)
+        self._kernel.given(
+            images=images,
+            x=query.x.to(torch.float64).contiguous().numpy(),
+            alpha=query.alpha.numpy(),
+            sigma=query.sigma.numpy(),
+            patch_size=query.patch_size,
+            circular=query.boundary == "circular",
+            threads=self._threads,
+            addresses=addresses.reshape(shape).contiguous().numpy(),
+            logits=logits,
+            centres=centres,
+        )
+        found = torch.from_numpy(logits).reshape(addresses.shape)
+        bytes_ = torch.from_numpy(centres).reshape(*addresses.shape, channels)
+        return state_of(found, bytes_.to(torch.float64) / 127.5 - 1), found
+
     def _chunk_state(
         self, images: npt.NDArray[np.uint8], query: PosteriorQuery, rows: slice, groups: int
     ) -> PosteriorState:
@@ -94,6 +120,7 @@ class NativeBackend:
             patch_size=query.patch_size,
             equivariant=query.kind == "ELS",
             circular=query.boundary == "circular",
+            border_only=query.border_only,
             threads=self._threads,
             maximum=maximum,
             mass=mass,

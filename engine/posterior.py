@@ -35,6 +35,8 @@ class PosteriorQuery:
         members: ascending image numbers whose patches are candidates, int64 ``[M]``, M >= 1.
         entropy: whether the state's ``tilt`` is wanted.
         top: how many of the heaviest candidates to return per pixel (0 for none).
+        border_only: with ELS and zeros beyond the border, only border pixels are wanted, those
+            within P // 2 of an edge; others may get anything.
     """
 
     x: Tensor
@@ -46,6 +48,7 @@ class PosteriorQuery:
     members: npt.NDArray[np.int64]
     entropy: bool = False
     top: int = 0
+    border_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,22 @@ class LocalPosterior:
     effective_patches: Tensor | None = None
     top_weights: Tensor | None = None
     top_addresses: Tensor | None = None
+
+
+def state_of(logits: Tensor, centres: Tensor) -> PosteriorState:
+    """The state of candidates one by one.
+
+    Args:
+        logits: float64 ``[B, H, W, k]``, ``-inf`` for no candidate.
+        centres: their clean centre pixels, float64 ``[B, H, W, k, C]``.
+    """
+    maximum = logits.amax(-1)
+    # Where there is no candidate, -inf - -inf would be nan.
+    shifted = logits - maximum.clamp(min=torch.finfo(torch.float64).min).unsqueeze(-1)
+    weights = shifted.exp()
+    tilt = torch.where(weights > 0, weights * shifted, 0.0).sum(-1)
+    centre = (weights.unsqueeze(-1) * centres).sum(-2).movedim(-1, 1)
+    return PosteriorState(maximum, weights.sum(-1), centre, tilt)
 
 
 def merge(first: PosteriorState, second: PosteriorState) -> PosteriorState:

@@ -507,6 +507,72 @@ def test_any_question(
     assert_matches(answer, question, question.expected(kind, boundary), backend)
 
 
+@every_local_machine
+@pytest.mark.parametrize("count", [1, 6], ids="k{}".format)
+def test_given_candidates(backend: BackendUnderTest, kind: str, boundary: str, count: int) -> None:
+    """A random choice of each pixel's candidates, with free places among them."""
+    question = make_question((3, 5, 6), 4, 3, alpha=[0.7, 0.9], sigma=[1.5, 0.2], seed=11)
+    rng = np.random.default_rng(count)
+    expected = question.expected(kind, boundary)
+    addresses = np.full((2, 5, 6, count), -1)
+    for b, truth in enumerate(expected):
+        for pixel, logits in truth.logits.items():
+            chosen = rng.permutation(list(logits))[: max(1, count - 1)]
+            addresses[b, *pixel, rng.permutation(count)[: len(chosen)]] = chosen
+    machine = backend.machine(question.images, kind, boundary)
+    query = query_of(question, machine, backend, np.arange(4))
+    state, logits = machine._backend.given(
+        machine.db.images, query, torch.from_numpy(addresses).to(machine.device)
+    )
+    answer = on_cpu(finish(state, torch.float64))
+    for b, truth in enumerate(expected):
+        for pixel, of_pixel in truth.logits.items():
+            at = (b, *pixel)
+            is_there = addresses[at] >= 0
+            kept = addresses[at][is_there]
+            wanted = np.array([of_pixel[address] for address in kept])
+            found = logits[at].cpu().numpy()
+            np.testing.assert_allclose(found[is_there], wanted, rtol=1e-12)
+            assert (found[~is_there] == -np.inf).all()
+            weights = np.exp(wanted - wanted.max())
+            share = weights / weights.sum()
+            n, place = np.divmod(kept, 30)
+            clean = question.images[n, :, place // 6, place % 6] / 127.5 - 1
+            mean = (share[:, None] * clean).sum(0)
+            np.testing.assert_allclose(answer.mean[b, :, *pixel], mean, atol=1e-12)
+            evidence = wanted.max() + np.log(weights.sum())
+            assert answer.log_evidence[at].item() == pytest.approx(evidence, rel=1e-12)
+            effective = np.exp(-(share[share > 0] * np.log(share[share > 0])).sum())
+            assert answer.effective_patches[at].item() == pytest.approx(effective, rel=1e-9)
+
+
+def test_no_candidate_given(backend: BackendUnderTest) -> None:
+    question = make_question((1, 3, 3), 2, 3, alpha=[0.7], sigma=[1.0])
+    machine = backend.machine(question.images, "ELS", "zeros")
+    query = query_of(question, machine, backend, np.arange(2))
+    none = torch.full((1, 3, 3, 2), -1, device=machine.device)
+    state, logits = machine._backend.given(machine.db.images, query, none)
+    assert torch.isneginf(logits).all()
+    assert torch.isneginf(state.maximum).all()
+    assert (state.mass == 0).all()
+
+
+@pytest.mark.parametrize(("side", "patch_size"), [((8, 9), 5), ((7, 7), 7), ((6, 8), 1)])
+def test_only_the_border(backend: BackendUnderTest, side: tuple[int, int], patch_size: int) -> None:
+    question = make_question(
+        (2, *side), 5, patch_size, alpha=[0.7], sigma=[0.4 * patch_size], seed=12
+    )
+    machine = backend.machine(question.images, "ELS", "zeros")
+    query = query_of(question, machine, backend, np.arange(5))
+    state = machine._backend.state(machine.db.images, replace(query, border_only=True))
+    mean = on_cpu(finish(state, torch.float64)).mean[0].numpy()
+    truth = question.expected("ELS", "zeros")[0].mean
+    r = patch_size // 2
+    is_border = np.ones(side, dtype=bool)
+    is_border[r : side[0] - r, r : side[1] - r] = False
+    assert np.abs(mean - truth)[:, is_border].max(initial=0) <= 2 * backend.logit_error
+
+
 @st.composite
 def questions(draw: st.DrawFn) -> Question:
     channels, height, width = (draw(st.integers(1, most)) for most in (4, 6, 6))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from els.triton_kernels.tiles import TilePlan, plan_tiles
+from els.triton_kernels.tiles import Part, TilePlan, plan_tiles
 
 # Programs that keep the largest GPU busy; fewer and longer ones where there are more tiles anyway.
 _PROGRAMS = 4096
@@ -77,6 +77,8 @@ def cheapest(
     height: int,
     width: int,
     patch_size: int,
+    row_part: Part = "all",
+    column_part: Part = "all",
 ) -> tuple[Configuration, TilePlan]:
     """The configuration whose tiles cost least, and its plan; arguments as of `plan_tiles`."""
     plans = [
@@ -88,6 +90,8 @@ def cheapest(
             patch_size=patch_size,
             row_block=choice.row_block,
             column_block=choice.column_block,
+            row_part=row_part,
+            column_part=column_part,
         )
         for choice in choices
     ]

@@ -14,6 +14,8 @@ import triton.language as tl
 LOWEST = tl.constexpr(-1e30)
 # Squares above this are cut: float16 ends at 65504. A candidate so far has no weight.
 HIGHEST = tl.constexpr(30000.0)
+# A tile that has so many blocks of slots keeps what they need in registers.
+RESIDENT_CHUNKS = tl.constexpr(4)
 
 
 @triton.jit
@@ -112,12 +114,6 @@ def offsets(rows, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def fits_registers(ROW_CHUNKS: tl.constexpr, COLUMN_CHUNKS: tl.constexpr):
-    """Whether all that a tile's slots need is kept in registers."""
-    return ROW_CHUNKS * COLUMN_CHUNKS <= 4
-
-
-@triton.jit
 def load_tile(
     x,
     row_tables,
@@ -159,7 +155,7 @@ def load_tile(
     training = ()
     row_windows = ()
     column_windows = ()
-    if fits_registers(ROW_CHUNKS, COLUMN_CHUNKS):
+    if ROW_CHUNKS * COLUMN_CHUNKS <= RESIDENT_CHUNKS:
         for j in tl.static_range(COLUMN_CHUNKS):
             o_column_slot = j * COLUMN_BLOCK + o_column
             column_windows = column_windows + (
@@ -204,7 +200,7 @@ def tile_distances(
     x, slots, windows, queries, training, row_windows, column_windows = tile
     none = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float64 if PRECISE else tl.float32)
     total = none
-    if fits_registers(ROW_CHUNKS, COLUMN_CHUNKS):
+    if ROW_CHUNKS * COLUMN_CHUNKS <= RESIDENT_CHUNKS:
         for j in tl.static_range(COLUMN_CHUNKS):
             by_row = none
             for i in tl.static_range(ROW_CHUNKS):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +70,12 @@ class AxisPlan:
         return int(self.training.shape[1] // self.pair_training.shape[1])
 
 
-def diagonals(*, equivariant: bool, circular: bool, length: int, patch_size: int) -> list[Diagonal]:
+Part = Literal["all", "ends", "middle"]
+
+
+def diagonals(
+    *, equivariant: bool, circular: bool, length: int, patch_size: int, part: Part = "all"
+) -> list[Diagonal]:
     """All pairs of one axis, each exactly once.
 
     Args:
@@ -78,6 +83,8 @@ def diagonals(*, equivariant: bool, circular: bool, length: int, patch_size: int
         circular: the query (for LS: both) is read cyclically, else zeros lie beyond the border.
         length: of the axis.
         patch_size: odd side of the patch.
+        part: of ELS with zeros beyond the border, only coordinates within P // 2 of an end, or
+            only the others.
     """
     if not equivariant:
         return [Diagonal(0, 0, length)]
@@ -85,7 +92,10 @@ def diagonals(*, equivariant: bool, circular: bool, length: int, patch_size: int
     inside = length - 2 * radius
     if circular:
         return [Diagonal(radius, shift, inside) for shift in range(length)] if inside > 0 else []
-    found = [Diagonal(0, 0, length)]
+    ends = [Diagonal(start, 0, radius) for start in (0, length - radius) if radius]
+    if part == "ends":
+        return ends
+    found = [Diagonal(0, 0, length)] if part == "all" else [Diagonal(radius, 0, inside)]
     for shift in range(1, inside):
         found.append(Diagonal(radius + shift, shift, inside - shift))
         found.append(Diagonal(radius, -shift, inside - shift))
@@ -94,7 +104,14 @@ def diagonals(*, equivariant: bool, circular: bool, length: int, patch_size: int
 
 @cache
 def plan_axis(
-    *, equivariant: bool, circular: bool, length: int, patch_size: int, block: int, chunks: int
+    *,
+    equivariant: bool,
+    circular: bool,
+    length: int,
+    patch_size: int,
+    block: int,
+    chunks: int,
+    part: Part = "all",
 ) -> AxisPlan | None:
     """Pack the diagonals of one axis into tiles of ``block * chunks`` slots.
 
@@ -117,7 +134,11 @@ def plan_axis(
     # A piece: displacement, first and one past the last training coordinate.
     pieces: list[tuple[int, int, int]] = []
     for diagonal in diagonals(
-        equivariant=equivariant, circular=circular, length=length, patch_size=patch_size
+        equivariant=equivariant,
+        circular=circular,
+        length=length,
+        patch_size=patch_size,
+        part=part,
     ):
         begin, end = diagonal.start, diagonal.start + diagonal.length
         while begin < end:
@@ -222,6 +243,8 @@ def plan_tiles(
     patch_size: int,
     row_block: int,
     column_block: int,
+    row_part: Part = "all",
+    column_part: Part = "all",
 ) -> TilePlan:
     """The cheapest plan with blocks of this size.
 
@@ -233,9 +256,11 @@ def plan_tiles(
         patch_size: odd side of the patch, at most the image's shorter side.
         row_block: pairs of rows in a tile.
         column_block: pairs of columns in a tile.
+        row_part: see :func:`diagonals`.
+        column_part: likewise.
     """
 
-    def axis(length: int, block: int) -> list[AxisPlan]:
+    def axis(length: int, block: int, part: Part) -> list[AxisPlan]:
         # The longest window is that of LS on a torus.
         most = -(-(2 * length + patch_size) // block)
         plans = (
@@ -246,6 +271,7 @@ def plan_tiles(
                 patch_size=patch_size,
                 block=block,
                 chunks=chunks,
+                part=part,
             )
             for chunks in range(1, most + 1)
         )
@@ -254,8 +280,8 @@ def plan_tiles(
     return min(
         (
             TilePlan(rows, columns, row_block, column_block)
-            for rows in axis(height, row_block)
-            for columns in axis(width, column_block)
+            for rows in axis(height, row_block, row_part)
+            for columns in axis(width, column_block, column_part)
         ),
         key=lambda plan: plan.cost,
     )

@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "given.h"
 #include "posterior.h"
 
 namespace py = pybind11;
@@ -62,19 +63,19 @@ void work_on_channels(const els::Problem& problem, const std::vector<els::Sweep>
   throw std::invalid_argument("images must have 1 to 4 channels");
 }
 
-void run(const els::Problem& problem, int threads) {
-  const std::vector<els::Sweep> sweeps = els::plan_sweeps(problem);
-  std::atomic<std::int64_t> next{0};
+// Runs `body(cancelled)` on so many threads; Ctrl-C and the first exception end all of them.
+template <typename Body>
+void on_threads(int threads, const Body& body) {
   std::atomic<bool> cancelled{false};
   std::mutex mutex;
   std::condition_variable finished;
   int running = threads;
   std::exception_ptr failure;
   std::vector<std::thread> pool;
-  const auto body = [&] {
+  const auto guarded = [&] {
     std::exception_ptr caught;
     try {
-      work_on_channels(problem, sweeps, next, cancelled);
+      body(cancelled);
     } catch (...) {
       caught = std::current_exception();
       cancelled = true;
@@ -86,7 +87,7 @@ void run(const els::Problem& problem, int threads) {
   };
   {
     py::gil_scoped_release release;
-    for (int i = 0; i < threads; ++i) pool.emplace_back(body);
+    for (int i = 0; i < threads; ++i) pool.emplace_back(guarded);
     std::unique_lock<std::mutex> lock(mutex);
     while (!finished.wait_for(lock, std::chrono::milliseconds(100), [&] { return running == 0; })) {
       lock.unlock();
@@ -103,10 +104,64 @@ void run(const els::Problem& problem, int threads) {
   if (failure) std::rethrow_exception(failure);
 }
 
+void run(const els::Problem& problem, int threads) {
+  const std::vector<els::Sweep> sweeps = els::plan_sweeps(problem);
+  std::atomic<std::int64_t> next{0};
+  on_threads(threads, [&](std::atomic<bool>& cancelled) {
+    work_on_channels(problem, sweeps, next, cancelled);
+  });
+}
+
+void given(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Array<double> sigma,
+           int patch_size, bool circular, int threads, Array<std::int64_t> addresses,
+           Array<double> logits, Array<std::uint8_t> centres) {
+  if (images.ndim() != 4 || x.ndim() != 4 || addresses.ndim() != 3) {
+    throw std::invalid_argument("images and x must have 4 dimensions, addresses 3");
+  }
+  const py::ssize_t batch = x.shape(0), channels = x.shape(1), height = x.shape(2),
+                    width = x.shape(3), candidates = addresses.shape(2);
+  if (images.shape(1) != channels || images.shape(2) != height || images.shape(3) != width) {
+    throw std::invalid_argument("images and x differ in shape");
+  }
+  if (patch_size < 1 || patch_size % 2 == 0 || patch_size > std::min(height, width)) {
+    throw std::invalid_argument("patch_size must be odd, 1 to the image's shorter side");
+  }
+  const std::int64_t pixels = height * width, stop = images.shape(0) * pixels;
+  els::GivenProblem problem{};
+  problem.images = images.data();
+  problem.x = x.data();
+  problem.alpha = checked(alpha, {batch}, "alpha");
+  problem.sigma = checked(sigma, {batch}, "sigma");
+  problem.batch = static_cast<int>(batch);
+  problem.channels = static_cast<int>(channels);
+  problem.height = static_cast<int>(height);
+  problem.width = static_cast<int>(width);
+  problem.patch_size = patch_size;
+  problem.circular = circular;
+  problem.addresses = checked(addresses, {batch, pixels, candidates}, "addresses");
+  problem.candidates = candidates;
+  problem.logits = checked(logits, {batch, pixels, candidates}, "logits");
+  problem.centres = checked(centres, {batch, pixels, candidates, channels}, "centres");
+  for (py::ssize_t i = 0; i < addresses.size(); ++i) {
+    if (problem.addresses[i] >= stop) {
+      throw std::invalid_argument("addresses names a pixel that is not there");
+    }
+  }
+  std::atomic<std::int64_t> next{0};
+  on_threads(threads, [&](std::atomic<bool>& cancelled) {
+    std::vector<double> patch(channels * patch_size * patch_size), sums(patch_size);
+    for (;;) {
+      const std::int64_t task = next.fetch_add(1);
+      if (task >= batch * pixels || cancelled.load()) return;
+      els::weigh_given(problem, task / pixels, static_cast<int>(task % pixels), patch, sums);
+    }
+  });
+}
+
 void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<float> x,
                Array<double> alpha, Array<double> sigma, int patch_size, bool equivariant,
-               bool circular, int threads, Array<double> maximum, Array<double> mass,
-               Array<double> centre, std::optional<Array<double>> tilt,
+               bool circular, bool border_only, int threads, Array<double> maximum,
+               Array<double> mass, Array<double> centre, std::optional<Array<double>> tilt,
                std::optional<Array<double>> top_logits,
                std::optional<Array<std::int64_t>> top_addresses) {
   if (images.ndim() != 4 || x.ndim() != 4 || members.ndim() != 1 || maximum.ndim() != 4) {
@@ -140,6 +195,7 @@ void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<fl
   problem.patch_size = patch_size;
   problem.equivariant = equivariant;
   problem.circular = circular;
+  problem.border_only = border_only;
   problem.groups = static_cast<int>(groups);
   problem.maximum = checked(maximum, {groups, batch, height, width}, "maximum");
   problem.mass = checked(mass, {groups, batch, height, width}, "mass");
@@ -175,9 +231,14 @@ PYBIND11_MODULE(ELS_MODULE, module) {
   module.attr("LANES") = els::kLanes;
   module.def("posterior", &posterior, py::arg("images").noconvert(), py::arg("members").noconvert(),
              py::arg("x").noconvert(), py::arg("alpha").noconvert(), py::arg("sigma").noconvert(),
-             py::arg("patch_size"), py::arg("equivariant"), py::arg("circular"), py::arg("threads"),
-             py::arg("maximum").noconvert(), py::arg("mass").noconvert(),
-             py::arg("centre").noconvert(), py::arg("tilt").noconvert(),
-             py::arg("top_logits").noconvert(), py::arg("top_addresses").noconvert());
+             py::arg("patch_size"), py::arg("equivariant"), py::arg("circular"),
+             py::arg("border_only"), py::arg("threads"), py::arg("maximum").noconvert(),
+             py::arg("mass").noconvert(), py::arg("centre").noconvert(),
+             py::arg("tilt").noconvert(), py::arg("top_logits").noconvert(),
+             py::arg("top_addresses").noconvert());
+  module.def("given", &given, py::arg("images").noconvert(), py::arg("x").noconvert(),
+             py::arg("alpha").noconvert(), py::arg("sigma").noconvert(), py::arg("patch_size"),
+             py::arg("circular"), py::arg("threads"), py::arg("addresses").noconvert(),
+             py::arg("logits").noconvert(), py::arg("centres").noconvert());
   module.def("instruction_sets", &instruction_sets);
 }

@@ -49,6 +49,7 @@ struct Problem {
   int patch_size;
   bool equivariant;  // ELS, or else LS
   bool circular;
+  bool border_only;  // with zeros beyond the border: leave out what only the middle needs
   // Fixed by the input alone, so that results do not depend on the number of threads.
   int groups;
   // Results, [groups, B, ...]: float64 natural-log states; tilt and top may be null.
@@ -131,6 +132,27 @@ inline std::vector<Sweep> plan_sweeps(const Problem& problem) {
     return sweeps;
   }
   const int middle_rows = problem.height - 2 * r, middle_columns = problem.width - 2 * r;
+  if (problem.border_only) {
+    // Where one axis slides, pixels are at the border if the other is at one of its ends.
+    detail::add_sweep(problem, sweeps, 0, 0, 1);
+    for (int end = 0; end < 2; ++end) {
+      const int row = end == 0 ? 0 : problem.height - r;
+      const int column = end == 0 ? 0 : problem.width - r;
+      for (int dx = 1 - middle_columns; dx < middle_columns; ++dx) {
+        if (dx == 0) continue;
+        detail::add_sweep(problem, sweeps, 0, dx, 1);
+        sweeps.back().row_begin[0] = row;
+        sweeps.back().row_end[0] = row + r;
+      }
+      for (int dy = 1 - middle_rows; dy < middle_rows; ++dy) {
+        if (dy == 0) continue;
+        detail::add_sweep(problem, sweeps, dy, 0, 1);
+        sweeps.back().column_begin = column;
+        sweeps.back().column_end = column + r;
+      }
+    }
+    return sweeps;
+  }
   cover(1 - middle_rows, 0, 1 - middle_columns, middle_columns);
   cover(0, 1, 1 - middle_columns, middle_columns);
   cover(1, middle_rows, 1 - middle_columns, middle_columns);
