@@ -283,7 +283,7 @@ def choose_factory(
     if count <= _FLAT_MOST and 2 * count * (4 * dimension + 8) <= memory:
         return "Flat"
     smallest = 0
-    for prefix, components, code, code_bytes in _code_choices(dimension, reduced):
+    for prefix, components, code, code_bytes in _code_choices(dimension, reduced, distinct):
         lists = _choose_lists(count, components, distinct)
         graph = f"_HNSW{_HNSW_LINKS}" if lists >= _HNSW_FROM else ""
         smallest = _needed_bytes(count, dimension, components, lists, code_bytes)
@@ -296,10 +296,16 @@ def choose_factory(
     )
 
 
-def _code_choices(dimension: int, reduced: int) -> Iterator[tuple[str, int, str, int]]:
+def _code_choices(
+    dimension: int, reduced: int, distinct: int
+) -> Iterator[tuple[str, int, str, int]]:
     """(prefix, components, code, bytes per code), from the best to the smallest."""
-    if dimension <= _REDUCED_MOST:
+    # PCA and PQ (256 centroids a byte) cannot be trained on fewer.
+    trainable = distinct >= max(256, dimension)
+    if dimension <= _REDUCED_MOST or not trainable:
         yield "", dimension, "SQ8_direct", dimension
+    if not trainable:
+        return
     components = max(8, math.ceil(min(reduced, dimension, _REDUCED_MOST) / 8) * 8)
     if components > dimension:
         components = 8
@@ -346,9 +352,9 @@ def build_index(
     called again; an index at the same place is usable until the new one is complete.
 
     The same images, factory and versions make the same file, byte for byte, on the same kind of
-    processor: whatever the number of threads, and interrupted or not. With a GPU, which then
-    finds the lists, it differs from a file made without one. That path has not been tested on a
-    GPU.
+    processor: whatever the number of threads (learned rotations such as ``OPQ`` excepted), and
+    interrupted or not. Where FAISS sees a GPU, k-means and the assignment to lists run there and
+    the file differs from one made without. That path has not been tested on a GPU.
 
     Args:
         db: a database on disk.
@@ -598,18 +604,31 @@ class _Plan:
         """The index that patches are added to."""
         faiss = _faiss()
         index, sample = self.empty, self.sample.astype(np.float32)
-        if isinstance(index, faiss.IndexPreTransform):
-            for step in range(index.chain.size()):
-                transform = faiss.downcast_VectorTransform(index.chain.at(step))
+        ivf = faiss.try_extract_index_ivf(index)
+        try:
+            for transform in _transforms(index):
                 transform.train(sample)
                 sample = transform.apply(sample)
-        ivf = faiss.try_extract_index_ivf(index)
-        if ivf is not None:
-            _train_lists(ivf, sample, report)
-            ivf.train(sample)
-            index.is_trained = True
+            if ivf is not None:
+                _train_lists(ivf, sample, report)
+                ivf.train(sample)
+                index.is_trained = True
+        except RuntimeError as error:
+            raise ValueError(
+                f"factory {self.factory!r} cannot be trained on {len(sample)} distinct patches of "
+                f"dimension {self.patches.dimension} ({error}); leave it out to have one chosen"
+            ) from error
         report("training", _ITERATIONS, _ITERATIONS)
         return index
+
+
+def _transforms(index: Any) -> list[Any]:
+    """What is applied to vectors, in order, before they reach the inverted lists."""
+    faiss = _faiss()
+    if not isinstance(index, faiss.IndexPreTransform):
+        return []
+    chain = index.chain
+    return [faiss.downcast_VectorTransform(chain.at(step)) for step in range(chain.size())]
 
 
 def _train_lists(ivf: Any, sample: NDArray[np.float32], report: IndexProgress) -> None:
@@ -661,11 +680,12 @@ def _adder(index: Any) -> Callable[[NDArray[np.float32], NDArray[np.int64]], obj
     assigner.add(ivf.quantizer.reconstruct_n(0, ivf.nlist))
 
     def add_assigned(levels: NDArray[np.float32], addresses: NDArray[np.int64]) -> None:
-        if isinstance(index, faiss.IndexPreTransform):
-            levels = faiss.vector_float_to_array(index.apply_chain(len(levels), levels))
+        for transform in _transforms(index):
+            levels = transform.apply(levels)
         _, lists = assigner.search(levels, 1)
         pointers = map(faiss.swig_ptr, (levels, addresses, lists))
         ivf.add_core(len(levels), *pointers)
+        index.ntotal = ivf.ntotal
 
     return add_assigned
 
