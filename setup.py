@@ -67,12 +67,12 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
-        "cpu": ["faiss-cpu>=1.8"],
-        "gpu": ["faiss-gpu-cu12>=1.8"],
+        "cpu": ["faiss-cpu>=1.9"],
+        "gpu": ["faiss-gpu-cu12>=1.9"],
         "hf": ["datasets>=3"],
         "dev": [
             "clang-format",
-            "faiss-cpu>=1.8",
+            "faiss-cpu>=1.9",
             "hypothesis",
             "mypy",
             "pytest",

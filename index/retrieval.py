@@ -115,7 +115,8 @@ class PatchIndex:
                 [-1, 1] plus noise of standard deviation sigma / alpha.
             k: how many to find, at least 1.
             label: find patches of images of this class only.
-            members: find patches of these images only, integers; not together with `label`.
+            members: find patches of these images only, integers; not together with `label`. For
+                a few images an exact backend is faster.
             effort: inverted lists to probe, at least 1; more is slower and finds more. By default
                 32, and under a restriction more: 32 / sqrt(the share of images allowed). An
                 exact index ignores it.
@@ -287,6 +288,9 @@ def choose_factory(
         lists = _choose_lists(count, components, distinct)
         graph = f"_HNSW{_HNSW_LINKS}" if lists >= _HNSW_FROM else ""
         smallest = _needed_bytes(count, dimension, components, lists, code_bytes)
+        if code.startswith("PQ"):
+            # FAISS makes tables of 256 floats per list and byte, if they fit into 2 GB.
+            smallest += min(lists * code_bytes << 10, 1 << 31)
         if smallest <= memory:
             return f"{prefix}IVF{lists}{graph},{code}"
     raise ValueError(
@@ -847,9 +851,13 @@ def _write_index(path: Path, index: Any) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _read_index(path: Path, flags: int = 0) -> Any:
+def _read_index(path: Path, flags: int | None = None) -> Any:
+    faiss = _faiss()
+    if flags is None:
+        # While building nothing is searched, and tables for it would be made for every shard.
+        flags = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
     try:
-        return _faiss().read_index(str(path), flags)
+        return faiss.read_index(str(path), flags)
     except (RuntimeError, MemoryError) as error:
         raise _damaged(path.parent, f"FAISS cannot read {path.name} ({error})") from error
 

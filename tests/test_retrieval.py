@@ -262,7 +262,7 @@ def test_threads_are_restored(db: PatchDatabase) -> None:
             40_560_000, 9, 3 * 10**6, 9, 4 * 10**9, "IVF65536_HNSW32,SQ8_direct", id="grey P 3"
         ),
         pytest.param(
-            40_560_000, 9, 3 * 10**6, 9, 10**9, "PCA8,IVF65536_HNSW32,PQ4", id="little memory"
+            40_560_000, 9, 3 * 10**6, 9, 10**9, "PCA8,IVF65536_HNSW32,PQ1", id="little memory"
         ),
         pytest.param(
             45_000_000, 243, 10**6, 40, 8 * 10**9, "PCA40,IVF16384_HNSW32,SQ8", id="colour P 9"
