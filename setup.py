@@ -67,18 +67,23 @@ setup(
         "typer>=0.12",
     ],
     extras_require={
-        "cpu": ["faiss-cpu>=1.8"],
-        "gpu": ["faiss-gpu-cu12>=1.8", "triton>=3.6"],
+        "cpu": ["faiss-cpu>=1.9"],
+        "gpu": ["faiss-gpu-cu12>=1.9", "triton>=3.6"],
         "hf": ["datasets>=3"],
         "dev": [
             "clang-format",
+            "faiss-cpu>=1.9",
             "hypothesis",
             "mypy",
             "pytest",
             "pytest-benchmark",
             "ruff",
-            # To interpret and compile the GPU kernels; there are wheels for Linux only.
-            "triton>=3.6; sys_platform == 'linux'",
+        "cpu": ["faiss-cpu>=1.9"],
+        "gpu": ["faiss-gpu-cu12>=1.9", "triton>=3.6"],
+        "hf": ["datasets>=3"],
+        "dev": [
+            "clang-format",
+            "faiss-cpu>=1.9",
         ],
         "bench": ["faiss-cpu", "pykeops", "pytest-benchmark"],
     },

@@ -150,6 +150,58 @@ def info(
         typer.echo("verified: the content is what was built")
 
 
+@app.command(name="index", epilog="Example: els index db --patch-sizes 3,5,9 --memory 8GB")
+@_reported
+def build_indices(
+    database: Annotated[Path, typer.Argument(help="The database folder.")],
+    patch_sizes: Annotated[
+        str, typer.Option(help="Odd patch sizes, one index each: a comma list such as 3,5,9.")
+    ],
+    factory: Annotated[
+        str | None,
+        typer.Option(help="A FAISS factory string, such as IVF4096,SQ8_direct; else chosen."),
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(help="Memory that a build may take, such as 4GB or 800MB.")
+    ] = "4GB",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of FAISS; one per core if not given.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Build sizes anew that are there already.")
+    ] = False,
+) -> None:
+    """Build FAISS indices of a database's patches, inside it; started again, it goes on."""
+    from els.index import PatchDatabase
+
+    db = PatchDatabase.open(database)
+    sizes = _patch_sizes(patch_sizes)
+    if isinstance(sizes, str):
+        raise ValueError(f"--patch-sizes must be odd numbers such as 3,5,9, got {sizes!r}")
+    table = Table("patch size", "patches", "factory", "size", box=None, pad_edge=False)
+    for size in [sizes] if isinstance(sizes, int) else sizes:
+        if db.has_index(size) and not overwrite:
+            made = db.open_index(size)
+            if factory not in (None, made.factory):
+                raise ValueError(
+                    f"the index of patch size {size} is there, made with {made.factory!r}, not "
+                    f"{factory!r}; replace it with --overwrite"
+                )
+        else:
+            with _staged(f"P {size:2d}") as update:
+                made = db.build_index(
+                    size,
+                    factory=factory,
+                    memory=_bytes(memory),
+                    threads=threads,
+                    overwrite=overwrite,
+                    progress=update,
+                )
+        megabytes = f"{made.size_bytes / 1e6:,.1f} MB"
+        table.add_row(str(size), f"{made.count:,}", made.factory, megabytes)
+    _print(table)
+
+
 @app.command(
     epilog="Examples: els sample db --sizes fashion-mnist-resnet -o run; "
     "els sample db --machine LS --sizes 5 --label 3 -n 4 -o threes; "
@@ -299,6 +351,18 @@ def _patch_sizes(text: str) -> str | int | list[int]:
     return numbers if "," in text else numbers[0]
 
 
+def _bytes(text: str) -> int:
+    """An amount of memory such as 4GB, 800MB or 1.5 GB."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
+    try:
+        return round(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"--memory must be an amount such as 4GB or 800MB, got {text!r}"
+        ) from error
+
+
 def _described(db: PatchDatabase) -> Table:
     channels, height, width = db.shape
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -369,6 +433,20 @@ def _counting(unit: str) -> Iterator[Callable[[int, int], None]]:
 
         def update(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def _staged(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar for each stage."""
+    with _bar("") as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(f"{name} {stage}", total=total)
+            progress.update(tasks[stage], completed=done, total=total)
 
         yield update
 

@@ -2,13 +2,16 @@
 
 from .arrays import decode, encode
 from .database import DatabaseError, PatchDatabase
+from .retrieval import PatchIndex, choose_factory
 from .sources import ImageSource, SourceError, open_source
 
 __all__ = [
     "DatabaseError",
     "ImageSource",
     "PatchDatabase",
+    "PatchIndex",
     "SourceError",
+    "choose_factory",
     "decode",
     "encode",
     "open_source",

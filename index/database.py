@@ -13,16 +13,19 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import files
 from .arrays import ArrayData, check_class_names, check_images, check_labels
+from .manifests import checksum, package_version, sealed
 from .sources import ArraySource, ImageSource
+
+if TYPE_CHECKING:
+    from .retrieval import IndexProgress, PatchIndex
 
 Progress = Callable[[int, int], object]
 """Called with (images done, images in all)."""
@@ -205,6 +208,44 @@ class PatchDatabase:
                 f"{where} is damaged: its content hash is {found}, built as {self.content_hash}; "
                 "check the disk and build it again (els build --overwrite)"
             )
+
+    def build_index(
+        self,
+        patch_size: int,
+        *,
+        factory: str | None = None,
+        memory: int = 4 * 10**9,
+        threads: int | None = None,
+        overwrite: bool = False,
+        progress: "IndexProgress | None" = None,
+    ) -> "PatchIndex":
+        """Builds the FAISS index of all patches of one size, and opens it.
+
+        See `els.index.retrieval.build_index`, which this calls.
+        """
+        from .retrieval import build_index
+
+        return build_index(
+            self,
+            patch_size,
+            factory=factory,
+            memory=memory,
+            threads=threads,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+    def open_index(self, patch_size: int) -> "PatchIndex":
+        """Opens the index that `build_index` made; see `els.index.retrieval.open_index`."""
+        from .retrieval import open_index
+
+        return open_index(self, patch_size)
+
+    def has_index(self, patch_size: int) -> bool:
+        """Whether there is an index of this patch size; `open_index` tells whether it is sound."""
+        from .retrieval import index_folder
+
+        return self.path is not None and index_folder(self, patch_size).exists()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -436,24 +477,12 @@ def _write_manifest(
         "content_hash": content_hash,
         "files": _file_sizes(shape, labelled=num_classes > 0),
         "made_with": {
-            "els-machine": _package_version(),
+            "els-machine": package_version(),
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
     }
-    files.write_json(folder / _MANIFEST, manifest | {"checksum": _checksum(manifest)})
-
-
-def _package_version() -> str:
-    try:
-        return metadata.version("els-machine")
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    files.write_json(folder / _MANIFEST, sealed(manifest))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -484,7 +513,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this els-machine reads {_VERSION}; upgrade "
             "els-machine (pip install -U els-machine)"
         )
-    if version != _VERSION or manifest.get("checksum") != _checksum(manifest):
+    if version != _VERSION or manifest.get("checksum") != checksum(manifest):
         raise _damaged(place, "its text does not match its checksum")
     if not _is_consistent(manifest):
         raise _damaged(place, "its fields contradict each other")
