@@ -265,8 +265,9 @@ def choose_factory(
     - Up to 64 dimensions ``SQ8_direct``: one byte per pixel, which is what a pixel is, so that
       nothing is lost; smaller and faster than floats.
     - Above, PCA first, since neighbouring pixels say much the same, then one byte (``SQ8``) per
-      component. If that exceeds the memory, product codes (``PQ``) of 2, 4 or 8 components per
-      byte: the fewest that fit.
+      component: five times as fast as all pixels of a 9 x 9 patch, for a loss that is felt among
+      the 100 nearest more than among the 10. If that exceeds the memory, product codes (``PQ``)
+      of 2, 4 or 8 components per byte: the fewest that fit.
 
     Args:
         count: number of patches.

@@ -23,6 +23,7 @@ from test_files import everything_in, file_size_limit, small_disk  # noqa: F401
 from els.index import DatabaseError, ImageSource, PatchDatabase, decode, encode
 from els.index import database as module
 from els.index.files import DiskFullError
+from els.index.manifests import checksum
 
 
 def make_images(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -359,7 +360,7 @@ def test_what_is_not_a_database_is_never_overwritten(tmp_path: Path, content: st
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
     """Changes fields as a careful forger would, check sum and all."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
-    manifest["checksum"] = changes.get("checksum", module._checksum(manifest))
+    manifest["checksum"] = changes.get("checksum", checksum(manifest))
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
