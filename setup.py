@@ -78,12 +78,8 @@ setup(
             "pytest",
             "pytest-benchmark",
             "ruff",
-        "cpu": ["faiss-cpu>=1.9"],
-        "gpu": ["faiss-gpu-cu12>=1.9", "triton>=3.6"],
-        "hf": ["datasets>=3"],
-        "dev": [
-            "clang-format",
-            "faiss-cpu>=1.9",
+            # To interpret and compile the GPU kernels; there are wheels for Linux only.
+            "triton>=3.6; sys_platform == 'linux'",
         ],
         "bench": ["faiss-cpu", "pykeops", "pytest-benchmark"],
     },
