@@ -29,6 +29,10 @@ class Backend(Protocol):
     def device(self) -> torch.device:
         """Where queries must live and states are returned."""
 
+    @property
+    def workers(self) -> int:
+        """How many small questions it pays to ask at once, each from a thread of its own."""
+
     def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
         """The posterior state over the patches of ``images[query.members]``.
 

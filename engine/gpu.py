@@ -91,6 +91,7 @@ class TritonBackend:
             )
         where = "interpreted" if interpreted else torch.cuda.get_device_name(self.device)
         self.name = f"triton ({where})"
+        self.workers = 1
         self._configuration = configuration
         self._images = _DeviceImages(self.device, resident_bytes)
         self._plans: dict[tuple[object, ...], tuple[Configuration, DevicePlan]] = {}

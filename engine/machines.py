@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast, final, get_args
 
@@ -11,17 +13,20 @@ import torch
 from torch import Tensor
 
 from els.engine.backends import BackendName, choose
+from els.engine.estimate import Approximation, Estimator
 from els.engine.posterior import (
     Boundary,
     Kind,
     LocalPosterior,
+    Mode,
     PosteriorQuery,
     PosteriorState,
     finish,
+    moved,
     stack,
     take,
 )
-from els.index import PatchDatabase
+from els.index import PatchDatabase, PatchIndex
 
 MAX_TOP = 4096
 
@@ -71,6 +76,7 @@ class ScoreMachine:
         self.db = db
         self.kind: Kind = kind
         self.boundary: Boundary = boundary
+        self._indices: dict[int, PatchIndex] = {}
         self._backend, self.backend_reason = choose(backend, threads=threads, device=device)
 
     @property
@@ -103,6 +109,11 @@ class ScoreMachine:
         labels: int | Tensor | None = None,
         entropy: bool = True,
         top: int = 0,
+        mode: Mode = "exact",
+        tolerance: float | None = None,
+        k: int = 256,
+        subset: int = 1024,
+        seed: int | Sequence[int] = 0,
     ) -> LocalPosterior:
         """Local posterior of every pixel's clean value (design, section 1).
 
@@ -115,14 +126,30 @@ class ScoreMachine:
                 ignored by IS and ES.
             labels: only patches of images with this label are candidates: an int, or ints ``[B]``.
             entropy: whether to compute ``effective_patches``.
-            top: return the addresses and weights of this many heaviest patches per pixel.
+            top: return the addresses and weights of this many heaviest patches per pixel; needs
+                ``mode="exact"``.
+            mode: what to compute (docs/retrieval.md). ``"exact"``: everything. ``"topk"``: the k
+                nearest patches that the database's index finds, weighed exactly. ``"subset"``: a
+                random subset of the images, extrapolated. ``"topk+subset"``: both. ``"auto"``: the
+                cheapest that meets ``tolerance``.
+            tolerance: of ``"auto"``: mean absolute error of the posterior mean over the pixels of
+                an image, > 0.
+            k: how many patches the index is asked for per pixel, >= 1.
+            subset: how many images are in a subset, >= 32.
+            seed: of the subset: of image b of the batch, (seed, b); or one for each image.
 
         Raises:
             TypeError: for an argument of the wrong type or dtype.
-            ValueError: for a wrong shape, a value out of range, or not-a-number in ``x``.
+            ValueError: for a wrong shape, a value out of range, not-a-number in ``x``, or a mode
+                that this machine does not have.
+            DatabaseError: if the mode needs an index that is not there.
         """
         query = self._validated(x, alpha, sigma, patch_size, entropy, top)
-        return finish(self._state(query, self._label_tensor(labels, x.shape[0])), x.dtype)
+        label = self._label_tensor(labels, x.shape[0])
+        if mode == "exact":
+            return finish(self._state(query, label), x.dtype)
+        approximation = self._approximation(query, mode, tolerance, k, subset)
+        return self._estimated(query, label, approximation, _seeds(seed, x.shape[0]))
 
     def score(
         self,
@@ -152,6 +179,70 @@ class ScoreMachine:
             x, alpha=alpha, sigma=sigma, patch_size=patch_size, labels=labels, entropy=False
         ).mean
         return (x - _per_image(alpha, x) * mean) / _per_image(sigma, x)
+
+    def _approximation(
+        self, query: PosteriorQuery, mode: Mode, tolerance: float | None, k: int, subset: int
+    ) -> Approximation:
+        _require_choice("mode", mode, get_args(Mode))
+        if query.top:
+            raise ValueError(f"top={query.top} needs mode='exact', got mode={mode!r}")
+        if mode == "auto":
+            if not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
+                raise ValueError(
+                    f"mode='auto' needs a tolerance > 0, the mean absolute error of the posterior "
+                    f"mean to stay below, e.g. 0.01; got {tolerance!r}"
+                )
+        elif tolerance is not None:
+            raise ValueError(f"tolerance={tolerance!r} is of mode='auto' only, got mode={mode!r}")
+        if mode in ("topk", "topk+subset"):
+            if self.kind != "ELS":
+                raise ValueError(
+                    f"mode={mode!r} needs kind='ELS', whose patches an index holds; this machine "
+                    f"is {self.kind}: use mode='subset' or 'exact'"
+                )
+            if bool((query.alpha == 0).any()):
+                raise ValueError(
+                    f"mode={mode!r} with alpha=0: every patch is as near; use mode='subset'"
+                )
+            if self._index(query.patch_size) is None:
+                self.db.open_index(query.patch_size)  # says what is missing
+        return Approximation(
+            mode,
+            None if tolerance is None else float(tolerance),
+            _count("k", k, MAX_TOP, least=1),
+            _count("subset", subset, 1 << 62, least=32),
+        )
+
+    def _estimated(
+        self,
+        query: PosteriorQuery,
+        labels: Tensor | None,
+        approximation: Approximation,
+        seeds: list[tuple[int, ...]],
+    ) -> LocalPosterior:
+        """Image by image, so that the batch does not show."""
+        everyone = np.arange(len(self.db), dtype=np.int64)
+        members = [
+            everyone if labels is None else self.db.class_members(int(labels[b]))
+            for b in range(len(query.x))
+        ]
+        index = None
+        if approximation.mode != "subset" and self.kind == "ELS":
+            index = self._index(query.patch_size)
+        states, errors = [], []
+        for b, seed in enumerate(seeds):
+            one = _rows(query, torch.tensor([b]), members[b])
+            estimator = Estimator(self._backend, self.db, index, one, seed)
+            state, error = estimator.state(approximation)
+            states.append(state if query.entropy else replace(state, tilt=None))
+            errors.append(error)
+        return finish(moved(stack(states), self.device), query.x.dtype, errors)
+
+    def _index(self, patch_size: int) -> PatchIndex | None:
+        """The database's index of this patch size, opened once; None if there is none."""
+        if patch_size not in self._indices and self.db.has_index(patch_size):
+            self._indices[patch_size] = self.db.open_index(patch_size)
+        return self._indices.get(patch_size)
 
     def _state(self, query: PosteriorQuery, labels: Tensor | None) -> PosteriorState:
         images = self.db.images
@@ -248,10 +339,22 @@ def _require_choice(argument: str, value: object, choices: tuple[str, ...]) -> N
         raise ValueError(f"{argument}={value!r} is not known; choose one of {', '.join(choices)}")
 
 
-def _count(argument: str, value: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-        raise ValueError(f"{argument}={value!r} must be an integer from 0 to {most}")
+def _count(argument: str, value: int, most: int, *, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{argument}={value!r} must be an integer from {least} to {most}")
     return value
+
+
+def _seeds(seed: int | Sequence[int], batch: int) -> list[tuple[int, ...]]:
+    """The seed of each image of a batch."""
+    given = [seed] if isinstance(seed, int) else list(seed)
+    if any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in given):
+        raise ValueError(f"seed={seed!r} must be an integer >= 0, or one for each image")
+    if isinstance(seed, int):
+        return [(seed, b) for b in range(batch)]
+    if len(given) != batch:
+        raise ValueError(f"seed has {len(given)} numbers; give one, or [B] = [{batch}]")
+    return [(s,) for s in given]
 
 
 def _scalars(argument: str, value: float | Tensor, batch: int, *, positive: bool) -> Tensor:

@@ -55,6 +55,7 @@ class NativeBackend:
         self._threads = threads or _available_cores()
         self.name = f"native ({chosen}, {self._threads} threads)"
         self.device = torch.device("cpu")
+        self.workers = self._threads
 
     def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
         """See :class:`els.engine.backends.Backend`."""

@@ -55,6 +55,7 @@ class TorchBackend:
             ) from error
         self.device = torch.device(device)
         self.name = f"torch ({self.device})"
+        self.workers = 1
 
     def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
         """See :class:`els.engine.backends.Backend`."""

@@ -107,7 +107,7 @@ class Question:
 
 def on_cpu(answer: LocalPosterior) -> LocalPosterior:
     return LocalPosterior(
-        *(None if value is None else value.cpu() for value in vars(answer).values())
+        *(value.cpu() if torch.is_tensor(value) else value for value in vars(answer).values())
     )
 
 

@@ -39,13 +39,10 @@ class Configuration:
 
     def for_windows(self, row_chunks: int, column_chunks: int) -> Configuration:
         """The same where windows take so many blocks of slots, which fill more registers."""
-        match row_chunks * column_chunks:
-            case 1:
-                return self
-            case 3 | 4:
-                return replace(self, together=1, warps=2 * self.warps)
-            case _:
-                return replace(self, together=1)
+        if row_chunks * column_chunks == 1:
+            return self
+        warps = self.warps if row_chunks * column_chunks == 2 else 2 * self.warps
+        return replace(self, together=1, warps=warps)
 
 
 # From these the cheapest is taken: a large block has less halo, a small one less idle room. They

@@ -1,0 +1,441 @@
+"""Posteriors with known error from a part of the candidates: head, tail, and both (design, 5).
+
+The *head* are the k nearest patches that an index finds, weighed exactly. The *tail* is everything
+else, estimated from a random subset of the images, whose sums are scaled by N / n; what the head
+already counts is left out. The error of a tail is measured and not assumed: the subset is dealt
+into groups, and the means without each of them in turn (the jackknife) spread as the error does,
+also where one group holds most of the mass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from els.engine.backends import Backend
+from els.engine.posterior import (
+    Error,
+    ErrorKind,
+    Mode,
+    PosteriorQuery,
+    PosteriorState,
+    merge,
+    moved,
+)
+from els.index import PatchDatabase, PatchIndex
+
+Members = npt.NDArray[np.int64]
+
+# Groups of images whose spread is the error.
+_GROUPS = 16
+# Images of the first look of mode="auto", and the pixels that a head is tried on.
+_PILOT_IMAGES, _PILOT_PIXELS = 256, 32
+# What a head costs, in images of the exact kernel, for one query image; fixed, so that what is
+# chosen depends on the input and not on how busy the machine is.
+_HEAD_COST = 600
+# A subset that is so large a part of the images is not worth its error.
+_MOST_SHARE = 0.6
+# Aim below the tolerance: its measure is itself uncertain.
+_MARGIN = 0.85
+# Mean absolute value of a normal variable of standard deviation 1.
+_MEAN_ABSOLUTE = math.sqrt(2 / math.pi)
+# Float32 sums of a group are known to this, so a head that is a larger share of it leaves no tail.
+_CANCELS = 1e-5
+# Rounding of an index's squared distances, as a share of the squared norms.
+_INDEX_ROUNDING = 4e-6
+_RANGE = 2.0  # of clean pixels
+_LEAST_MASS = 1e-290  # of a group; below, there is nothing to average
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """What to compute instead of everything; checked.
+
+    Attributes:
+        mode: which part.
+        tolerance: of ``auto``: mean absolute error of the posterior mean over an image's pixels.
+        k: size of the head.
+        images: size of the subset.
+    """
+
+    mode: Mode = "exact"
+    tolerance: float | None = None
+    k: int = 256
+    images: int = 1024
+
+
+@final
+class Estimator:
+    """Approximate posteriors of one query image at a time.
+
+    Args:
+        backend: weighs candidates.
+        db: the training images.
+        index: of the query's patch size, for modes with a head; None if there is none.
+        query: one image, ``B = 1``, with all its members.
+        seed: of the choice of images: the same seed, the same result.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        db: PatchDatabase,
+        index: PatchIndex | None,
+        query: PosteriorQuery,
+        seed: Sequence[int],
+    ) -> None:
+        self._backend = backend
+        self._db = db
+        self._index = index
+        # The tilt costs little, and a state without it could not be scaled.
+        self._query = replace(query, entropy=True, top=0)
+        self._rng = np.random.default_rng(list(seed))
+        self._order = _stratified(query.members, db.labels, self._rng)
+
+    def state(self, approximation: Approximation) -> tuple[PosteriorState, Error]:
+        """The estimated state of the whole posterior, and its error."""
+        match approximation.mode:
+            case "topk":
+                return self._head_alone(self._head(approximation.k))
+            case "subset" | "topk+subset":
+                if approximation.images >= len(self._order) or len(self._order) < 2 * _GROUPS:
+                    return self._exact()
+                tail = self._tail(max(approximation.images, 2 * _GROUPS))
+                with_head = approximation.mode == "topk+subset"
+                return self._combined(self._head(approximation.k) if with_head else None, tail)
+            case "auto":
+                assert approximation.tolerance is not None
+                return self._automatic(approximation.k, approximation.tolerance)
+        raise AssertionError(f"mode {approximation.mode!r} is not an approximation")
+
+    def _exact(self) -> tuple[PosteriorState, Error]:
+        state = self._backend.state(self._db.images, self._query)
+        return state, Error.none(state.mass)
+
+    def _automatic(self, k: int, tolerance: float) -> tuple[PosteriorState, Error]:
+        """The cheapest of subset, head and subset, and everything, as a small subset tells."""
+        total = len(self._order)
+        if total <= 2 * _PILOT_IMAGES:
+            return self._exact()
+        aim = _MARGIN * tolerance
+        tail = self._tail(_PILOT_IMAGES)
+        result = self._combined(None, tail)
+        error = _typical_error(result[1])
+        if error <= aim:
+            return result
+        head = None
+        needed = _images_needed(error, aim, len(tail), total)
+        if self._index is not None and self._query.alpha[0] > 0 and needed > _HEAD_COST:
+            pixels = self._pilot_pixels()
+            with_head = self._combined(self._head(k, pixels), tail)[1]
+            error_of = [_typical_error(each, pixels) for each in (with_head, result[1])]
+            expected = error * error_of[0] / max(error_of[1], 1e-30)
+            with_tail = _images_needed(expected, aim, len(tail), total)
+            if _HEAD_COST + with_tail < min(needed, _MOST_SHARE * total):
+                head, needed = self._head(k), with_tail
+                result = self._combined(head, tail)
+                error = _typical_error(result[1])
+        while error > aim:
+            needed = max(_images_needed(error, aim, len(tail), total), 2 * len(tail))
+            if needed > _MOST_SHARE * total:
+                return self._exact()
+            tail = self._tail(needed, tail)
+            result = self._combined(head, tail)
+            error = _typical_error(result[1])
+        return result
+
+    def _pilot_pixels(self) -> Tensor:
+        """A few of the pixels that an index serves, bool ``[H, W]``."""
+        inside = self._is_served()
+        places = torch.nonzero(inside.flatten()).flatten().numpy()
+        chosen = self._rng.permutation(places)[:_PILOT_PIXELS]
+        pixels = torch.zeros(inside.numel(), dtype=torch.bool)
+        pixels[torch.from_numpy(chosen)] = True
+        return pixels.reshape(inside.shape)
+
+    def _is_served(self) -> Tensor:
+        """Which pixels' candidates are patches inside the training image, bool ``[H, W]``."""
+        height, width = self._query.x.shape[2:]
+        if self._query.boundary == "circular":
+            return torch.ones(height, width, dtype=torch.bool)
+        radius = self._query.patch_size // 2
+        served = torch.zeros(height, width, dtype=torch.bool)
+        served[radius : height - radius, radius : width - radius] = True
+        return served
+
+    def _head(self, k: int, pixels: Tensor | None = None) -> _Head:
+        """The k nearest patches of each pixel that the index serves, or of some of them."""
+        index = self._index
+        assert index is not None
+        served = self._is_served()
+        chosen = served if pixels is None else served & pixels
+        everyone = len(self._order) == len(self._db)
+        addresses = torch.full((1, *served.shape, k), -1, dtype=torch.int64)
+        patches = self._patches(chosen)
+        _, found = index.search(patches, k, members=None if everyone else np.sort(self._order))
+        addresses[0, chosen] = torch.from_numpy(found)
+        device = self._query.x.device
+        state, logits = self._backend.given(self._db.images, self._query, addresses.to(device))
+        return _Head(index.is_exact, addresses, moved(state, "cpu"), logits.cpu(), served, patches)
+
+    def _patches(self, pixels: Tensor) -> npt.NDArray[np.float32]:
+        """Patches around some pixels, over alpha, ``[Q, C, P, P]``."""
+        query = self._query
+        radius, size = query.patch_size // 2, query.patch_size
+        mode = "circular" if query.boundary == "circular" else "constant"
+        x = torch.nn.functional.pad(query.x.cpu().double(), (radius,) * 4, mode)[0]
+        windows = x.unfold(1, size, 1).unfold(2, size, 1).movedim(0, 2)[pixels]
+        return (windows / query.alpha[0]).float().numpy()
+
+    def _head_alone(self, head: _Head) -> tuple[PosteriorState, Error]:
+        """The head as the whole posterior, with what may have been left out."""
+        query, served = self._query, head.served
+        state = self._with_border(head)
+        log_mass = head.state.maximum + head.state.mass.log()
+        # A full list may leave out candidates as heavy as its last one, and no heavier.
+        height, width = served.shape
+        inside = (height - query.patch_size + 1) * (width - query.patch_size + 1)
+        places = inside * len(self._order)
+        found = (head.addresses >= 0).sum(-1)
+        last = head.logits.masked_fill(head.addresses < 0, torch.inf).amin(-1)
+        norms = torch.zeros(served.shape, dtype=torch.float64)
+        norms[served] = torch.from_numpy(head.patches).double().square().sum((1, 2, 3))
+        terms = query.x.shape[1] * query.patch_size**2
+        alpha, sigma = float(query.alpha[0]), float(query.sigma[0])
+        rounding = _INDEX_ROUNDING * alpha**2 * (norms + terms) / (2 * sigma**2)
+        left = (places - found).clamp(min=0)
+        log_ratio = left.double().log() + last + rounding - log_mass
+        omitted = torch.where(served, torch.sigmoid(log_ratio), 0.0)
+        # With nothing left log 0 is -inf, of which the sigmoid is 0; an empty list knows nothing.
+        omitted = torch.where(served & (found == 0), 1.0, omitted)
+        kind: ErrorKind = "bound" if head.is_exact else "estimate"
+        bound = _RANGE * omitted
+        return state, Error(omitted, bound, kind, "topk", 0, bound)
+
+    def _with_border(self, head: _Head) -> PosteriorState:
+        """The head's state, and the exact one of the pixels that the index does not serve."""
+        if bool(head.served.all()):
+            return head.state
+        border = moved(
+            self._backend.state(self._db.images, replace(self._query, border_only=True)), "cpu"
+        )
+        return _choose(head.served, head.state, border)
+
+    def _tail(self, images: int, before: _Tail | None = None) -> _Tail:
+        """States of groups of so many images in all, or of those that ``before`` has not seen."""
+        seen = 0 if before is None else len(before)
+        group_of = np.full(len(self._db), -1, dtype=np.int64)
+        chosen = self._order[:images]
+        group_of[chosen] = np.arange(images) % _GROUPS
+        fresh = chosen[seen:]
+
+        def weigh(group: int) -> PosteriorState:
+            members = np.sort(fresh[group_of[fresh] == group])
+            return moved(
+                self._backend.state(self._db.images, replace(self._query, members=members)), "cpu"
+            )
+
+        with ThreadPoolExecutor(self._backend.workers) as pool:
+            states = list(pool.map(weigh, range(_GROUPS)))
+        together = _Groups.of(states)
+        if before is not None:
+            together = together.merged(before.groups)
+        counts = np.bincount(group_of[chosen], minlength=_GROUPS)
+        return _Tail(together, torch.from_numpy(counts).double(), group_of)
+
+    def _combined(self, head: _Head | None, tail: _Tail) -> tuple[PosteriorState, Error]:
+        """Head and scaled tail as one state; the error from leaving out each group in turn."""
+        groups = tail.groups
+        reference = groups.maximum.amax(0)
+        if head is not None:
+            reference = torch.maximum(reference, head.state.maximum[0])
+        scale = (groups.maximum - reference).exp()
+        # [G, H, W] and [G, C, H, W] on one reference.
+        mass, centre = scale * groups.mass, scale.unsqueeze(1) * groups.centre
+        tilt = scale * (groups.tilt + (groups.maximum - reference) * groups.mass)
+        head_mass = torch.zeros_like(reference)
+        head_centre = torch.zeros_like(centre[0])
+        head_tilt = torch.zeros_like(reference)
+        if head is not None:
+            mass, centre, tilt = self._without(head, tail, reference, mass, centre, tilt)
+            there = head.state.mass[0] > 0
+            shift = torch.where(there, head.state.maximum[0] - reference, 0.0)
+            factor = torch.where(there, shift.exp(), 0.0)
+            head_mass = factor * head.state.mass[0]
+            head_centre = factor * head.state.centre[0]
+            assert head.state.tilt is not None
+            head_tilt = factor * (head.state.tilt[0] + shift * head.state.mass[0])
+        total, n = len(self._order), len(tail)
+        ratio = total / n
+        all_mass = head_mass + ratio * mass.sum(0)
+        all_centre = head_centre + ratio * centre.sum(0)
+        all_tilt = head_tilt + ratio * tilt.sum(0)
+        # The jackknife: the mean without group g, summed anew, since a group may hold nearly all.
+        others = 1 - torch.eye(_GROUPS, dtype=torch.float64)
+        ratios = (total / (n - tail.counts)).reshape(-1, 1, 1)
+        less_mass = head_mass + ratios * torch.einsum("gf,fhw->ghw", others, mass)
+        less_centre = head_centre + ratios.unsqueeze(1) * torch.einsum(
+            "gf,fchw->gchw", others, centre
+        )
+        means = (less_centre / less_mass.clamp(min=_LEAST_MASS).unsqueeze(1)).clamp(-1, 1)
+        spread = (means - means.mean(0)).square().sum(0) * (_GROUPS - 1) / _GROUPS
+        deviation = (spread * (1 - n / total)).sqrt()
+        seen = head_mass + mass.sum(0)
+        omitted = (1 - seen / all_mass).clamp(0, 1)
+        state = PosteriorState(
+            reference.unsqueeze(0),
+            all_mass.unsqueeze(0),
+            all_centre.unsqueeze(0),
+            all_tilt.unsqueeze(0),
+        )
+        mode: Mode = "subset" if head is None else "topk+subset"
+        worst, typical = deviation.amax(0, keepdim=True), deviation.mean(0, keepdim=True)
+        return state, Error(omitted.unsqueeze(0), worst, "estimate", mode, n, typical)
+
+    def _without(
+        self,
+        head: _Head,
+        tail: _Tail,
+        reference: Tensor,
+        mass: Tensor,
+        centre: Tensor,
+        tilt: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The groups' sums less what the head counts already."""
+        height, width = reference.shape
+        pixels = height * width
+        addresses = head.addresses[0].numpy()
+        group = np.where(addresses >= 0, tail.group_of[addresses // pixels], -1)
+        pixel, place = np.nonzero(group.reshape(pixels, -1) >= 0)
+        flat = addresses.reshape(pixels, -1)[pixel, place]
+        clean = self._db.images[flat // pixels, :, flat % pixels // width, flat % width]
+        centres = torch.from_numpy(clean).double() / 127.5 - 1  # [M, C]
+        logits = head.logits[0].reshape(pixels, -1)[pixel, place]
+        shifted = logits - reference.flatten()[pixel]
+        weights = shifted.exp()
+        slot = torch.from_numpy(group.reshape(pixels, -1)[pixel, place] * pixels + pixel)
+
+        def sums(values: Tensor) -> Tensor:
+            room = torch.zeros(_GROUPS * pixels, dtype=torch.float64)
+            return room.index_add_(0, slot, values).reshape(_GROUPS, height, width)
+
+        counted = sums(weights)
+        left = mass - counted
+        # Below the rounding of the sums nothing is known to be left.
+        there = left > _CANCELS * mass
+        counted_centre = torch.stack([sums(weights * c) for c in centres.T], dim=1)
+        counted_tilt = sums(torch.where(weights > 0, weights * shifted, 0.0))
+        return (
+            torch.where(there, left, 0.0),
+            torch.where(there.unsqueeze(1), centre - counted_centre, 0.0),
+            torch.where(there, tilt - counted_tilt, 0.0),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """The retrieved patches of an image's pixels, on the CPU; `state` and `logits` are exact."""
+
+    is_exact: bool
+    addresses: Tensor  # [1, H, W, k]
+    state: PosteriorState
+    logits: Tensor  # [1, H, W, k]
+    served: Tensor  # [H, W]
+    patches: npt.NDArray[np.float32]  # of the pixels that were searched
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """States of groups of images, ``[G, H, W]`` and ``[G, C, H, W]``."""
+
+    maximum: Tensor
+    mass: Tensor
+    centre: Tensor
+    tilt: Tensor
+
+    @classmethod
+    def of(cls, states: Sequence[PosteriorState]) -> _Groups:
+        tilts = [state.tilt for state in states if state.tilt is not None]
+        return cls(
+            torch.cat([state.maximum for state in states]),
+            torch.cat([state.mass for state in states]),
+            torch.cat([state.centre for state in states]),
+            torch.cat(tilts),
+        )
+
+    def merged(self, other: _Groups) -> _Groups:
+        """Group by group, with the states of other images."""
+        whole = merge(
+            PosteriorState(self.maximum, self.mass, self.centre, self.tilt),
+            PosteriorState(other.maximum, other.mass, other.centre, other.tilt),
+        )
+        assert whole.tilt is not None
+        return _Groups(whole.maximum, whole.mass, whole.centre, whole.tilt)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tail:
+    """A subset of the images in groups.
+
+    Attributes:
+        groups: their states.
+        counts: images of each group, float64 ``[G]``.
+        group_of: group of each image of the database, -1 for none.
+    """
+
+    groups: _Groups
+    counts: Tensor
+    group_of: Members
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+
+def _stratified(
+    members: Members, labels: npt.NDArray[np.int64] | None, rng: np.random.Generator
+) -> Members:
+    """The members in a random order of which every beginning has its share of every class."""
+    shuffled = rng.permutation(members)
+    if labels is None:
+        return shuffled
+    classes = np.asarray(labels[shuffled])
+    by_class = np.argsort(classes, kind="stable")
+    _, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
+    rank = np.empty(len(members))
+    rank[by_class] = np.arange(len(members)) - np.repeat(starts, counts)
+    size = np.empty(len(members))
+    size[by_class] = np.repeat(counts, counts)
+    return shuffled[np.argsort((rank + rng.random(len(members))) / size, kind="stable")]
+
+
+def _typical_error(error: Error, pixels: Tensor | None = None) -> float:
+    """Expected absolute error of the mean, over all pixels or some, from its standard error."""
+    typical = error.typical[0] if pixels is None else error.typical[0][pixels]
+    return _MEAN_ABSOLUTE * float(typical.mean())
+
+
+def _images_needed(error: float, aim: float, images: int, total: int) -> int:
+    """The size of a subset that has the error aimed at, from that of another."""
+    # The variance of a mean of n of N images is as 1 / n - 1 / N.
+    inverse = (aim / error) ** 2 * (1 / images - 1 / total) + 1 / total
+    return math.ceil(1 / inverse)
+
+
+def _choose(where: Tensor, first: PosteriorState, second: PosteriorState) -> PosteriorState:
+    """Pixel by pixel one state or the other."""
+    assert first.tilt is not None
+    assert second.tilt is not None
+    return PosteriorState(
+        torch.where(where, first.maximum, second.maximum),
+        torch.where(where, first.mass, second.mass),
+        torch.where(where, first.centre, second.centre),
+        torch.where(where, first.tilt, second.tilt),
+    )
