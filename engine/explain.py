@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -141,6 +141,7 @@ def explain_sample(
         seed=plan.seed,
         schedule=plan.schedule,
         eta=plan.eta,
+        tolerance=plan.tolerance,
         labels=label,
         callback=observe,
         indices=[index],
@@ -261,8 +262,12 @@ class _Recorder:
         patch_size: int | None = None,
         labels: int | Tensor | None = None,
         entropy: bool = True,
+        **approximation: Any,
     ) -> LocalPosterior:
-        """The machine's answer; the entropy is always asked for."""
+        """The machine's answer; the entropy is always asked for.
+
+        What is explained are exact weights; of an approximate run, the trajectory is the run's.
+        """
         answer = self._machine.posterior(
             x,
             alpha=alpha,
@@ -274,4 +279,14 @@ class _Recorder:
         )
         kept = (answer.effective_patches, answer.top_weights, answer.top_addresses)
         self.answers.append(_Answer(*(tensor[0].cpu() for tensor in kept if tensor is not None)))
-        return answer
+        if not approximation:
+            return answer
+        return self._machine.posterior(
+            x,
+            alpha=alpha,
+            sigma=sigma,
+            patch_size=patch_size,
+            labels=labels,
+            entropy=False,
+            **approximation,
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast, final, get_args
@@ -23,6 +22,7 @@ from els.engine.posterior import (
     PosteriorState,
     finish,
     moved,
+    require_tolerance,
     stack,
     take,
 )
@@ -187,11 +187,7 @@ class ScoreMachine:
         if query.top:
             raise ValueError(f"top={query.top} needs mode='exact', got mode={mode!r}")
         if mode == "auto":
-            if not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
-                raise ValueError(
-                    f"mode='auto' needs a tolerance > 0, the mean absolute error of the posterior "
-                    f"mean to stay below, e.g. 0.01; got {tolerance!r}"
-                )
+            require_tolerance(tolerance)
         elif tolerance is not None:
             raise ValueError(f"tolerance={tolerance!r} is of mode='auto' only, got mode={mode!r}")
         if mode in ("topk", "topk+subset"):

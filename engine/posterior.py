@@ -7,6 +7,7 @@ classes, a retrieved head and a sampled tail all meet in :func:`merge`, which is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -154,6 +155,19 @@ class LocalPosterior:
     error_kinds: tuple[ErrorKind, ...]
     modes: tuple[Mode, ...]
     subset_images: tuple[int, ...]
+
+
+def require_tolerance(tolerance: object) -> None:
+    """Whether it can be the tolerance of ``mode="auto"``.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
+        raise ValueError(
+            "mode='auto' needs a tolerance > 0, the mean absolute error of the posterior mean to "
+            f"stay below, e.g. 0.01; got {tolerance!r}"
+        )
 
 
 def state_of(logits: Tensor, centres: Tensor) -> PosteriorState:

@@ -77,6 +77,8 @@ class RunSettings:
         label: class of the training images that were drawn on; None for all.
         trajectory: whether every step is kept.
         n: number of samples; may grow.
+        tolerance: of every posterior mean; None for exact ones. The samples then depend on which
+            patch indices the database has, too.
     """
 
     database: str
@@ -92,12 +94,18 @@ class RunSettings:
     label: int | None
     trajectory: bool
     n: int
+    tolerance: float | None = None
 
     @property
     def plan(self) -> SamplePlan:
         """How the samples are drawn."""
         return SamplePlan(
-            self.steps, self.patch_sizes, self.seed, described(self.schedule), self.eta
+            self.steps,
+            self.patch_sizes,
+            self.seed,
+            described(self.schedule),
+            self.eta,
+            self.tolerance,
         )
 
 
@@ -215,6 +223,7 @@ def sample_run(
     label: int | None = None,
     trajectory: bool = False,
     batch_size: int | None = None,
+    tolerance: float | None = None,
     progress: Callable[[StepProgress], None] | None = None,
 ) -> RunReport:
     """Sample into a folder; called again with the same settings, do only what is missing.
@@ -235,6 +244,7 @@ def sample_run(
         label: draw only on training images of this class.
         trajectory: keep x_t and the predicted x_0 of every step, as a picture and as arrays.
         batch_size: samples computed at once, None for at most 16; results do not depend on it.
+        tolerance: see there.
         progress: called after every step of every batch.
 
     Raises:
@@ -251,7 +261,13 @@ def sample_run(
         require_count("label", label, 0)
         machine.db.class_members(label)
     plan = plan_sampling(
-        machine, steps=steps, patch_sizes=patch_sizes, seed=seed, schedule=schedule, eta=eta
+        machine,
+        steps=steps,
+        patch_sizes=patch_sizes,
+        seed=seed,
+        schedule=schedule,
+        eta=eta,
+        tolerance=tolerance,
     )
     settings = _settings(machine, plan, n, label, trajectory)
     run = RunFolder(Path(folder))
@@ -313,6 +329,7 @@ def _compute(
             callback=watch,
             batch_size=batch_size,
             indices=indices,
+            tolerance=plan.tolerance,
         )
         for row, index in enumerate(indices):
             if settings.trajectory:
@@ -470,6 +487,7 @@ def _settings(
         label=None if label is None else int(label),
         trajectory=bool(trajectory),
         n=int(n),
+        tolerance=plan.tolerance,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from els.engine.posterior import Kind, LocalPosterior
+from els.engine.posterior import Kind, LocalPosterior, require_tolerance
 from els.engine.schedule import PATCH_SIZES, Cosine, Schedule, patch_sizes_for
 from els.index import PatchDatabase
 
@@ -88,6 +88,7 @@ class SamplePlan:
         seed: of the run.
         schedule: noise over time.
         eta: 0 deterministic to 1 ancestral.
+        tolerance: of every posterior mean; None for exact ones.
     """
 
     steps: int
@@ -95,6 +96,7 @@ class SamplePlan:
     seed: int
     schedule: Schedule
     eta: float
+    tolerance: float | None = None
 
 
 def plan_sampling(
@@ -105,6 +107,7 @@ def plan_sampling(
     seed: int,
     schedule: Schedule,
     eta: float,
+    tolerance: float | None = None,
 ) -> SamplePlan:
     """Check the arguments of :func:`sample` against the machine, before any work.
 
@@ -120,8 +123,10 @@ def plan_sampling(
         )
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta!r} must be from 0 (DDIM) to 1 (ancestral)")
+    if tolerance is not None:
+        require_tolerance(tolerance)
     sizes = _sizes_for_machine(machine, patch_sizes, steps)
-    return SamplePlan(int(steps), sizes, int(seed), schedule, float(eta))
+    return SamplePlan(int(steps), sizes, int(seed), schedule, float(eta), tolerance)
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
@@ -141,6 +146,7 @@ def sample(
     callback: Callable[[StepState], None] | None = None,
     batch_size: int | None = None,
     indices: Sequence[int] | None = None,
+    tolerance: float | None = None,
 ) -> Tensor:
     """Draw images from a score machine by DDIM; no training anywhere.
 
@@ -161,6 +167,9 @@ def sample(
         callback: receives a :class:`StepState` after every step of every batch.
         batch_size: how many images the machine sees at once; None for at most 16.
         indices: the sample numbers to draw, instead of 0 to n - 1.
+        tolerance: let every step be approximated to this mean absolute error of the posterior mean
+            (``mode="auto"`` of :meth:`~els.engine.ScoreMachine.posterior`), from subsets of the
+            images that are drawn anew for every step and sample; None for exact steps.
 
     Returns:
         Images in [-1, 1], float32 on the CPU, ``[n, C, H, W]``.
@@ -170,7 +179,13 @@ def sample(
         ValueError: for a value out of range. Both are raised before any work.
     """
     plan = plan_sampling(
-        machine, steps=steps, patch_sizes=patch_sizes, seed=seed, schedule=schedule, eta=eta
+        machine,
+        steps=steps,
+        patch_sizes=patch_sizes,
+        seed=seed,
+        schedule=schedule,
+        eta=eta,
+        tolerance=tolerance,
     )
     chosen = _indices(n, indices)
     labels_of = _labels(machine, labels, len(chosen))
@@ -192,14 +207,22 @@ def _ddim(
 ) -> Iterator[StepState]:
     """DDIM for one batch (arXiv 2010.02502, equations 12 and 16), the trajectory in float64."""
     shape = machine.db.shape
+    # Any denoiser will do for exact steps; only a score machine is asked for approximate ones.
+    posterior: Callable[..., LocalPosterior] = machine.posterior
     x = torch.stack([initial_noise(plan.seed, index, shape) for index in indices])
     for step in range(plan.steps, 0, -1):
         alpha, sigma = _scales(plan, step)
         alpha_next, sigma_next = _scales(plan, step - 1)
         size = None if plan.patch_sizes is None else plan.patch_sizes[step - 1]
         query = x.to(machine.device, torch.float32)
-        clean = machine.posterior(
-            query, alpha=alpha, sigma=sigma, patch_size=size, labels=labels, entropy=False
+        clean = posterior(
+            query,
+            alpha=alpha,
+            sigma=sigma,
+            patch_size=size,
+            labels=labels,
+            entropy=False,
+            **_approximation(plan, indices, step),
         ).mean.to("cpu", torch.float64)
         eps = (x - alpha * clean) / sigma
         fresh = plan.eta * sigma_next / sigma * _root(1 - (alpha / alpha_next) ** 2)
@@ -210,6 +233,17 @@ def _ddim(
             x_next += fresh * torch.stack(noise)
         yield StepState(step, step / plan.steps, alpha, sigma, size, indices, x, clean, x_next)
         x = x_next
+
+
+def _approximation(plan: SamplePlan, indices: tuple[int, ...], step: int) -> dict[str, object]:
+    """What to ask of the posteriors of a step, with a seed of its own for each sample."""
+    if plan.tolerance is None:
+        return {}
+    seeds = [
+        int(np.random.SeedSequence([plan.seed, index, step]).generate_state(1, np.uint64)[0])
+        for index in indices
+    ]
+    return {"mode": "auto", "tolerance": plan.tolerance, "seed": seeds}
 
 
 def _scales(plan: SamplePlan, step: int) -> tuple[float, float]:

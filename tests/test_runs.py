@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from els.engine import ScoreMachine, sample
+from els.engine.explain import explain_run
 from els.engine.runs import GRID_MOST, RunError, RunFolder, StepProgress, read_settings, sample_run
 from els.engine.schedule import Linear
 from els.index import PatchDatabase, encode
@@ -86,6 +87,7 @@ def test_the_manifest_says_everything(machine: ScoreMachine, tmp_path: Path) -> 
         "label": 1,
         "trajectory": False,
         "n": 5,
+        "tolerance": None,
     }
     (session,) = manifest["sessions"]
     assert session["backend"] == machine.backend
@@ -335,3 +337,23 @@ def test_killed_again_and_again_the_run_is_the_same(tmp_path: Path) -> None:
         output, _ = process.communicate()
         assert process.returncode == 0, output
     assert outputs(run.path) == outputs(tmp_path / "whole")
+
+
+def test_an_approximate_run_goes_on_and_is_explained(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (1200, 1, 5, 5)).astype(np.uint8)
+    machine = ScoreMachine(PatchDatabase.build(images, path=tmp_path / "db"), "ELS", "zeros")
+    options = {"steps": 3, "patch_sizes": 3, "tolerance": 0.1}
+    sample_run(machine, tmp_path / "run", n=1, **options)
+    sample_run(machine, tmp_path / "run", n=2, **options)
+    assert read_settings(tmp_path / "run").tolerance == 0.1
+    sample_run(machine, tmp_path / "other", n=2, **options)
+    at_once = RunFolder(tmp_path / "other")
+    for index in range(2):
+        stored = [np.load(run.values(index)) for run in (RunFolder(tmp_path / "run"), at_once)]
+        assert np.array_equal(*stored)
+    with pytest.raises(RunError, match="tolerance"):
+        sample_run(machine, tmp_path / "run", n=2, **(options | {"tolerance": None}))
+    # The explanation follows the run's trajectory: it warns where values differ from the stored.
+    explanation, _ = explain_run(tmp_path / "run", 1, step=1)
+    assert np.abs(explanation.values - np.load(at_once.values(1))).max() <= 1e-6

@@ -42,7 +42,10 @@ class Toy:
 
     def posterior(self, x, *, alpha, sigma, patch_size, labels, entropy):
         mean = torch.from_numpy(self.denoise(x.numpy(), alpha, sigma))
-        return LocalPosterior(mean, mean[:, 0])
+        none = torch.zeros_like(mean[:, 0])
+        return LocalPosterior(
+            mean, none, None, None, None, none, none, ("exact",), ("exact",), (0,)
+        )
 
 
 def ddim_in_numpy(noise, fresh, schedule: Schedule, steps: int, eta: float):
@@ -202,3 +205,19 @@ def test_labels_need_a_labelled_database() -> None:
     machine = ScoreMachine(PatchDatabase.from_arrays(IMAGES), "IS", backend="torch")
     with pytest.raises(ValueError, match="no labels"):
         sample(machine, labels=0)
+
+
+def test_approximate_samples_are_near_the_exact_ones_and_repeat() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (1500, 1, 6, 6)).astype(np.uint8)
+    machine = ScoreMachine(PatchDatabase.from_arrays(images), "ELS", "zeros")
+    options = {"steps": 4, "patch_sizes": [1, 3, 3, 3], "seed": 5}
+    exact = sample(machine, n=2, **options)
+    near = sample(machine, n=2, tolerance=0.05, **options)
+    assert not torch.equal(near, exact)
+    # Errors of the steps add up at most; the last step's share is all its own.
+    assert (near - exact).abs().mean() <= 4 * 0.05
+    assert torch.equal(near, sample(machine, n=2, tolerance=0.05, batch_size=1, **options))
+    assert torch.equal(near[1:], sample(machine, indices=[1], tolerance=0.05, **options))
+    with pytest.raises(ValueError, match="needs a tolerance > 0"):
+        sample(machine, n=1, tolerance=0.0, **options)
