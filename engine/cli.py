@@ -30,6 +30,7 @@ from rich.table import Table
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
+    from els.engine.compare import Comparison, SampleComparison
     from els.engine.explain import Explanation
     from els.engine.runs import RunReport, StepProgress
     from els.engine.sampler import StepState
@@ -302,6 +303,90 @@ def sample(
     _print_report(report, n)
 
 
+@app.command(
+    epilog="Example: els bench db --noise 0.006:3,0.05:3,0.2:7 --samples 2 "
+    "--sizes fashion-mnist-resnet -o bench"
+)
+@_reported
+def bench(
+    database: Annotated[Path, typer.Argument(help="The database folder.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for bench.json and pareto.png.")
+    ],
+    noise: Annotated[
+        str, typer.Option(help="Noise variances, each with its patch size: BETA:P,BETA:P,...")
+    ] = "0.006:3,0.05:3,0.2:5",
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            help="Clean images to add noise to, any source that els build takes; by default "
+            "mirrored images of the database."
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Number of queries.")] = 2,
+    boundary: Annotated[
+        _Boundary, typer.Option(case_sensitive=False, help="As of els sample.")
+    ] = _Boundary.ZEROS,
+    tolerance: Annotated[float, typer.Option(help="Of the automatic choice.")] = 0.01,
+    with_torch: Annotated[
+        bool, typer.Option("--torch", help="Also time the torch backend, which takes long.")
+    ] = False,
+    samples: Annotated[
+        int, typer.Option(help="Also draw so many whole samples, to the tolerance and exact.")
+    ] = 0,
+    sizes: Annotated[
+        str | None, typer.Option(help="Patch sizes of the samples, as of els sample.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of noise, subsets and samples.")] = 0,
+) -> None:
+    """Compare approximate posteriors with exact ones: time, error, what they say of it."""
+    from els.engine.compare import (
+        compare_posteriors,
+        compare_samples,
+        held_out,
+        write_comparison,
+    )
+    from els.index import PatchDatabase, decode, open_source
+
+    db = PatchDatabase.open(database)
+    levels = _noise_levels(noise)
+    if samples and sizes is None:
+        raise ValueError("--samples needs --sizes: the patch sizes to draw them with")
+    if queries is None:
+        clean = held_out(db, n, seed)
+    else:
+        import torch
+
+        images = next(iter(open_source(queries).chunks(n)))[:n]
+        clean = torch.from_numpy(decode(images))
+    rows = list(
+        compare_posteriors(
+            db,
+            clean,
+            levels,
+            boundary=boundary.value,
+            tolerance=tolerance,
+            seed=seed,
+            with_torch=with_torch,
+            progress=lambda what: typer.echo(what, err=True),
+        )
+    )
+    drawn = None
+    if samples and sizes is not None:
+        typer.echo(f"{samples} whole samples, exact and to {tolerance:g}", err=True)
+        drawn = compare_samples(
+            db,
+            _patch_sizes(sizes),
+            n=samples,
+            boundary=boundary.value,
+            tolerance=tolerance,
+            seed=seed,
+        )
+    write_comparison(output, db, rows, drawn)
+    _print_comparison(rows, drawn)
+    typer.echo(f"written: {output / 'bench.json'}, {output / 'pareto.png'}")
+
+
 @app.command(epilog="Example: els explain run --sample 3 --step 8")
 @_reported
 def explain(
@@ -357,6 +442,49 @@ def _patch_sizes(text: str) -> str | int | list[int]:
     except ValueError:
         return text
     return numbers if "," in text else numbers[0]
+
+
+def _noise_levels(text: str) -> list[tuple[float, int]]:
+    """What ``--noise`` means."""
+    try:
+        levels = [
+            (float(beta), int(size)) for beta, size in (pair.split(":") for pair in text.split(","))
+        ]
+    except ValueError:
+        raise ValueError(f"--noise {text!r} must be BETA:P,BETA:P,..., as in 0.05:3") from None
+    if not all(0 < beta <= 1 for beta, _ in levels):
+        raise ValueError(f"--noise {text!r}: a noise variance is above 0 and at most 1")
+    return levels
+
+
+def _print_comparison(rows: list[Comparison], samples: SampleComparison | None) -> None:
+    table = Table(
+        *("beta", "P", "method", "s / image-step", "speed-up", "mean error", "max", "claimed"),
+        *("omitted", "recall"),
+        box=None,
+        pad_edge=False,
+    )
+    for row in rows:
+        table.add_row(
+            f"{row.beta:g}",
+            str(row.patch_size),
+            row.method,
+            f"{row.seconds:.4f}",
+            f"{row.speed_up:.1f}",
+            f"{row.mean_error:.5f}",
+            f"{row.max_error:.4f}",
+            f"{row.claimed:.5f}",
+            f"{row.omitted:.3f}",
+            "" if row.recall is None else f"{row.recall:.3f}",
+        )
+    _print(table)
+    if samples is not None:
+        typer.echo(
+            f"whole samples to {samples.tolerance:g}: {samples.seconds:.1f} s each, "
+            f"{samples.speed_up:.1f} times faster, r^2 {samples.r_squared:.4f}, PSNR "
+            f"{samples.psnr:.1f} dB; exact ones from noise moved by 0.001: r^2 "
+            f"{samples.r_squared_of_moved:.4f}"
+        )
 
 
 def _bytes(text: str) -> int:

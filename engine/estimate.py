@@ -116,6 +116,16 @@ class Estimator:
                 return self._automatic(approximation.k, approximation.tolerance)
         raise AssertionError(f"mode {approximation.mode!r} is not an approximation")
 
+    def recall(self, k: int) -> float:
+        """Share of the k nearest patches that the index finds, by exact distance, over pixels."""
+        head = self._head(k)
+        state = self._backend.state(self._db.images, replace(self._query, top=k))
+        assert state.top is not None
+        kth = state.top.logits[..., -1:].cpu()
+        # Equal patches are equally good: what counts is the distance.
+        near_enough = head.logits >= kth - 1e-5 * kth.abs()
+        return float(near_enough.double().mean(-1)[0][head.served].mean())
+
     def _exact(self) -> tuple[PosteriorState, Error]:
         state = self._backend.state(self._db.images, self._query)
         return state, Error.none(state.mass)

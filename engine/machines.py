@@ -180,6 +180,36 @@ class ScoreMachine:
         ).mean
         return (x - _per_image(alpha, x) * mean) / _per_image(sigma, x)
 
+    def recall(
+        self,
+        x: Tensor,
+        *,
+        alpha: float | Tensor,
+        sigma: float | Tensor,
+        patch_size: int,
+        k: int,
+    ) -> float:
+        """Share of the k nearest patches that the database's index finds for one query.
+
+        Args:
+            x: noisy image ``[1, C, H, W]``; the others as in :meth:`posterior`.
+            alpha: see there.
+            sigma: see there.
+            patch_size: see there.
+            k: how many, >= 1.
+
+        Raises:
+            ValueError: as :meth:`posterior`, and for more than one image.
+            DatabaseError: if there is no index of this patch size.
+        """
+        query = self._validated(x, alpha, sigma, patch_size, entropy=False, top=0)
+        if len(x) != 1:
+            raise ValueError(f"x has {len(x)} images; the recall is of one at a time")
+        self._approximation(query, "topk", None, k, 32)
+        query = replace(query, members=np.arange(len(self.db), dtype=np.int64))
+        index = self._index(query.patch_size)
+        return Estimator(self._backend, self.db, index, query, (0,)).recall(k)
+
     def _approximation(
         self, query: PosteriorQuery, mode: Mode, tolerance: float | None, k: int, subset: int
     ) -> Approximation:

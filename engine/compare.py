@@ -1,0 +1,328 @@
+"""Exact against approximate on one database: time, error, what was omitted; the command els bench.
+
+Every approximate posterior is compared with the exact one of the same query, so no figure is
+without its error.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from els.engine.machines import ScoreMachine
+from els.engine.posterior import Boundary, LocalPosterior
+from els.engine.sampler import Denoiser, sample
+from els.index import PatchDatabase, decode
+from els.index.files import atomic_file, write_json
+
+_SUBSETS = (256, 1024, 4096)
+_HEADS = (64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One way to compute the posteriors of some queries, against the exact ones.
+
+    Attributes:
+        beta: noise variance; alpha is ``sqrt(1 - beta)``.
+        patch_size: P.
+        method: mode and its size, or another backend.
+        seconds: per image, the median over queries.
+        speed_up: of the exact default backend's seconds over these.
+        mean_error: mean absolute error of the posterior mean, over pixels, channels and queries.
+        max_error: the largest.
+        claimed: what the method says its mean absolute error is, or is at most.
+        omitted: mean share of the mass that was not computed.
+        recall: share of the k nearest that the index found; None without a head.
+    """
+
+    beta: float
+    patch_size: int
+    method: str
+    seconds: float
+    speed_up: float
+    mean_error: float
+    max_error: float
+    claimed: float
+    omitted: float
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class SampleComparison:
+    """Whole samples from the same seeds, to a tolerance and exact.
+
+    Attributes:
+        tolerance: of the approximate ones.
+        seconds: per sample.
+        speed_up: over the exact ones.
+        r_squared: squared Pearson correlation of the pixels, the median over samples.
+        psnr: peak signal-to-noise ratio in dB (peak to peak 2), the median over samples.
+        r_squared_of_moved: as ``r_squared``, for exact samples whose initial noise was moved by
+            1e-3: how stable the trajectory itself is.
+    """
+
+    tolerance: float
+    seconds: float
+    speed_up: float
+    r_squared: float
+    psnr: float
+    r_squared_of_moved: float
+
+
+def held_out(db: PatchDatabase, count: int, seed: int) -> Tensor:
+    """Clean images like those of the database that are not in it: mirrored ones.
+
+    Returns:
+        float32 ``[count, C, H, W]`` in [-1, 1].
+    """
+    chosen = np.random.default_rng(seed).permutation(len(db))[:count]
+    return torch.from_numpy(decode(db.images[np.sort(chosen)][..., ::-1].copy()))
+
+
+def compare_posteriors(
+    db: PatchDatabase,
+    clean: Tensor,
+    noise: Sequence[tuple[float, int]],
+    *,
+    boundary: Boundary = "zeros",
+    tolerance: float = 0.01,
+    seed: int = 0,
+    with_torch: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[Comparison]:
+    """Every method at every noise level, on ELS machines.
+
+    Args:
+        db: the training images, with or without indices.
+        clean: images to add noise to, ``[n, C, H, W]``.
+        noise: pairs of a noise variance, 0 to 1, and the patch size for it.
+        boundary: of the machine.
+        tolerance: of ``auto``.
+        seed: of the noise and the subsets.
+        with_torch: also time the torch backend, which is exact.
+        progress: told what is being computed.
+    """
+    machine = ScoreMachine(db, "ELS", boundary)
+    plain = ScoreMachine(db, "ELS", boundary, backend="torch") if with_torch else None
+    generator = torch.Generator().manual_seed(seed)
+    for beta, patch_size in noise:
+        alpha, sigma = (1 - beta) ** 0.5, beta**0.5
+        x = alpha * clean + sigma * torch.randn(clean.shape, generator=generator)
+        arguments = {"alpha": alpha, "sigma": sigma, "patch_size": patch_size, "entropy": False}
+        methods: list[tuple[str, dict[str, Any]]] = [("exact", {})]
+        for size in _SUBSETS:
+            if size < len(db):
+                methods.append((f"subset {size}", {"mode": "subset", "subset": size}))
+        if db.has_index(patch_size) and alpha > 0:
+            for k in _HEADS:
+                methods.append((f"topk {k}", {"mode": "topk", "k": k}))
+            methods.append(("topk+subset 256 1024", {"mode": "topk+subset"}))
+        methods.append((f"auto {tolerance:g}", {"mode": "auto", "tolerance": tolerance}))
+        exact: _Answers | None = None
+        for name, options in methods:
+            progress(f"beta {beta}, P {patch_size}: {name}")
+            given = _ask(
+                machine, x, {**arguments, **options, **({"seed": seed} if options else {})}
+            )
+            exact = exact or given
+            recall = None
+            if options.get("mode") == "topk":
+                recall = _recall(machine, x, arguments, options["k"])
+            yield _compared(beta, patch_size, name, given, exact, recall)
+        if plain is not None and exact is not None:
+            progress(f"beta {beta}, P {patch_size}: torch backend")
+            given = _ask(plain, x, arguments)
+            yield _compared(beta, patch_size, "torch backend", given, exact, None)
+
+
+def compare_samples(
+    db: PatchDatabase,
+    patch_sizes: str | int | Sequence[int],
+    *,
+    n: int,
+    steps: int = 20,
+    boundary: Boundary = "zeros",
+    tolerance: float = 0.01,
+    seed: int = 0,
+) -> SampleComparison:
+    """Whole samples to a tolerance, and exact ones from the same seeds and from moved noise.
+
+    Args:
+        db: the training images.
+        patch_sizes: see :func:`~els.engine.sample`.
+        n: how many samples.
+        steps: of the sampler.
+        boundary: of the machine.
+        tolerance: of every step.
+        seed: of the run.
+    """
+    machine = ScoreMachine(db, "ELS", boundary)
+
+    def drawn(of: Denoiser, tolerance: float | None = None) -> tuple[Tensor, float]:
+        before = time.perf_counter()
+        images = sample(
+            of, n=n, steps=steps, patch_sizes=patch_sizes, seed=seed, tolerance=tolerance
+        )
+        return images, (time.perf_counter() - before) / n
+
+    exact, exact_seconds = drawn(machine)
+    near, seconds = drawn(machine, tolerance)
+    moved, _ = drawn(_Moved(machine, 1e-3, seed))
+    error = (near - exact).square().mean((1, 2, 3))
+    return SampleComparison(
+        tolerance,
+        seconds,
+        exact_seconds / seconds,
+        _r_squared(near, exact),
+        float((10 * (4 / error.clamp(min=1e-20)).log10()).median()),
+        _r_squared(moved, exact),
+    )
+
+
+def write_comparison(
+    folder: Path,
+    db: PatchDatabase,
+    rows: Sequence[Comparison],
+    samples: SampleComparison | None,
+) -> None:
+    """``bench.json`` and ``pareto.png``, error against time, in a folder that is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "bench.json",
+        {
+            "database": {"images": len(db), "shape": db.shape, "content_hash": db.content_hash},
+            "machine": {"processor": platform.processor(), "torch": torch.__version__},
+            "posteriors": [asdict(row) for row in rows],
+            "samples": None if samples is None else asdict(samples),
+        },
+    )
+    from matplotlib.figure import Figure
+
+    noise = list(dict.fromkeys((row.beta, row.patch_size) for row in rows))
+    figure = Figure(figsize=(4 * len(noise), 4), layout="constrained")
+    for axes, (beta, patch_size) in zip(
+        figure.subplots(1, len(noise), squeeze=False)[0], noise, strict=True
+    ):
+        for row in rows:
+            if (row.beta, row.patch_size) == (beta, patch_size):
+                axes.plot(row.seconds, max(row.mean_error, 1e-6), "o")
+                axes.annotate(row.method, (row.seconds, max(row.mean_error, 1e-6)), fontsize=7)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="seconds per image-step",
+            ylabel="mean absolute error of the mean",
+            title=f"beta {beta}, P {patch_size}",
+        )
+    with atomic_file(folder / "pareto.png") as stream:
+        figure.savefig(stream, format="png", dpi=120)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The posteriors of all queries: means, errors and shares, and the median time of one."""
+
+    mean: Tensor
+    claimed: float
+    omitted: float
+    seconds: float
+
+
+def _ask(machine: ScoreMachine, x: Tensor, arguments: dict[str, Any]) -> _Answers:
+    times, means, claims, omitted = [], [], [], []
+    for image in torch.split(x.to(machine.device), 1):
+        before = time.perf_counter()
+        part = machine.posterior(image, **arguments)
+        means.append(part.mean.cpu())
+        times.append(time.perf_counter() - before)
+        # A standard error of 1 is a mean absolute error of 0.8; a bound is a bound.
+        factor = math.sqrt(2 / math.pi) if part.error_kinds[0] == "estimate" else 1.0
+        claims.append(factor * float(part.mean_error.mean()))
+        omitted.append(float(part.omitted_mass.mean()))
+    return _Answers(
+        torch.cat(means), float(np.mean(claims)), float(np.mean(omitted)), float(np.median(times))
+    )
+
+
+def _recall(machine: ScoreMachine, x: Tensor, arguments: dict[str, Any], k: int) -> float:
+    found = [
+        machine.recall(
+            image,
+            alpha=arguments["alpha"],
+            sigma=arguments["sigma"],
+            patch_size=arguments["patch_size"],
+            k=k,
+        )
+        for image in torch.split(x.to(machine.device), 1)
+    ]
+    return float(np.mean(found))
+
+
+def _compared(
+    beta: float,
+    patch_size: int,
+    method: str,
+    given: _Answers,
+    exact: _Answers,
+    recall: float | None,
+) -> Comparison:
+    error = (given.mean - exact.mean).abs()
+    return Comparison(
+        beta,
+        patch_size,
+        method,
+        given.seconds,
+        exact.seconds / given.seconds,
+        float(error.mean()),
+        float(error.max()),
+        given.claimed,
+        given.omitted,
+        recall,
+    )
+
+
+def _r_squared(first: Tensor, second: Tensor) -> float:
+    """Squared Pearson correlation over pixels, the median over images."""
+    return float(
+        np.median(
+            [
+                np.corrcoef(a.numpy().ravel(), b.numpy().ravel())[0, 1] ** 2
+                for a, b in zip(first, second, strict=True)
+            ]
+        )
+    )
+
+
+@final
+class _Moved:
+    """A denoiser whose first query is moved a little.
+
+    Args:
+        machine: that answers.
+        size: standard deviation of the move.
+        seed: of the move.
+    """
+
+    def __init__(self, machine: ScoreMachine, size: float, seed: int) -> None:
+        self.db, self.kind, self.is_local = machine.db, machine.kind, machine.is_local
+        self.device = machine.device
+        self._machine, self._size = machine, size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._is_first = True
+
+    def posterior(self, x: Tensor, **arguments: Any) -> LocalPosterior:
+        """The machine's answer to a query that was moved, if it is the first."""
+        if self._is_first:
+            move = self._size * torch.randn(x.shape, generator=self._generator)
+            x, self._is_first = x + move.to(x.device), False
+        return self._machine.posterior(x, **arguments)
