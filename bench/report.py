@@ -17,7 +17,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = ("docs/performance.md", "README.md")
+DOCUMENTS = ("docs/performance.md", "docs/retrieval.md", "README.md")
 
 # 132 multiprocessors, four warps of 32 threads a cycle, at 1.755 GHz.
 _H100_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
@@ -270,6 +270,30 @@ def gpu_table() -> str:
     )
 
 
+def growth_table() -> str:
+    """Seconds per image-step of mode="auto" without an index, against the number of images."""
+    result = _load("approximate-cpu")
+    rows = []
+    for case in result["cases"]:
+        parameters, extra = case["parameters"], case["extra"]
+        seconds = case["median"] / extra["queries"]
+        rows.append(
+            [
+                f"{extra['beta']:g}",
+                str(parameters["patch_size"]),
+                f"{parameters['tolerance']:g}",
+                f"{parameters['count']:,}",
+                f"{extra['exact_seconds']:.3f}",
+                f"{seconds:.3f}",
+                f"{extra['exact_seconds'] / seconds:.1f}",
+                f"{extra['mean_error']:.4f}",
+            ]
+        )
+    rows.sort(key=lambda row: (row[0], float(row[2]), int(row[3].replace(",", ""))))
+    header = ["beta", "P", "tolerance", "images", "exact, s", "auto, s", "times faster", "error"]
+    return _table(header, rows) + f"\n{_provenance(result)}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "pairs": pairs_table,
     "alternatives": alternatives_table,
@@ -278,6 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ahead-of-time": ahead_of_time_table,
     "ceilings": ceilings_table,
     "gpu": gpu_table,
+    "growth": growth_table,
 }
 
 
