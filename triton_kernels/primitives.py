@@ -10,12 +10,14 @@ weights.
 import triton
 import triton.language as tl
 
+from els.triton_kernels import tiles
+
 # Finite, yet below every logit: exp2 of it is 0, and differences of it are not nan.
 LOWEST = tl.constexpr(-1e30)
 # Squares above this are cut: float16 ends at 65504. A candidate so far has no weight.
 HIGHEST = tl.constexpr(30000.0)
-# A tile that has so many blocks of slots keeps what they need in registers.
-RESIDENT_CHUNKS = tl.constexpr(4)
+# The plan counts on the same number.
+RESIDENT_CHUNKS = tl.constexpr(tiles.RESIDENT_CHUNKS)
 
 
 @triton.jit

@@ -22,8 +22,8 @@ from torch import Tensor
 # Instructions that a thread issues for a slot and for a pair, fitted to the compiled kernels
 # (docs/performance.md); a slot costs more where it is loaded anew for every image.
 _SLOT_COST, _RELOADED_SLOT_COST, _PAIR_COST = 43.0, 74.0, 12.0
-# Blocks of slots that a tile keeps in registers.
-_RESIDENT_CHUNKS = 4
+# A tile that has so many blocks of slots keeps what they need in registers.
+RESIDENT_CHUNKS = 4
 
 
 class Diagonal(NamedTuple):
@@ -229,7 +229,7 @@ class TilePlan:
         chunks = self.rows.chunks * self.columns.chunks
         size = self.row_block * self.column_block
         tiles = self.rows.tiles * self.columns.tiles
-        slot_cost = _SLOT_COST if chunks <= _RESIDENT_CHUNKS else _RELOADED_SLOT_COST
+        slot_cost = _SLOT_COST if chunks <= RESIDENT_CHUNKS else _RELOADED_SLOT_COST
         return tiles * size * (chunks * slot_cost + _PAIR_COST)
 
 
