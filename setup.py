@@ -28,7 +28,7 @@ extensions = [
     Pybind11Extension(
         f"els.engine._native_{name}",
         ["engine/csrc/native.cpp"],
-        depends=["engine/csrc/posterior.h", "engine/csrc/vector.h"],
+        depends=sorted(map(str, Path("engine/csrc").glob("*.h"))),
         define_macros=[("ELS_MODULE", f"_native_{name}")],
         extra_compile_args=COMPILE_FLAGS + flags,
         extra_link_args=[] if sys.platform == "darwin" else ["-pthread"],
