@@ -413,7 +413,7 @@ def parts_table() -> str:
             names[case["test"]],
             str(case["parameters"].get("patch_size", "")),
             case["extra"]["size"],
-            *(f"{1e3 * case[key]:.3g}" for key in ("median", "q1", "q3")),
+            *(_milliseconds(case[key]) for key in ("median", "q1", "q3")),
             case["extra"]["gate"],
         ]
         for case in result["cases"]
@@ -462,6 +462,10 @@ def _by_size(result: Result) -> list[Case]:
 def _searches(case: Case, *, effort: int) -> list[Case]:
     """Searches of a case of bench_growth, at every noise level."""
     return [row for row in case["extra"]["search"]["searches"] if row["effort"] == effort]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def _pairs_per_second(case: Case) -> float:
