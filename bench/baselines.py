@@ -7,50 +7,35 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention, unfold
+from torch.nn.functional import scaled_dot_product_attention
 
 from els.bench.workloads import Workload
-from els.index import decode
+from els.engine import by_hand
 
 Baseline = Callable[[Workload], Tensor]
-
-_CHUNK_IMAGES = 32
 
 
 def query_patches(work: Workload) -> Tensor:
     """Cyclic patches around every pixel, float32 ``[B * H * W, C * P^2]``."""
-    r = work.patch_size // 2
-    return _flat(unfold(pad(work.x, (r, r, r, r), mode="circular"), work.patch_size))
+    return by_hand.query_patches(work.x, work.patch_size, "circular")
 
 
 def training_patches(work: Workload) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (scaled patches ``[M, C * P^2]``, their clean centres ``[M, C]``)."""
-    r = work.patch_size // 2
-    _, height, width = work.db.shape
-    for start in range(0, len(work.db), _CHUNK_IMAGES):
-        images = torch.from_numpy(decode(work.db.images[start : start + _CHUNK_IMAGES]))
-        images = images.to(work.x.device)
-        centres = images[:, :, r : height - r, r : width - r].flatten(2)
-        yield work.alpha * _flat(unfold(images, work.patch_size)), _flat(centres)
+    chunks = by_hand.training_patches(work.db.images, work.patch_size, work.x.device)
+    return ((work.alpha * patches, centres) for patches, centres in chunks)
 
 
 def chunked_matmul(work: Workload) -> Tensor:
     """Matrix product and running softmax over chunks of unfolded patches."""
-    queries = query_patches(work)
-    maximum = queries.new_full((len(queries), 1), -torch.inf)
-    mass = queries.new_zeros(len(queries), 1)
-    total = queries.new_zeros(len(queries), work.db.shape[0])
-    for patches, centres in training_patches(work):
-        logits = queries @ patches.T
-        logits -= 0.5 * patches.square().sum(1)
-        logits /= work.sigma**2
-        new = torch.maximum(maximum, logits.amax(1, keepdim=True))
-        weights = logits.sub_(new).exp_()
-        scale = (maximum - new).exp()
-        mass = mass * scale + weights.sum(1, keepdim=True)
-        total = total * scale + weights @ centres
-        maximum = new
-    return _image(total / mass, work)
+    means = by_hand.chunked_torch(
+        work.db.images,
+        query_patches(work),
+        alpha=work.alpha,
+        sigma=work.sigma,
+        patch_size=work.patch_size,
+    )
+    return _image(means, work)
 
 
 def attention(work: Workload) -> Tensor:
@@ -93,11 +78,6 @@ BASELINES: dict[str, Baseline] = {
     "keops": keops,
     "faiss k=1": faiss_nearest,
 }
-
-
-def _flat(columns: Tensor) -> Tensor:
-    """``[N, D, L]`` as ``[N * L, D]``."""
-    return columns.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _image(rows: Tensor, work: Workload) -> Tensor:

@@ -1,7 +1,7 @@
 """Results and the tables made from them.
 
-``python -m els.bench.report record RAW.json bench/results/NAME.json`` keeps of a pytest-benchmark
-file what a reader needs; ``python -m els.bench.report tables`` writes the tables of the docs from
+``python -m els.bench.report record RAW.json ... bench/results/NAME.json`` keeps of pytest-benchmark
+files what a reader needs; ``python -m els.bench.report tables`` writes the tables of the docs from
 the results, and with ``--check`` says whether they are up to date.
 """
 
@@ -13,14 +13,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = ("docs/performance.md", "docs/retrieval.md", "README.md")
+DOCUMENTS = ("docs/performance.md", "docs/retrieval.md", "docs/scaling.md", "README.md")
 
 # 132 multiprocessors, four warps of 32 threads a cycle, at 1.755 GHz.
 _H100_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
+
+_DATA = {"fashion-mnist": "Fashion-MNIST, 28 x 28", "cifar": "CIFAR-10 (JPEG), 32 x 32 x 3"}
 
 Case = dict[str, Any]
 Result = dict[str, Any]
@@ -29,17 +32,23 @@ app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 
 @app.command()
-def record(raw: Path, output: Path) -> None:
-    """Keep the cases, medians and provenance of a pytest-benchmark file."""
-    measured = json.loads(raw.read_text())
-    machine = measured["machine_info"]
+def record(raw: list[Path], output: Path) -> None:
+    """Keep the cases, medians and provenance of a pytest-benchmark file.
+
+    Of several, measured one after another on one machine, the provenance is the last's.
+    """
+    parts = [json.loads(path.read_text()) for path in raw]
+    measured, machine = parts[-1], parts[-1]["machine_info"]
+    others = {part["machine_info"]["cpu"]["brand_raw"] for part in parts}
+    if len(others) > 1:
+        raise typer.BadParameter(f"measured on different processors: {', '.join(sorted(others))}")
     result = {
         "processor": machine["cpu"]["brand_raw"],
         "cores": machine["cpu"]["count"],
         "python": machine["python_version"],
         "versions": {name: metadata.version(name) for name in ("torch", "numpy")},
         "commit": measured["commit_info"]["id"],
-        "dirty": measured["commit_info"]["dirty"],
+        "dirty": any(part["commit_info"]["dirty"] for part in parts),
         "date": measured["datetime"][:10],
         "unit": "seconds",
         "cases": [
@@ -49,7 +58,8 @@ def record(raw: Path, output: Path) -> None:
                 "extra": case["extra_info"],
                 **{key: case["stats"][key] for key in ("rounds", "q1", "median", "q3")},
             }
-            for case in measured["benchmarks"]
+            for part in parts
+            for case in part["benchmarks"]
         ],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -294,6 +304,124 @@ def growth_table() -> str:
     return _table(header, rows) + f"\n{_provenance(result)}\n"
 
 
+def index_growth_table() -> str:
+    """What an index costs, against the number of images."""
+    result = _load("index-growth-cpu")
+    rows = []
+    for case in _by_size(result):
+        built, default = case["extra"]["build"], _searches(case, effort=32)
+        cpu = {stage: f"{seconds:.3g}" for stage, seconds in built["cpu_seconds"].items()}
+        rows.append(
+            [
+                _DATA[case["parameters"]["data"]],
+                f"{case['parameters']['count']:,}",
+                f"{built['patches'] / 1e6:.3g}",
+                f"{built['lists']:,}",
+                cpu["training"],
+                cpu["adding"],
+                f"{sum(built['cpu_seconds'].values()):.4g}",
+                f"{case['median']:.4g}",
+                f"{built['memory'] / 1e6:.0f}",
+                f"{built['peak_disk'] / 1e6:.0f}",
+                f"{built['disk'] / 1e6:.0f}",
+                " / ".join(f"{row['codes']:.0f}" for row in default),
+                " / ".join(f"{1e3 * row['cpu_seconds']:.3f}" for row in default),
+                " / ".join(f"{row['recall']:.2f}" for row in default),
+            ]
+        )
+    header = ["data", "images", "1e6 patches", "lists", "training, CPU s", "adding, CPU s"]
+    header += ["build, CPU s", "wall s", "memory, MB", "disk at most, MB", "disk, MB"]
+    header += ["codes read", "search, CPU ms", "recall@256"]
+    return _table(header, rows) + f"\n{_provenance(result)}\n"
+
+
+def index_fit_table() -> str:
+    """Power laws of the same, by least squares in logarithms, on Fashion-MNIST."""
+    cases = [
+        case
+        for case in _by_size(_load("index-growth-cpu"))
+        if case["parameters"]["data"] == "fashion-mnist"
+    ]
+    images = [case["parameters"]["count"] for case in cases]
+    built = [case["extra"]["build"] for case in cases]
+    search = [_searches(case, effort=32)[0] for case in cases]
+    quantities = {
+        "training, CPU s": [row["cpu_seconds"]["training"] for row in built],
+        "adding, CPU s": [row["cpu_seconds"]["adding"] for row in built],
+        "build, CPU s": [sum(row["cpu_seconds"].values()) for row in built],
+        "memory, MB": [row["memory"] / 1e6 for row in built],
+        "disk at most, MB": [row["peak_disk"] / 1e6 for row in built],
+        "disk, MB": [row["disk"] / 1e6 for row in built],
+        "codes read a query, beta 0.006": [row["codes"] for row in search],
+        "search of a query, CPU ms, beta 0.006": [1e3 * row["cpu_seconds"] for row in search],
+    }
+    rows = []
+    for name, values in quantities.items():
+        scale, exponent, residuals = power_law([count / 1000 for count in images], values)
+        told = " ".join(f"{100 * (residual - 1):+.0f} %" for residual in residuals)
+        rows.append([name, f"{scale:.3g} n^{exponent:.2f}", told])
+    measured = ", ".join(f"{count:,}" for count in images)
+    return _table(["n thousand images", "fit", f"measured against fit at {measured}"], rows)
+
+
+def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, list[float]]:
+    """Scale and exponent of ``y = scale * x^exponent``, least squares in logarithms, y over it."""
+    exponent, offset = np.polyfit(np.log(x), np.log(y), 1)
+    scale = float(np.exp(offset))
+    fitted = scale * np.asarray(x) ** exponent
+    return scale, float(exponent), [float(ratio) for ratio in np.asarray(y) / fitted]
+
+
+def index_units_table() -> str:
+    """What one distance, one patch and one code cost in the build and search of an index."""
+    rows = []
+    for case in _by_size(_load("index-growth-cpu")):
+        built = case["extra"]["build"]
+        few, many = (_searches(case, effort=effort)[0] for effort in (32, 128))
+        code = (many["cpu_seconds"] - few["cpu_seconds"]) / (many["codes"] - few["codes"])
+        adding = built["cpu_seconds"]["adding"] / built["patches"]
+        training = built["cpu_seconds"]["training"] / (10 * 64 * built["lists"] ** 2)
+        rows.append(
+            [
+                _DATA[case["parameters"]["data"]],
+                f"{case['parameters']['count']:,}",
+                f"{built['lists']:,}",
+                f"{1e9 * training:.2f} ns",
+                f"{1e6 * adding:.1f} us",
+                f"{1e9 * code:.1f} ns",
+                f"{few['codes'] / 32 / (built['patches'] / built['lists']):.2f}",
+                f"{built['largest_list'] / built['patches']:.4f}",
+            ]
+        )
+    header = ["data", "images", "lists", "training, per 640 lists^2", "adding a patch"]
+    header += ["reading a code", "codes per list probed / mean list", "share of the longest list"]
+    return _table(header, rows)
+
+
+def parts_table() -> str:
+    """Time of the parts of an approximate posterior."""
+    result = _load("parts-cpu")
+    names = {
+        "test_build": "index build",
+        "test_search": "index search",
+        "test_given": "exact distances of retrieved patches",
+        "test_head_and_tail": "head, tail and error as one",
+        "test_merge": "merge of two states",
+    }
+    rows = [
+        [
+            names[case["test"]],
+            str(case["parameters"].get("patch_size", "")),
+            case["extra"]["size"],
+            *(_milliseconds(case[key]) for key in ("median", "q1", "q3")),
+            case["extra"]["gate"],
+        ]
+        for case in result["cases"]
+    ]
+    header = ["part", "P", "size", "ms", "first quartile", "third", "gate"]
+    return _table(header, rows) + f"\n{_provenance(result)}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "pairs": pairs_table,
     "alternatives": alternatives_table,
@@ -303,6 +431,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "ceilings": ceilings_table,
     "gpu": gpu_table,
     "growth": growth_table,
+    "index-growth": index_growth_table,
+    "index-fit": index_fit_table,
+    "index-units": index_units_table,
+    "parts": parts_table,
 }
 
 
@@ -317,6 +449,23 @@ def _find(cases: Iterable[Case], **parameters: object) -> Case:
         for case in cases
         if all(case["parameters"][key] == value for key, value in parameters.items())
     )
+
+
+def _by_size(result: Result) -> list[Case]:
+    """Cases of bench_growth by data and number of images."""
+    return sorted(
+        result["cases"],
+        key=lambda case: (case["parameters"]["data"] == "cifar", case["parameters"]["count"]),
+    )
+
+
+def _searches(case: Case, *, effort: int) -> list[Case]:
+    """Searches of a case of bench_growth, at every noise level."""
+    return [row for row in case["extra"]["search"]["searches"] if row["effort"] == effort]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def _pairs_per_second(case: Case) -> float:

@@ -331,6 +331,17 @@ def bench(
     with_torch: Annotated[
         bool, typer.Option("--torch", help="Also time the torch backend, which takes long.")
     ] = False,
+    with_baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines/--no-baselines",
+            help="Also time what one would write by hand: chunked torch, and a flat FAISS index. "
+            "Of large databases they see the first images only.",
+        ),
+    ] = True,
+    memory: Annotated[
+        str, typer.Option(help="What the flat FAISS index may take, such as 4GB or 800MB.")
+    ] = "4GB",
     samples: Annotated[
         int, typer.Option(help="Also draw so many whole samples, to the tolerance and exact.")
     ] = 0,
@@ -350,6 +361,7 @@ def bench(
 
     db = PatchDatabase.open(database)
     levels = _noise_levels(noise)
+    allowed = _bytes(memory)
     if samples and sizes is None:
         raise ValueError("--samples needs --sizes: the patch sizes to draw them with")
     if queries is None:
@@ -368,6 +380,8 @@ def bench(
             tolerance=tolerance,
             seed=seed,
             with_torch=with_torch,
+            with_baselines=with_baselines,
+            memory=allowed,
             progress=lambda what: typer.echo(what, err=True),
         )
     )
@@ -470,14 +484,16 @@ def _print_comparison(rows: list[Comparison], samples: SampleComparison | None) 
             str(row.patch_size),
             row.method,
             f"{row.seconds:.4f}",
-            f"{row.speed_up:.1f}",
+            "" if row.speed_up is None else f"{row.speed_up:.1f}",
             f"{row.mean_error:.5f}",
             f"{row.max_error:.4f}",
-            f"{row.claimed:.5f}",
-            f"{row.omitted:.3f}",
+            "" if row.claimed is None else f"{row.claimed:.5f}",
+            "" if row.omitted is None else f"{row.omitted:.3f}",
             "" if row.recall is None else f"{row.recall:.3f}",
         )
     _print(table)
+    for method, note in dict.fromkeys((row.method, row.note) for row in rows if row.note):
+        typer.echo(f"{method}: {note}")
     if samples is not None:
         typer.echo(
             f"whole samples to {samples.tolerance:g}: {samples.seconds:.1f} s each, "

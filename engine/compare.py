@@ -6,11 +6,12 @@ without its error.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from els.engine.by_hand import FlatNearest, answered, chunked_torch, pairs, query_patches
 from els.engine.machines import ScoreMachine
 from els.engine.posterior import Boundary, LocalPosterior
 from els.engine.sampler import Denoiser, sample
@@ -26,6 +28,9 @@ from els.index.files import atomic_file, write_json
 
 _SUBSETS = (256, 1024, 4096)
 _HEADS = (64, 256, 1024)
+_NEAREST = 256
+# Of one baseline and one query: about a minute in chunked torch on two cores.
+_MOST_PAIRS = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -35,26 +40,29 @@ class Comparison:
     Attributes:
         beta: noise variance; alpha is ``sqrt(1 - beta)``.
         patch_size: P.
-        method: mode and its size, or another backend.
+        method: mode and its size, another backend, or a baseline.
         seconds: per image, the median over queries.
-        speed_up: of the exact default backend's seconds over these.
+        speed_up: of the exact default backend's seconds over these; None for a baseline that saw
+            the first images only, which is not the same work.
         mean_error: mean absolute error of the posterior mean, over pixels, channels and queries.
         max_error: the largest.
-        claimed: what the method says its mean absolute error is, or is at most.
-        omitted: mean share of the mass that was not computed.
+        claimed: what the method says its mean absolute error is, or is at most; None if nothing.
+        omitted: mean share of the mass that was not computed; None if it is not known.
         recall: share of the k nearest that the index found; None without a head.
+        note: what must be known to read the row, or None.
     """
 
     beta: float
     patch_size: int
     method: str
     seconds: float
-    speed_up: float
+    speed_up: float | None
     mean_error: float
     max_error: float
-    claimed: float
-    omitted: float
+    claimed: float | None
+    omitted: float | None
     recall: float | None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +106,17 @@ def compare_posteriors(
     tolerance: float = 0.01,
     seed: int = 0,
     with_torch: bool = False,
+    with_baselines: bool = False,
+    memory: int = 4 * 10**9,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Comparison]:
     """Every method at every noise level, on ELS machines.
+
+    The baselines are what one would write by hand (`els.engine.by_hand`): chunked torch, exact, and
+    a flat FAISS index of all patches with a softmax over the 256 nearest; making that index is not
+    counted. With zeros beyond the border they get the pixels at the border, whose candidates are
+    few, from the exact posterior, for nothing. Where one would take more than 2^32 pairs a query
+    or more than `memory`, it gets as many of the first images as do not, and its row says so.
 
     Args:
         db: the training images, with or without indices.
@@ -110,10 +126,13 @@ def compare_posteriors(
         tolerance: of ``auto``.
         seed: of the noise and the subsets.
         with_torch: also time the torch backend, which is exact.
-        progress: told what is being computed.
+        with_baselines: also time what one would write by hand.
+        memory: bytes that the flat FAISS index may take.
+        progress: told what is being computed, and what is left out and why.
     """
     machine = ScoreMachine(db, "ELS", boundary)
     plain = ScoreMachine(db, "ELS", boundary, backend="torch") if with_torch else None
+    by_hand = _ByHand(db, boundary, memory, progress) if with_baselines else None
     generator = torch.Generator().manual_seed(seed)
     for beta, patch_size in noise:
         alpha, sigma = (1 - beta) ** 0.5, beta**0.5
@@ -143,6 +162,8 @@ def compare_posteriors(
             progress(f"beta {beta}, P {patch_size}: torch backend")
             given = _ask(plain, x, arguments)
             yield _compared(beta, patch_size, "torch backend", given, exact, None)
+        if by_hand is not None and exact is not None:
+            yield from by_hand.compared(x.to(machine.device), beta, patch_size, exact)
 
 
 def compare_samples(
@@ -233,8 +254,8 @@ class _Answers:
     """The posteriors of all queries: means, errors and shares, and the median time of one."""
 
     mean: Tensor
-    claimed: float
-    omitted: float
+    claimed: float | None
+    omitted: float | None
     seconds: float
 
 
@@ -252,6 +273,102 @@ def _ask(machine: ScoreMachine, x: Tensor, arguments: dict[str, Any]) -> _Answer
     return _Answers(
         torch.cat(means), float(np.mean(claims)), float(np.mean(omitted)), float(np.median(times))
     )
+
+
+@final
+class _ByHand:
+    """The baselines on a database; the FAISS index of a patch size is kept for the next level.
+
+    Args:
+        db: the training images.
+        boundary: of the machine.
+        memory: bytes that the FAISS index may take.
+        progress: told what is being computed.
+    """
+
+    def __init__(
+        self, db: PatchDatabase, boundary: Boundary, memory: int, progress: Callable[[str], None]
+    ) -> None:
+        self._db, self._boundary = db, boundary
+        self._memory, self._progress = memory, progress
+        self._flat: tuple[int, FlatNearest] | None = None
+
+    def compared(
+        self, x: Tensor, beta: float, patch_size: int, exact: _Answers
+    ) -> Iterator[Comparison]:
+        """Rows of both at one noise level."""
+        alpha, sigma = (1 - beta) ** 0.5, beta**0.5
+        level = f"beta {beta}, P {patch_size}"
+        count = len(self._db)
+        in_time = max(1, _MOST_PAIRS // pairs(self._db.shape, patch_size, self._boundary))
+        why = f"more than {_MOST_PAIRS:,} pairs a query"
+        images = self._db.images[:in_time]
+        self._progress(f"{level}: chunked torch")
+        given = self._ask(
+            lambda queries: chunked_torch(
+                images, queries, alpha=alpha, sigma=sigma, patch_size=patch_size
+            ),
+            x,
+            patch_size,
+            exact,
+        )
+        yield self._row(beta, patch_size, "chunked torch", given, exact, len(images), why)
+        name = f"FAISS flat {_NEAREST}"
+        if importlib.util.find_spec("faiss") is None:
+            self._progress(f"{level}: no {name}: it needs pip install 'els-machine[cpu]'")
+            return
+        if alpha == 0:
+            self._progress(f"{level}: no {name}: without a signal every patch is as near")
+            return
+        in_memory = FlatNearest.most_images(self._db.shape, patch_size, self._memory)
+        if in_memory == 0:
+            self._progress(f"{level}: no {name}: one image exceeds {self._memory:,} bytes")
+            return
+        self._progress(f"{level}: {name}")
+        kept = min(in_time, in_memory, count)
+        if self._flat is None or self._flat[0] != patch_size:
+            self._flat = None  # two would not fit
+            self._flat = (patch_size, FlatNearest(self._db.images[:kept], patch_size))
+        flat = self._flat[1]
+        given = self._ask(
+            lambda queries: flat.means(queries, alpha=alpha, sigma=sigma, k=_NEAREST),
+            x,
+            patch_size,
+            exact,
+        )
+        if in_memory < in_time:
+            why = f"more than {self._memory:,} bytes of patches"
+        yield self._row(beta, patch_size, name, given, exact, kept, why)
+
+    def _ask(
+        self, means: Callable[[Tensor], Tensor], x: Tensor, patch_size: int, exact: _Answers
+    ) -> _Answers:
+        """The exact means with those by hand in their place, where there are any."""
+        times, whole = [], exact.mean.clone()
+        rows, columns = answered(self._db.shape, patch_size, self._boundary)
+        for number, image in enumerate(torch.split(x, 1)):
+            before = time.perf_counter()
+            found = means(query_patches(image, patch_size, self._boundary)).cpu()
+            times.append(time.perf_counter() - before)
+            place = whole[number, :, rows, columns]
+            place.copy_(found.T.reshape(place.shape))
+        return _Answers(whole, None, None, float(np.median(times)))
+
+    def _row(
+        self,
+        beta: float,
+        patch_size: int,
+        method: str,
+        given: _Answers,
+        exact: _Answers,
+        images: int,
+        why: str,
+    ) -> Comparison:
+        row = _compared(beta, patch_size, method, given, exact, None)
+        if images == len(self._db):
+            return row
+        note = f"the first {images:,} of {len(self._db):,} images only: all are {why}"
+        return replace(row, method=f"{method}, {images:,} images", speed_up=None, note=note)
 
 
 def _recall(machine: ScoreMachine, x: Tensor, arguments: dict[str, Any], k: int) -> float:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from els.engine import ScoreMachine
+from els.engine import ScoreMachine, by_hand, compare
 from els.engine.cli import app
-from els.engine.compare import compare_posteriors, compare_samples, held_out
-from els.index import PatchDatabase
+from els.engine.compare import Comparison, compare_posteriors, compare_samples, held_out
+from els.engine.posterior import Boundary
+from els.index import PatchDatabase, decode
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,8 @@ def db(tmp_path_factory: pytest.TempPathFactory) -> PatchDatabase:
 
 def test_every_method_is_compared_with_the_exact_posterior(db: PatchDatabase) -> None:
     clean = held_out(db, 2, seed=1)
-    rows = list(compare_posteriors(db, clean, [(0.2, 3), (0.5, 1)], seed=3, with_torch=True))
+    noise = [(0.2, 3), (0.5, 1)]
+    rows = list(compare_posteriors(db, clean, noise, seed=3, with_torch=True, with_baselines=True))
     named = {(row.beta, row.method): row for row in rows}
     methods = [row.method for row in rows if row.beta == 0.2]
     assert methods == [
@@ -39,6 +42,8 @@ def test_every_method_is_compared_with_the_exact_posterior(db: PatchDatabase) ->
         "topk+subset 256 1024",
         "auto 0.01",
         "torch backend",
+        "chunked torch",
+        "FAISS flat 256",
     ]
     # Without an index there is no head.
     assert [row.method for row in rows if row.beta == 0.5][1:3] == ["subset 256", "auto 0.01"]
@@ -47,14 +52,98 @@ def test_every_method_is_compared_with_the_exact_posterior(db: PatchDatabase) ->
         assert (exact.mean_error, exact.max_error, exact.omitted, exact.claimed) == (0, 0, 0, 0)
         assert exact.speed_up == 1
         assert named[beta, "torch backend"].max_error <= 2e-5
+        # Logits up to 9 * 4 / 0.4 in float32, from three terms of that size.
+        assert named[beta, "chunked torch"].max_error <= 2e-4
     assert all(named[0.2, f"topk {k}"].recall == 1 for k in (64, 256, 1024))
     assert named[0.2, "topk 1024"].mean_error <= named[0.2, "topk 64"].mean_error
+    # The same 256 patches, of a Flat index too.
+    flat = named[0.2, "FAISS flat 256"]
+    assert flat.mean_error == pytest.approx(named[0.2, "topk 256"].mean_error, rel=1e-3)
+    assert (flat.claimed, flat.omitted, flat.note) == (None, None, None)
     # A bound.
     assert named[0.2, "topk 64"].mean_error <= named[0.2, "topk 64"].claimed
     # All pixels share one error where patches are single pixels: beyond three times its mean
     # absolute value (2.4 standard errors) is one in 60.
     subset = named[0.5, "subset 256"]
     assert 0 < subset.mean_error <= 3 * subset.claimed
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+@pytest.mark.parametrize("patch_size", [1, 3, 5])
+def test_by_hand_is_the_posterior(boundary: Boundary, patch_size: int) -> None:
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (37, 2, 6, 7)).astype(np.uint8)
+    x = torch.randn(1, 2, 6, 7, generator=torch.Generator().manual_seed(0))
+    machine = ScoreMachine(PatchDatabase.from_arrays(images), "ELS", boundary, backend="torch")
+    noise = {"alpha": 0.8, "sigma": 0.6}
+    mean = machine.posterior(x.double(), patch_size=patch_size, **noise).mean
+    rows, columns = by_hand.answered((2, 6, 7), patch_size, boundary)
+    expected = mean[0, :, rows, columns].flatten(1).T.numpy()
+    queries = by_hand.query_patches(x, patch_size, boundary)
+    patches = len(images) * (7 - patch_size) * (8 - patch_size)
+    assert by_hand.pairs((2, 6, 7), patch_size, boundary) * len(images) == len(queries) * patches
+    chunked = by_hand.chunked_torch(images, queries, patch_size=patch_size, **noise)
+    flat = by_hand.FlatNearest(images, patch_size).means(queries, k=patches, **noise)
+    # Logits up to some hundred in float32.
+    np.testing.assert_allclose(chunked, expected, atol=1e-4)
+    np.testing.assert_allclose(flat, expected, atol=1e-4)
+    assert flat.abs().max() < 1
+    nearest = by_hand.FlatNearest(images, patch_size).means(queries, k=1, **noise)
+    top = machine.posterior(x.double(), patch_size=patch_size, top=1, **noise).top_addresses
+    assert top is not None
+    n, row, column = machine.db.locate(top[0, rows, columns].flatten().numpy())
+    np.testing.assert_allclose(nearest, decode(images)[n, :, row, column], atol=1e-6)
+
+
+def test_baselines_see_what_fits(db: PatchDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = held_out(db, 1, seed=1)
+    noise = [(0.3, 3)]
+
+    def by_hand_rows(memory: int) -> dict[str, Comparison]:
+        rows = compare_posteriors(
+            db, clean, noise, boundary="circular", with_baselines=True, memory=memory
+        )
+        return {row.method: row for row in rows if row.method.startswith(("chunked", "FAISS"))}
+
+    # An image is 20 patches of 9 float32, twice.
+    limited = by_hand_rows(100 * 20 * 36 * 2 + 1)
+    assert list(limited) == ["chunked torch", "FAISS flat 256, 100 images"]
+    row = limited["FAISS flat 256, 100 images"]
+    assert (row.speed_up, row.note) == (
+        None,
+        "the first 100 of 700 images only: all are more than 144,001 bytes of patches",
+    )
+    monkeypatch.setattr(compare, "_MOST_PAIRS", 42 * 20 * 50)
+    limited = by_hand_rows(4 * 10**9)
+    assert list(limited) == ["chunked torch, 50 images", "FAISS flat 256, 50 images"]
+    row = limited["chunked torch, 50 images"]
+    assert row.note == "the first 50 of 700 images only: all are more than 42,000 pairs a query"
+    # It is the posterior of those images.
+    alpha, sigma = 0.7**0.5, 0.3**0.5
+    x = alpha * clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    whole, few = (
+        ScoreMachine(of, "ELS", "circular").posterior(x, alpha=alpha, sigma=sigma, patch_size=3)
+        for of in (db, PatchDatabase.from_arrays(db.images[:50]))
+    )
+    assert row.mean_error == pytest.approx(float((few.mean - whole.mean).abs().mean()), rel=1e-3)
+
+
+def test_a_baseline_that_cannot_be_is_left_out_aloud(
+    db: PatchDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(**options: Any) -> str:
+        said: list[str] = []
+        rows = compare_posteriors(
+            db, held_out(db, 1, seed=1), with_baselines=True, progress=said.append, **options
+        )
+        methods = [row.method for row in rows]
+        assert methods[-1] == "chunked torch"
+        return said[-1]
+
+    assert "one image exceeds 100 bytes" in without(noise=[(0.3, 3)], memory=100)
+    assert "without a signal" in without(noise=[(1.0, 1)])
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'els-machine[cpu]'" in without(noise=[(0.3, 1)])
 
 
 def test_queries_are_not_in_the_database(db: PatchDatabase) -> None:
@@ -83,7 +172,8 @@ def test_the_command(db: PatchDatabase, tmp_path: Path) -> None:
     assert "whole samples to 0.01" in done.output
     written = json.loads((out / "bench.json").read_text())
     assert written["database"]["content_hash"] == db.content_hash
-    assert {row["method"] for row in written["posteriors"]} >= {"exact", "topk 64", "auto 0.01"}
+    methods = {row["method"] for row in written["posteriors"]}
+    assert methods >= {"exact", "topk 64", "auto 0.01", "chunked torch", "FAISS flat 256"}
     assert written["samples"]["r_squared"] <= 1
     with Image.open(out / "pareto.png") as picture:
         assert picture.size[0] > 100
