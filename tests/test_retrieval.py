@@ -154,6 +154,7 @@ def test_restrictions_leave_their_images_only(db: PatchDatabase, factory: str) -
 RECALL = [
     # Found: 1.0, 1.0, 0.967 and 0.88, of the 10 nearest.
     pytest.param("IVF64,SQ8_direct", 16, 0.95, id="SQ8_direct"),
+    pytest.param("Pad24,IVF64,SQ8_direct", 16, 0.95, id="padded"),
     pytest.param("IVF64_HNSW32,Flat", 16, 0.95, id="HNSW"),
     pytest.param("PCA16,IVF64,SQ8", 16, 0.9, id="PCA"),
     pytest.param("PCA16,IVF64,PQ16x4", 16, 0.8, id="PQ"),
@@ -257,9 +258,21 @@ def test_threads_are_restored(db: PatchDatabase) -> None:
         pytest.param(1 << 17, 9, 10**5, 9, 10**9, "Flat", id="small"),
         pytest.param(4 * 10**5, 9, 10**5, 9, 10**9, "IVF2048,SQ8_direct", id="few lists"),
         pytest.param(2 * 10**5, 9, 1, 9, 10**9, "IVF1,SQ8_direct", id="all equal"),
-        pytest.param(2 * 10**5, 81, 80, 9, 10**9, "IVF2,SQ8_direct", id="nearly equal"),
+        pytest.param(2 * 10**5, 81, 80, 9, 10**9, "Pad88,IVF2,SQ8_direct", id="nearly equal"),
         pytest.param(
             40_560_000, 9, 3 * 10**6, 9, 4 * 10**9, "IVF65536_HNSW32,SQ8_direct", id="grey P 3"
+        ),
+        pytest.param(
+            29_040_000, 49, 10**6, 49, 4 * 10**9, "Pad56,IVF16384_HNSW32,SQ8_direct", id="grey P 7"
+        ),
+        pytest.param(
+            18_000_000,
+            27,
+            2 * 10**6,
+            27,
+            4 * 10**9,
+            "Pad40,IVF32768_HNSW32,SQ8_direct",
+            id="colour",
         ),
         pytest.param(
             40_560_000, 9, 3 * 10**6, 9, 10**9, "PCA8,IVF65536_HNSW32,PQ1", id="little memory"
@@ -297,6 +310,7 @@ def test_too_little_memory_says_how_much() -> None:
         pytest.param({"factory": "PCA4,Flat"}, ValueError, "IndexFlat", id="PCA Flat"),
         pytest.param({"factory": "IMI2x4,Flat"}, ValueError, "MultiIndex", id="multi-index"),
         pytest.param({"factory": "IVF100000,Flat"}, ValueError, "100000 lists", id="lists"),
+        pytest.param({"factory": "Pad32,IVF2,SQ8_direct"}, ValueError, "take Pad40", id="rounds"),
         pytest.param({"factory": "PCA4,IVF2,SQ8_direct"}, ValueError, "take SQ8 ", id="direct"),
     ],
 )
@@ -335,7 +349,8 @@ def test_without_faiss(db: PatchDatabase, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize(
-    "factory", ["Flat", "IVF64,SQ8_direct", "IVF32_HNSW8,SQ8", "PCA8,IVF16,PQ4x4"]
+    "factory",
+    ["Flat", "IVF64,SQ8_direct", "Pad24,IVF64,SQ8_direct", "IVF32_HNSW8,SQ8", "PCA8,IVF16,PQ4x4"],
 )
 def test_the_bytes_do_not_depend_on_threads(smooth: PatchDatabase, factory: str) -> None:
     assert smooth.path is not None
