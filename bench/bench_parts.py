@@ -173,14 +173,14 @@ def test_head_and_tail(
     work = workload(fashion, patch_size, 1, db=db)
     query, backend = question(work, db), choose("native", threads=1, device=None)[0]
     estimator = Estimator(backend, db, db.open_index(patch_size), query, (0,))
-    head = estimator._head(_K)
+    head = estimator.head(_K)
     # A tail of all images less the head, and the head, are everything.
-    whole, _ = estimator._combined(head, estimator._tail(len(db)))
+    whole, _ = estimator.combined(head, estimator._tail(len(db)))
     exact = backend.state(db.images, query)
     error = float((mean(whole) - mean(exact)).abs().max())
     assert error <= 2e-5
     tail = estimator._tail(images)
-    benchmark.pedantic(estimator._combined, (head, tail), rounds=15, warmup_rounds=1)
+    benchmark.pedantic(estimator.combined, (head, tail), rounds=15, warmup_rounds=1)
     benchmark.extra_info |= {
         "gate": f"mean to {error:.0e}",
         "size": f"784 pixels, k = {_K}, {images:,} images",

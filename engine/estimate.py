@@ -38,9 +38,15 @@ Members = npt.NDArray[np.int64]
 _GROUPS = 16
 # Images of the first look of mode="auto", and the pixels that a head is tried on.
 _PILOT_IMAGES, _PILOT_PIXELS = 256, 32
-# What a head costs, in images of the exact kernel, for one query image; fixed, so that what is
-# chosen depends on the input and not on how busy the machine is.
-_HEAD_COST = 600
+# Lists that a head may look into. The fewest are right where the tail does the work, the most where
+# few patches matter and they must be found.
+_EFFORTS = (4, 16, 32, 64)
+# What reading a code costs, in pairs of the exact kernel: a number, and so much for each byte.
+# Fixed, so that what is chosen depends on the input and not on how busy the machine is.
+_CODE_PAIRS, _BYTE_PAIRS = 9.0, 1 / 3
+# How errors fall with the size of a subset at first, without and with a head, and how far a subset
+# grows before that is looked at again.
+_TAIL_POWER, _HEAD_POWER, _GROWTH = 0.35, 0.45, 4
 # A subset that is so large a part of the images is not worth its error.
 _MOST_SHARE = 0.6
 # Aim below the tolerance: its measure is itself uncertain.
@@ -104,21 +110,26 @@ class Estimator:
         """The estimated state of the whole posterior, and its error."""
         match approximation.mode:
             case "topk":
-                return self._head_alone(self._head(approximation.k))
+                return self._head_alone(self.head(approximation.k))
             case "subset" | "topk+subset":
                 if approximation.images >= len(self._order) or len(self._order) < 2 * _GROUPS:
                     return self._exact()
                 tail = self._tail(max(approximation.images, 2 * _GROUPS))
                 with_head = approximation.mode == "topk+subset"
-                return self._combined(self._head(approximation.k) if with_head else None, tail)
+                return self.combined(self.head(approximation.k) if with_head else None, tail)
             case "auto":
                 assert approximation.tolerance is not None
                 return self._automatic(approximation.k, approximation.tolerance)
         raise AssertionError(f"mode {approximation.mode!r} is not an approximation")
 
+    @property
+    def images(self) -> int:
+        """How many images are candidates."""
+        return len(self._order)
+
     def recall(self, k: int) -> float:
         """Share of the k nearest patches that the index finds, by exact distance, over pixels."""
-        head = self._head(k)
+        head = self.head(k)
         state = self._backend.state(self._db.images, replace(self._query, top=k))
         assert state.top is not None
         kth = state.top.logits[..., -1:].cpu()
@@ -131,45 +142,93 @@ class Estimator:
         return state, Error.none(state.mass)
 
     def _automatic(self, k: int, tolerance: float) -> tuple[PosteriorState, Error]:
-        """The cheapest of subset, head and subset, and everything, as a small subset tells."""
-        total = len(self._order)
-        if total <= 2 * _PILOT_IMAGES:
+        """The cheapest of subset, head and subset, and everything, as a small subset tells.
+
+        Border pixels have few candidates each, so that they need more images than others, and an
+        image costs less there: they get a subset of their own.
+        """
+        if len(self._order) <= 2 * _PILOT_IMAGES:
             return self._exact()
         aim = _MARGIN * tolerance
         tail = self._tail(_PILOT_IMAGES)
-        result = self._combined(None, tail)
-        error = _typical_error(result[1])
-        if error <= aim:
+        interior = self._interior()
+        result = self._interior_to(aim, k, tail, interior)
+        if result is None:
+            return self._exact()
+        if bool(interior.all()):
             return result
-        head = None
-        needed = _images_needed(error, aim, len(tail), total)
-        if self._index is not None and self._query.alpha[0] > 0 and needed > _HEAD_COST:
-            pixels = self._pilot_pixels()
-            with_head = self._combined(self._head(k, pixels), tail)[1]
-            error_of = [_typical_error(each, pixels) for each in (with_head, result[1])]
-            expected = error * error_of[0] / max(error_of[1], 1e-30)
-            with_tail = _images_needed(expected, aim, len(tail), total)
-            if _HEAD_COST + with_tail < min(needed, _MOST_SHARE * total):
-                head, needed = self._head(k), with_tail
-                result = self._combined(head, tail)
-                error = _typical_error(result[1])
-        while error > aim:
-            needed = max(_images_needed(error, aim, len(tail), total), 2 * len(tail))
-            if needed > _MOST_SHARE * total:
-                return self._exact()
-            tail = self._tail(needed, tail)
-            result = self._combined(head, tail)
-            error = _typical_error(result[1])
+        return _chosen(interior, result, self._border_to(aim, tail, ~interior))
+
+    def _interior_to(
+        self, aim: float, k: int, tail: _Tail, interior: Tensor
+    ) -> tuple[PosteriorState, Error] | None:
+        """Head and tail, enlarged until the error is met; None where everything is cheaper.
+
+        What is cheapest is judged anew after every step: a few heavy patches hide from small
+        subsets, so that errors fall more slowly than the root of their size.
+        """
+        heads = _PilotHeads(self, k, interior) if self._can_search else None
+        total, most = len(self._order), math.floor(_MOST_SHARE * len(self._order))
+        head, effort, power = None, 0, _TAIL_POWER
+        result = self.combined(None, tail)
+        while (error := _typical_error(result[1], interior)) > aim:
+            needed = _images_needed(error, aim, len(tail), total, power)
+            if heads is not None:
+                best = heads.cheapest(effort, min(needed, most), error, aim, head, tail)
+                if best != effort:
+                    head, effort, power = self.head(k, effort=best), best, _HEAD_POWER
+                    result = self.combined(head, tail)
+                    continue
+            if needed > most:
+                return None
+            grown = min(max(needed, 2 * len(tail)), _GROWTH * len(tail))
+            before, tail = len(tail), self._tail(grown, tail)
+            result = self.combined(head, tail)
+            fallen = error / max(_typical_error(result[1], interior), 1e-30)
+            power = min(max(math.log(fallen) / math.log(len(tail) / before), 0.2), 0.5)
         return result
 
-    def _pilot_pixels(self) -> Tensor:
-        """A few of the pixels that an index serves, bool ``[H, W]``."""
-        inside = self._is_served()
-        places = torch.nonzero(inside.flatten()).flatten().numpy()
+    @property
+    def _can_search(self) -> bool:
+        """Whether there is an index, pixels that it serves, and a signal to search for."""
+        has_pixels = bool(self._is_served().any())
+        return self._index is not None and has_pixels and bool(self._query.alpha[0] > 0)
+
+    def _border_to(self, aim: float, tail: _Tail, border: Tensor) -> tuple[PosteriorState, Error]:
+        """The border's pixels from a growing subset of the images, or all of them."""
+        total, query = len(self._order), replace(self._query, border_only=True)
+        result = self.combined(None, tail)
+        while (error := _typical_error(result[1], border)) > aim:
+            needed = max(_images_needed(error, aim, len(tail), total, _HEAD_POWER), 2 * len(tail))
+            if needed > _MOST_SHARE * total:
+                state = moved(self._backend.state(self._db.images, query), "cpu")
+                return state, Error.none(state.mass)
+            tail = self._tail(needed, tail, query)
+            result = self.combined(None, tail)
+        return result
+
+    def head_cost(self, effort: int) -> float:
+        """What a search for every pixel costs, in images of the exact kernel."""
+        assert self._index is not None
+        codes, size = self._index.codes_read(effort)
+        _, _, height, width = self._query.x.shape
+        reach = self._query.patch_size - 1
+        pairs_per_image = (height - reach) * (width - reach)
+        return codes * (_CODE_PAIRS + _BYTE_PAIRS * size) / pairs_per_image
+
+    def pilot_pixels(self, interior: Tensor) -> Tensor:
+        """A few of the interior's pixels, bool ``[H, W]``."""
+        places = torch.nonzero(interior.flatten()).flatten().numpy()
         chosen = self._rng.permutation(places)[:_PILOT_PIXELS]
-        pixels = torch.zeros(inside.numel(), dtype=torch.bool)
+        pixels = torch.zeros(interior.numel(), dtype=torch.bool)
         pixels[torch.from_numpy(chosen)] = True
-        return pixels.reshape(inside.shape)
+        return pixels.reshape(interior.shape)
+
+    def _interior(self) -> Tensor:
+        """Pixels but those of a border of its own, bool ``[H, W]``; all, if they have none."""
+        served = self._is_served()
+        has_border = self._query.kind == "ELS" and bool(served.any())
+        return served if has_border else torch.ones_like(served)
 
     def _is_served(self) -> Tensor:
         """Which pixels' candidates are patches inside the training image, bool ``[H, W]``."""
@@ -181,7 +240,7 @@ class Estimator:
         served[radius : height - radius, radius : width - radius] = True
         return served
 
-    def _head(self, k: int, pixels: Tensor | None = None) -> _Head:
+    def head(self, k: int, pixels: Tensor | None = None, effort: int | None = None) -> _Head:
         """The k nearest patches of each pixel that the index serves, or of some of them."""
         index = self._index
         assert index is not None
@@ -190,7 +249,9 @@ class Estimator:
         everyone = len(self._order) == len(self._db)
         addresses = torch.full((1, *served.shape, k), -1, dtype=torch.int64)
         patches = self._patches(chosen)
-        _, found = index.search(patches, k, members=None if everyone else np.sort(self._order))
+        _, found = index.search(
+            patches, k, members=None if everyone else np.sort(self._order), effort=effort
+        )
         addresses[0, chosen] = torch.from_numpy(found)
         device = self._query.x.device
         state, logits = self._backend.given(self._db.images, self._query, addresses.to(device))
@@ -239,8 +300,11 @@ class Estimator:
         )
         return _choose(head.served, head.state, border)
 
-    def _tail(self, images: int, before: _Tail | None = None) -> _Tail:
-        """States of groups of so many images in all, or of those that ``before`` has not seen."""
+    def _tail(
+        self, images: int, before: _Tail | None = None, query: PosteriorQuery | None = None
+    ) -> _Tail:
+        """States of groups of so many images in all, those of ``before`` among them."""
+        query = query or self._query
         seen = 0 if before is None else len(before)
         group_of = np.full(len(self._db), -1, dtype=np.int64)
         chosen = self._order[:images]
@@ -250,7 +314,7 @@ class Estimator:
         def weigh(group: int) -> PosteriorState:
             members = np.sort(fresh[group_of[fresh] == group])
             return moved(
-                self._backend.state(self._db.images, replace(self._query, members=members)), "cpu"
+                self._backend.state(self._db.images, replace(query, members=members)), "cpu"
             )
 
         with ThreadPoolExecutor(self._backend.workers) as pool:
@@ -261,7 +325,7 @@ class Estimator:
         counts = np.bincount(group_of[chosen], minlength=_GROUPS)
         return _Tail(together, torch.from_numpy(counts).double(), group_of)
 
-    def _combined(self, head: _Head | None, tail: _Tail) -> tuple[PosteriorState, Error]:
+    def combined(self, head: _Head | None, tail: _Tail) -> tuple[PosteriorState, Error]:
         """Head and scaled tail as one state; the error from leaving out each group in turn."""
         groups = tail.groups
         reference = groups.maximum.amax(0)
@@ -350,6 +414,49 @@ class Estimator:
         )
 
 
+@final
+class _PilotHeads:
+    """Heads of a few pixels, to tell what heads of all would gain."""
+
+    def __init__(self, estimator: Estimator, k: int, interior: Tensor) -> None:
+        self._estimator = estimator
+        self._k = k
+        self._pixels = estimator.pilot_pixels(interior)
+        self._heads: dict[int, _Head] = {}
+
+    def cheapest(
+        self, effort: int, needed: int, error: float, aim: float, head: _Head | None, tail: _Tail
+    ) -> int:
+        """The effort to go on with, ``effort`` or a larger one, by what is still to be paid.
+
+        Args:
+            effort: of ``head``; 0 without one.
+            needed: size of the tail that would do with it, or at which everything is cheaper.
+            error: with ``head`` and ``tail``.
+            aim: at which error.
+            head: what there is.
+            tail: what there is.
+        """
+        best, least = effort, needed - len(tail)
+        now = self._error(head, tail)
+        total = self._estimator.images
+        for more in (each for each in _EFFORTS if each > effort):
+            cost = math.ceil(self._estimator.head_cost(more))
+            if cost >= least:
+                break
+            if more not in self._heads:
+                self._heads[more] = self._estimator.head(self._k, self._pixels, more)
+            expected = error * self._error(self._heads[more], tail) / max(now, 1e-30)
+            images = _images_needed(expected, aim, len(tail), total, _HEAD_POWER)
+            cost += max(images - len(tail), 0)
+            if cost < least:
+                best, least = more, cost
+        return best
+
+    def _error(self, head: _Head | None, tail: _Tail) -> float:
+        return _typical_error(self._estimator.combined(head, tail)[1], self._pixels)
+
+
 @dataclass(frozen=True, eq=False)
 class _Head:
     """The retrieved patches of an image's pixels, on the CPU; `state` and `logits` are exact."""
@@ -432,11 +539,26 @@ def _typical_error(error: Error, pixels: Tensor | None = None) -> float:
     return _MEAN_ABSOLUTE * float(typical.mean())
 
 
-def _images_needed(error: float, aim: float, images: int, total: int) -> int:
-    """The size of a subset that has the error aimed at, from that of another."""
-    # The variance of a mean of n of N images is as 1 / n - 1 / N.
-    inverse = (aim / error) ** 2 * (1 / images - 1 / total) + 1 / total
+def _images_needed(error: float, aim: float, images: int, total: int, power: float) -> int:
+    """The size of a subset that has the error aimed at, from that of another.
+
+    Errors are taken to fall as ``(1 / n - 1 / N) ** power``: power 1 / 2 for means of many alike.
+    """
+    inverse = (aim / error) ** (1 / power) * (1 / images - 1 / total) + 1 / total
     return math.ceil(1 / inverse)
+
+
+def _chosen(
+    where: Tensor, first: tuple[PosteriorState, Error], second: tuple[PosteriorState, Error]
+) -> tuple[PosteriorState, Error]:
+    """Pixel by pixel one estimate or the other; the first says what was computed."""
+    error = replace(
+        first[1],
+        omitted_mass=torch.where(where, first[1].omitted_mass, second[1].omitted_mass),
+        mean_error=torch.where(where, first[1].mean_error, second[1].mean_error),
+        typical=torch.where(where, first[1].typical, second[1].typical),
+    )
+    return _choose(where, first[0], second[0]), error
 
 
 def _choose(where: Tensor, first: PosteriorState, second: PosteriorState) -> PosteriorState:

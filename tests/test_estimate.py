@@ -143,7 +143,7 @@ def test_auto_meets_its_tolerance(
     db: PatchDatabase, sigma: float, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "_PILOT_IMAGES", 48)
-    monkeypatch.setattr(estimate, "_HEAD_COST", 60)
+    monkeypatch.setattr(estimate, "_CODE_PAIRS", 0.1)
     machine = ScoreMachine(db, "ELS", "zeros")
     x = query(sigma, batch=2)
     exact = ask(machine, x, sigma).mean
@@ -244,9 +244,10 @@ def test_every_beginning_has_its_share_of_every_class(
 
 
 def test_the_size_of_a_subset_for_an_error() -> None:
-    assert _images_needed(0.02, 0.02, 100, 10_000) == 100
-    assert 380 < _images_needed(0.02, 0.01, 100, 10_000) <= 400
-    assert _images_needed(0.02, 1e-9, 100, 1000) == 1000
+    assert _images_needed(0.02, 0.02, 100, 10_000, 0.5) == 100
+    assert 380 < _images_needed(0.02, 0.01, 100, 10_000, 0.5) <= 400
+    assert 1350 < _images_needed(0.02, 0.01, 100, 10_000, 0.25) < 1400
+    assert _images_needed(0.02, 1e-9, 100, 1000, 0.5) == 1000
 
 
 def test_what_is_wrong_is_said(db: PatchDatabase) -> None:
