@@ -1,10 +1,12 @@
-"""Approximate posteriors as the data set grows: ``--fashion-mnist SOURCE``, all of its images.
+"""Approximate posteriors against exact ones; each case first passes a gate on its true error.
 
-Subsets alone, without an index. Each case first passes a gate: the error that the exact posterior
-shows must be within one and a half tolerances.
+``-k growth --fashion-mnist SOURCE``: subsets alone, without an index, as the data set grows.
+``-k speed_up --fashion-database DB --fashion-test SOURCE`` (or ``--cifar-...``): whole data sets,
+with the indices that the database has. ``-k whole_samples``, likewise: 20 steps.
 """
 
 import time
+from dataclasses import asdict
 from functools import cache
 
 import numpy as np
@@ -13,11 +15,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from els.bench.workloads import BETA, Workload, workload
+from els.bench.workloads import BETA, Workload, load_images, workload
 from els.engine import ScoreMachine
-from els.index import open_source
+from els.engine.compare import compare_samples
+from els.index import PatchDatabase, decode, open_source
 
-_QUERIES = 4
+_QUERIES, _SAMPLES = 4, 2
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +30,22 @@ def shuffled(request: pytest.FixtureRequest) -> npt.NDArray[np.uint8]:
         pytest.skip("needs --fashion-mnist SOURCE")
     images = np.concatenate(list(open_source(spec).chunks(1024)))
     return images[np.random.default_rng(0).permutation(len(images))]
+
+
+# The paper's patch sizes at these noise variances, from its tables of 20 steps.
+LEVELS = {
+    "fashion": {0.006: 3, 0.05: 3, 0.2: 7, 0.5: 11, 0.8: 13},
+    "cifar": {0.006: 3, 0.05: 3, 0.2: 5, 0.5: 7, 0.8: 11},
+}
+BOUNDARIES = {"fashion": "zeros", "cifar": "circular"}
+SIZES = {"fashion": "fashion-mnist-resnet", "cifar": "cifar10-resnet-circular"}
+
+
+def database(request: pytest.FixtureRequest, data: str) -> PatchDatabase:
+    path = request.config.getoption(f"--{data}-database")
+    if path is None:
+        pytest.skip(f"needs --{data}-database DB")
+    return PatchDatabase.open(path)
 
 
 @cache
@@ -73,3 +92,57 @@ def test_growth(
         "mean_error": error,
         "backend": machine.backend,
     }
+
+
+@pytest.mark.parametrize("beta", [0.006, 0.05, 0.2, 0.5, 0.8])
+@pytest.mark.parametrize("data", LEVELS)
+def test_speed_up(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, data: str, beta: float
+) -> None:
+    db = database(request, data)
+    spec = request.config.getoption(f"--{data}-test")
+    if spec is None:
+        pytest.skip(f"needs --{data}-test SOURCE")
+    patch_size, alpha, sigma = LEVELS[data][beta], (1 - beta) ** 0.5, beta**0.5
+    clean = decode(load_images(spec, _QUERIES))
+    noise = np.random.default_rng(1).standard_normal(clean.shape)
+    x = torch.from_numpy((alpha * clean + sigma * noise).astype(np.float32))
+    work = Workload(db, x, alpha, sigma, patch_size)
+    machine = ScoreMachine(db, "ELS", BOUNDARIES[data], backend="native")  # type: ignore[arg-type]
+    mean, exact_seconds = exact(machine, work)
+    answer = machine.posterior(
+        x, alpha=alpha, sigma=sigma, patch_size=patch_size, mode="auto", tolerance=0.01, seed=1
+    )
+    error = float((answer.mean - mean).abs().mean())
+    assert error <= 0.015
+    options = {"mode": "auto", "tolerance": 0.01, "seed": 1}
+    benchmark.pedantic(ask, (machine, work), options, rounds=3)
+    benchmark.extra_info |= {
+        "images": len(db),
+        "boundary": BOUNDARIES[data],
+        "patch_size": patch_size,
+        "queries": _QUERIES,
+        "indices": [size for size in (3, 5, 7, 9, 11, 13) if db.has_index(size)],
+        "exact_seconds": exact_seconds,
+        "mean_error": error,
+        "claimed": float(0.8 * answer.mean_error.mean()),
+        "modes": sorted(set(answer.modes)),
+        "subset_images": list(answer.subset_images),
+        "backend": machine.backend,
+    }
+
+
+@pytest.mark.parametrize("data", LEVELS)
+def test_whole_samples(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, data: str
+) -> None:
+    """20 steps at tolerance 1e-2, against exact ones, and those from noise moved by 1e-3."""
+    db = database(request, data)
+    found = benchmark.pedantic(
+        compare_samples,
+        (db, SIZES[data]),
+        {"n": _SAMPLES, "boundary": BOUNDARIES[data], "tolerance": 0.01},
+        rounds=1,
+    )
+    assert found.r_squared > 0.5
+    benchmark.extra_info |= {"images": len(db), "samples": _SAMPLES, **asdict(found)}

@@ -10,6 +10,9 @@ from els.bench.workloads import load_images
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cifar", help="CIFAR-10 training images, any source that els build takes")
     parser.addoption("--fashion-mnist", help="all of Fashion-MNIST's training images, likewise")
+    for data in ("fashion", "cifar"):
+        parser.addoption(f"--{data}-database", help="a database of all its training images")
+        parser.addoption(f"--{data}-test", help="its test images, any source")
 
 
 @pytest.fixture(scope="session")

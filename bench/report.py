@@ -23,7 +23,11 @@ DOCUMENTS = ("docs/performance.md", "docs/retrieval.md", "docs/scaling.md", "REA
 # 132 multiprocessors, four warps of 32 threads a cycle, at 1.755 GHz.
 _H100_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
 
-_DATA = {"fashion-mnist": "Fashion-MNIST, 28 x 28", "cifar": "CIFAR-10 (JPEG), 32 x 32 x 3"}
+_DATA = {
+    "fashion": "Fashion-MNIST",
+    "fashion-mnist": "Fashion-MNIST, 28 x 28",
+    "cifar": "CIFAR-10 (JPEG), 32 x 32 x 3",
+}
 
 Case = dict[str, Any]
 Result = dict[str, Any]
@@ -304,6 +308,54 @@ def growth_table() -> str:
     return _table(header, rows) + f"\n{_provenance(result)}\n"
 
 
+def speed_up_table() -> str:
+    """Seconds per image-step of mode="auto" with indices, at the paper's noise levels."""
+    result = _load("speed-up-cpu")
+    rows = []
+    for case in result["cases"]:
+        extra = case["extra"]
+        seconds = case["median"] / extra["queries"]
+        has_index = extra["patch_size"] in extra["indices"]
+        rows.append(
+            [
+                f"{extra['images']:,} {_DATA[case['parameters']['data']]}",
+                f"{case['parameters']['beta']:g}",
+                f"{extra['patch_size']}{'' if has_index else ' (no index)'}",
+                f"{extra['exact_seconds']:.2f}",
+                f"{seconds:.3f}",
+                f"{extra['exact_seconds'] / seconds:.1f}",
+                f"{extra['mean_error']:.4f}",
+                f"{extra['claimed']:.4f}",
+                ", ".join(extra["modes"]),
+                " ".join(f"{images:,}" for images in extra["subset_images"]),
+            ]
+        )
+    header = ["data", "beta", "P", "exact, s", "auto, s", "times faster", "error", "claimed"]
+    header += ["chosen", "images of each query's subset"]
+    return _table(header, rows) + f"\n{_provenance(result)}\n"
+
+
+def whole_samples_table() -> str:
+    """Whole samples to a tolerance."""
+    result = _load("whole-samples-cpu")
+    rows = [
+        [
+            f"{case['extra']['images']:,} {_DATA[case['parameters']['data']]}",
+            str(case["extra"]["samples"]),
+            f"{case['extra']['seconds'] * case['extra']['speed_up']:.1f}",
+            f"{case['extra']['seconds']:.1f}",
+            f"{case['extra']['speed_up']:.1f}",
+            f"{case['extra']['r_squared']:.4f}",
+            f"{case['extra']['psnr']:.1f}",
+            f"{case['extra']['r_squared_of_moved']:.4f}",
+        ]
+        for case in result["cases"]
+    ]
+    header = ["data", "samples", "exact, s each", "tolerance 0.01, s", "times faster"]
+    header += ["r^2, median", "PSNR, dB", "r^2 of moved exact ones"]
+    return _table(header, rows) + f"\n{_provenance(result)}\n"
+
+
 def index_growth_table() -> str:
     """What an index costs, against the number of images."""
     result = _load("index-growth-cpu")
@@ -423,6 +475,8 @@ def parts_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "speed-up": speed_up_table,
+    "whole-samples": whole_samples_table,
     "pairs": pairs_table,
     "alternatives": alternatives_table,
     "sampling": sampling_table,
