@@ -167,26 +167,39 @@ class Estimator:
         What is cheapest is judged anew after every step: a few heavy patches hide from small
         subsets, so that errors fall more slowly than the root of their size.
         """
-        heads = _PilotHeads(self, k, interior) if self._can_search else None
+        pilot = _Pilot(self, k, interior) if self._can_search else None
         total, most = len(self._order), math.floor(_MOST_SHARE * len(self._order))
         head, effort, power = None, 0, _TAIL_POWER
-        result = self.combined(None, tail)
-        while (error := _typical_error(result[1], interior)) > aim:
+        result, error = self._judged(head, tail, interior, pilot)
+        while error > aim:
             needed = _images_needed(error, aim, len(tail), total, power)
-            if heads is not None:
-                best = heads.cheapest(effort, min(needed, most), error, aim, head, tail)
+            if pilot is not None:
+                best = pilot.cheapest(effort, min(needed, most), error, aim, result, tail)
                 if best != effort:
                     head, effort, power = self.head(k, effort=best), best, _HEAD_POWER
-                    result = self.combined(head, tail)
+                    result, error = self._judged(head, tail, interior, pilot)
                     continue
             if needed > most:
                 return None
             grown = min(max(needed, 2 * len(tail)), _GROWTH * len(tail))
             before, tail = len(tail), self._tail(grown, tail)
-            result = self.combined(head, tail)
-            fallen = error / max(_typical_error(result[1], interior), 1e-30)
-            power = min(max(math.log(fallen) / math.log(len(tail) / before), 0.2), 0.5)
+            larger = error
+            result, error = self._judged(head, tail, interior, pilot)
+            fallen = math.log(larger / max(error, 1e-30)) / math.log(len(tail) / before)
+            power = min(max(fallen, 0.2), 0.5)
         return result
+
+    def _judged(
+        self, head: _Head | None, tail: _Tail, interior: Tensor, pilot: _Pilot | None
+    ) -> tuple[tuple[PosteriorState, Error], float]:
+        """Head and tail, and their expected absolute error; both as the pilot pixels say."""
+        state, error = self.combined(head, tail)
+        if pilot is not None:
+            doubt = pilot.doubt((state, error), tail)
+            error = replace(
+                error, mean_error=doubt * error.mean_error, typical=doubt * error.typical
+            )
+        return (state, error), _typical_error(error, interior)
 
     @property
     def _can_search(self) -> bool:
@@ -415,8 +428,8 @@ class Estimator:
 
 
 @final
-class _PilotHeads:
-    """Heads of a few pixels, to tell what heads of all would gain."""
+class _Pilot:
+    """Heads of a few pixels: what heads of all would gain, and what has been overlooked so far."""
 
     def __init__(self, estimator: Estimator, k: int, interior: Tensor) -> None:
         self._estimator = estimator
@@ -424,37 +437,59 @@ class _PilotHeads:
         self._pixels = estimator.pilot_pixels(interior)
         self._heads: dict[int, _Head] = {}
 
+    def doubt(self, result: tuple[PosteriorState, Error], tail: _Tail) -> float:
+        """How much larger the error is than it seems, at least 1.
+
+        A spread does not tell of heavy patches that neither head nor tail has met; the largest head
+        meets most of them.
+        """
+        seems = _typical_error(result[1], self._pixels)
+        return max(1.0, self._error(result, tail) / max(seems, 1e-30))
+
     def cheapest(
-        self, effort: int, needed: int, error: float, aim: float, head: _Head | None, tail: _Tail
+        self,
+        effort: int,
+        needed: int,
+        error: float,
+        aim: float,
+        result: tuple[PosteriorState, Error],
+        tail: _Tail,
     ) -> int:
         """The effort to go on with, ``effort`` or a larger one, by what is still to be paid.
 
         Args:
-            effort: of ``head``; 0 without one.
+            effort: of the head that there is; 0 without one.
             needed: size of the tail that would do with it, or at which everything is cheaper.
-            error: with ``head`` and ``tail``.
+            error: of what there is.
             aim: at which error.
-            head: what there is.
-            tail: what there is.
+            result: what there is.
+            tail: its tail.
         """
         best, least = effort, needed - len(tail)
-        now = self._error(head, tail)
+        now = self._error(result, tail)
         total = self._estimator.images
         for more in (each for each in _EFFORTS if each > effort):
             cost = math.ceil(self._estimator.head_cost(more))
             if cost >= least:
                 break
-            if more not in self._heads:
-                self._heads[more] = self._estimator.head(self._k, self._pixels, more)
-            expected = error * self._error(self._heads[more], tail) / max(now, 1e-30)
+            there = self._estimator.combined(self._head(more), tail)
+            expected = error * self._error(there, tail) / max(now, 1e-30)
             images = _images_needed(expected, aim, len(tail), total, _HEAD_POWER)
             cost += max(images - len(tail), 0)
             if cost < least:
                 best, least = more, cost
         return best
 
-    def _error(self, head: _Head | None, tail: _Tail) -> float:
-        return _typical_error(self._estimator.combined(head, tail)[1], self._pixels)
+    def _error(self, result: tuple[PosteriorState, Error], tail: _Tail) -> float:
+        """By the spread, or by the difference that the largest head makes, if that is more."""
+        reference = self._estimator.combined(self._head(_EFFORTS[-1]), tail)[0]
+        difference = (_mean(result[0]) - _mean(reference)).abs().mean(0)[self._pixels]
+        return max(_typical_error(result[1], self._pixels), float(difference.mean()))
+
+    def _head(self, effort: int) -> _Head:
+        if effort not in self._heads:
+            self._heads[effort] = self._estimator.head(self._k, self._pixels, effort)
+        return self._heads[effort]
 
 
 @dataclass(frozen=True, eq=False)
@@ -537,6 +572,11 @@ def _typical_error(error: Error, pixels: Tensor | None = None) -> float:
     """Expected absolute error of the mean, over all pixels or some, from its standard error."""
     typical = error.typical[0] if pixels is None else error.typical[0][pixels]
     return _MEAN_ABSOLUTE * float(typical.mean())
+
+
+def _mean(state: PosteriorState) -> Tensor:
+    """Of one image, ``[C, H, W]``."""
+    return (state.centre / state.mass.unsqueeze(1))[0]
 
 
 def _images_needed(error: float, aim: float, images: int, total: int, power: float) -> int:
