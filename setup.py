@@ -52,7 +52,7 @@ setup(
     packages=[f"els.{folder}" for folder in FOLDERS],
     package_data={
         "els.index": ["py.typed", "data/*"],
-        "els.engine": ["py.typed", "csrc/*", "*.pyi"],
+        "els.engine": ["py.typed", "csrc/*", "page/*", "*.pyi"],
         "els.triton_kernels": ["py.typed"],
         "els.bench": ["py.typed"],
     },
