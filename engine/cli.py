@@ -448,6 +448,8 @@ def explain(
         write_page(walkthrough, db, page)
         typer.echo(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB)")
         return
+    if output is not None and output.suffix.lower() in (".html", ".htm"):
+        raise ValueError(f"{output} is a page, not a picture; add --html to make one")
     picture = run / f"explain-{sample:06d}-step{step:02d}.png" if output is None else output
     require_picture(picture)
     top = DEFAULT_TOP if top is None else top

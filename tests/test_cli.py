@@ -158,6 +158,7 @@ def test_whole_image_machines_need_no_sizes(db: Path, tmp_path: Path) -> None:
         pytest.param(["sample", "db", "-o", "o.json", "--sizes", "3"], "is a file", id="file"),
         pytest.param(["explain", "run", "--sample", "0"], "not a run", id="no-run"),
         pytest.param(["explain", "run", "--sample", "0", "-o", "a.txt"], ".png", id="suffix"),
+        pytest.param(["explain", "run", "--sample", "0", "-o", "a.html"], "--html", id="page"),
         pytest.param(
             ["explain", "run", "--sample", "0", "--html", "-o", "a.png"], ".html", id="page-suffix"
         ),

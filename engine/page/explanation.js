@@ -137,6 +137,9 @@
     for (const v of turns) {
       for (const h of turns) {
         const [left, up] = [(x - reach + h * width) * scale, (y - reach + v * height) * scale];
+        const isOutside = left + side < 1 || up + side < 1 ||
+          left > width * scale - 1 || up > height * scale - 1;
+        if (isOutside && (v || h)) continue;
         context.lineWidth = line + 2;
         context.strokeStyle = "rgba(0, 0, 0, 0.75)";
         context.strokeRect(left, up, side, side);
@@ -184,8 +187,7 @@
     const step = steps[state.row];
     const size = sizes[state.row];
     const compared = size ? `${size}\u00a0\u00d7\u00a0${size}\u00a0patches` : "whole images";
-    const last = step === 1 ? ", the last" : "";
-    return `step ${step} of ${data.planSteps}${last}: noise \u03c3 = ` +
+    return `step ${step} of ${data.planSteps}: noise \u03c3 = ` +
       `${data.sigma[state.row].toFixed(3)}, ${compared}`;
   }
 
@@ -263,8 +265,8 @@
       (state.isHeld ? " (held)" : "");
     const things = size ? "patches" : "images";
     at("summary").textContent =
-      `${count(shared(state.row))} training ${things} effectively share it; ` +
-      `the ${found.length} heaviest carry ${share(carried)} of the weight.`;
+      `${count(shared(state.row))} ${things} effectively share it; ` +
+      `these ${found.length} carry ${share(carried)} of the weight.`;
     at("query").hidden = !size;
     at("query").style.display = size ? "" : "none";
     if (size) {
@@ -292,10 +294,10 @@
       }
       const name = className(patch.index);
       shown.weight.textContent = share(patch.weight);
-      shown.bar.style.width = `${Math.max(0.5, 100 * patch.weight)}%`;
+      shown.bar.style.width = `${100 * patch.weight}%`;
       shown.image.textContent = `image ${data.numbers[patch.index]}` + (name ? `, ${name}` : "");
       shown.offset.textContent = `from row ${patch.y}, column ${patch.x}: ${moved(patch.dy, patch.dx)} ` +
-        `(dy\u00a0${signed(patch.dy)}, dx\u00a0${signed(patch.dx)})`;
+        `(dy\u00a0${signed(patch.dy)},\u00a0dx\u00a0${signed(patch.dx)})`;
     });
   }
 
