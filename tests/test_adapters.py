@@ -8,7 +8,7 @@ by a few).
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import ModuleType
 
@@ -46,6 +46,7 @@ pytestmark = pytest.mark.filterwarnings(
 KEPT = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 STEPS = 6
 
+Trajectory = Iterator[Tensor]
 Mean = Callable[[Tensor, float, float], Tensor]
 
 
@@ -92,7 +93,7 @@ def scales(kept: float) -> tuple[float, float]:
 # The samplers, from their papers. `timesteps` count down; after the last comes the clean image.
 
 
-def ddim(mean: Mean, x: Tensor, timesteps: list[float], _: torch.Generator) -> Tensor:
+def ddim(mean: Mean, x: Tensor, timesteps: list[float], _: torch.Generator) -> Trajectory:
     """arXiv 2010.02502, equation 12 without fresh noise."""
     after = [*timesteps[1:], None]
     for t, following in zip(timesteps, after, strict=True):
@@ -100,10 +101,10 @@ def ddim(mean: Mean, x: Tensor, timesteps: list[float], _: torch.Generator) -> T
         next_alpha, next_sigma = (1, 0) if following is None else scales(KEPT[int(following)])
         clean = mean(x, alpha, sigma)
         x = next_alpha * clean + next_sigma * (x - alpha * clean) / sigma
-    return x
+        yield x
 
 
-def ddpm(mean: Mean, x: Tensor, timesteps: list[float], generator: torch.Generator) -> Tensor:
+def ddpm(mean: Mean, x: Tensor, timesteps: list[float], generator: torch.Generator) -> Trajectory:
     """arXiv 2006.11239, equations 6 and 7, from step to step of a coarser chain."""
     after = [*timesteps[1:], None]
     for t, following in zip(timesteps, after, strict=True):
@@ -118,10 +119,10 @@ def ddpm(mean: Mean, x: Tensor, timesteps: list[float], generator: torch.Generat
             variance = (1 - kept_next) / (1 - kept) * (1 - step)
             fresh = torch.randn(x.shape, generator=generator, dtype=torch.float64)
             x = x + math.sqrt(variance) * fresh
-    return x
+        yield x
 
 
-def dpm_solver(mean: Mean, x: Tensor, timesteps: list[float], _: torch.Generator) -> Tensor:
+def dpm_solver(mean: Mean, x: Tensor, timesteps: list[float], _: torch.Generator) -> Trajectory:
     """DPM-Solver++(2M), arXiv 2211.01095, algorithm 2; the first and last step of order 1."""
     past: list[tuple[float, Tensor]] = []
     after = [*timesteps[1:], None]
@@ -130,7 +131,8 @@ def dpm_solver(mean: Mean, x: Tensor, timesteps: list[float], _: torch.Generator
         past.append((math.log(alpha / sigma), mean(x, alpha, sigma)))
         (here, clean) = past[-1]
         if following is None:
-            return clean
+            yield clean
+            return
         next_alpha, next_sigma = scales(KEPT[int(following)])
         h = math.log(next_alpha / next_sigma) - here
         data = clean
@@ -139,22 +141,32 @@ def dpm_solver(mean: Mean, x: Tensor, timesteps: list[float], _: torch.Generator
             half = h / (2 * (here - before))
             data = (1 + half) * clean - half * clean_before
         x = next_sigma / sigma * x - next_alpha * math.expm1(-h) * data
-    raise AssertionError
+        yield x
 
 
-def euler(mean: Mean, x: Tensor, timesteps: list[float], _: torch.Generator) -> Tensor:
+def euler(mean: Mean, x: Tensor, timesteps: list[float], _: torch.Generator) -> Trajectory:
     """The probability flow dx/dsigma = (x - D(x, sigma)) / sigma, where x = x_0 + sigma * eps."""
     table = np.sqrt((1 - KEPT) / KEPT)
     sigmas = [*np.interp(timesteps, np.arange(1000), table), 0.0]
-    return probability_flow(mean, x, sigmas)
+    yield from probability_flow(mean, x, sigmas)
 
 
-def probability_flow(mean: Mean, x: Tensor, sigmas: list[float]) -> Tensor:
+def probability_flow(mean: Mean, x: Tensor, sigmas: list[float]) -> Trajectory:
     for sigma, following in pairwise(sigmas):
         scale = math.hypot(1, sigma)
         clean = mean(x / scale, 1 / scale, sigma / scale)
         x = x + (following - sigma) * (x - clean) / sigma
-    return x
+        yield x
+
+
+def require_same(drawn: list[Tensor], expected: Trajectory, *, atol: float = 1e-5) -> None:
+    """After every step: at the last one alone, small noise would hide what went wrong before."""
+    wanted = list(expected)
+    assert len(drawn) == len(wanted) == STEPS
+    for x, right in zip(drawn, wanted, strict=True):
+        # Where x holds much noise it is rounded to as many digits.
+        scale = max(1.0, float(right.abs().max()))
+        torch.testing.assert_close(x.double(), right, atol=atol * scale, rtol=0)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -175,16 +187,15 @@ def test_a_scheduler_does_what_its_paper_says(
     assert model.prediction_type == prediction
     scheduler.set_timesteps(STEPS)
     start = noise() * scheduler.init_noise_sigma
-    x = start
+    x, drawn = start, []
     generator = torch.Generator().manual_seed(1)
     fresh = {"generator": generator} if name == "DDPMScheduler" else {}
     for t in scheduler.timesteps:
         predicted = model(scheduler.scale_model_input(x, t), t).sample
         x = scheduler.step(predicted, t, x, **fresh).prev_sample
-    expected = formula(
-        mean_of(machine), start, scheduler.timesteps.tolist(), torch.Generator().manual_seed(1)
-    )
-    torch.testing.assert_close(x.double(), expected, atol=1e-5, rtol=0)
+        drawn.append(x)
+    generator = torch.Generator().manual_seed(1)
+    require_same(drawn, formula(mean_of(machine), start, scheduler.timesteps.tolist(), generator))
 
 
 @pytest.fixture(scope="module")
@@ -382,15 +393,15 @@ def test_the_denoiser_in_diffusers_edm_scheduler(diffusers, machine) -> None:
     scheduler.set_timesteps(STEPS)
     denoiser = EDMDenoiser(machine, [3, 5])
     start = noise() * float(scheduler.sigmas[0])
-    x = start
+    x, drawn = start, []
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
         scheduler.scale_model_input(x, t)
         # The scheduler wants a network's raw output: EDM's preconditioning (table 1), undone.
         total = math.hypot(sigma, 0.5)
         raw = (denoiser(x, sigma) - (0.5 / total) ** 2 * x) / (0.5 * sigma / total)
         x = scheduler.step(raw, t, x).prev_sample
-    expected = probability_flow(mean_of(machine), start, scheduler.sigmas.tolist())
-    torch.testing.assert_close(x.double(), expected, atol=1e-5, rtol=0)
+        drawn.append(x)
+    require_same(drawn, probability_flow(mean_of(machine), start, scheduler.sigmas.tolist()))
 
 
 def test_the_denoiser_in_k_diffusion(k_diffusion, machine) -> None:
@@ -398,9 +409,12 @@ def test_the_denoiser_in_k_diffusion(k_diffusion, machine) -> None:
     sigmas = sampling.get_sigmas_karras(STEPS, 0.02, 20.0).double()
     start = noise() * sigmas[0]
     denoiser = EDMDenoiser(machine, [3, 5])
-    drawn = sampling.sample_euler(denoiser, start, sigmas, disable=True)
+    seen: list[Tensor] = []
+    last = sampling.sample_euler(
+        denoiser, start, sigmas, callback=lambda step: seen.append(step["x"]), disable=True
+    )
     expected = probability_flow(mean_of(machine), start, sigmas.tolist())
-    torch.testing.assert_close(drawn, expected, atol=1e-9, rtol=0)
+    require_same([*seen[1:], last], expected, atol=1e-9)
     labels = torch.tensor([1, 1])
     drawn = sampling.sample_dpmpp_2m(
         denoiser, start, sigmas, extra_args={"class_labels": labels}, disable=True
