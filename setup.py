@@ -52,7 +52,7 @@ setup(
     packages=[f"els.{folder}" for folder in FOLDERS],
     package_data={
         "els.index": ["py.typed", "data/*"],
-        "els.engine": ["py.typed", "csrc/*", "*.pyi"],
+        "els.engine": ["py.typed", "csrc/*", "page/*", "*.pyi"],
         "els.triton_kernels": ["py.typed"],
         "els.bench": ["py.typed"],
     },
@@ -68,16 +68,20 @@ setup(
     ],
     extras_require={
         "cpu": ["faiss-cpu>=1.9"],
+        "diffusers": ["diffusers>=0.35"],
         "gpu": ["faiss-gpu-cu12>=1.9", "triton>=3.6"],
         "hf": ["datasets>=3"],
         "dev": [
             "clang-format",
+            "diffusers>=0.35",
             "faiss-cpu>=1.9",
             "hypothesis",
             "mypy",
             "pytest",
             "pytest-benchmark",
             "ruff",
+            # Drives a Chromium, where there is one, through the page of els explain --html.
+            "selenium>=4.20",
             # To interpret and compile the GPU kernels; there are wheels for Linux only.
             "triton>=3.6; sys_platform == 'linux'",
         ],

@@ -4,6 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from els.engine.adapters import EDMDenoiser as EDMDenoiser
+    from els.engine.adapters import ELSModel as ELSModel
+    from els.engine.adapters import trained_betas as trained_betas
     from els.engine.machines import ScoreMachine as ScoreMachine
     from els.engine.posterior import LocalPosterior as LocalPosterior
     from els.engine.posterior import PosteriorState as PosteriorState
@@ -12,14 +15,26 @@ if TYPE_CHECKING:
 
 # Looked up on first use: the command line answers --help without waiting for torch.
 _HOMES = {
+    "EDMDenoiser": "adapters",
+    "ELSModel": "adapters",
     "LocalPosterior": "posterior",
     "PosteriorState": "posterior",
     "ScoreMachine": "machines",
     "merge": "posterior",
     "sample": "sampler",
+    "trained_betas": "adapters",
 }
 
-__all__ = ["LocalPosterior", "PosteriorState", "ScoreMachine", "merge", "sample"]
+__all__ = [
+    "EDMDenoiser",
+    "ELSModel",
+    "LocalPosterior",
+    "PosteriorState",
+    "ScoreMachine",
+    "merge",
+    "sample",
+    "trained_betas",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -401,7 +401,9 @@ def bench(
     typer.echo(f"written: {output / 'bench.json'}, {output / 'pareto.png'}")
 
 
-@app.command(epilog="Example: els explain run --sample 3 --step 8")
+@app.command(
+    epilog="Examples: els explain run --sample 3 --step 8; els explain run --sample 3 --html"
+)
 @_reported
 def explain(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
@@ -411,16 +413,26 @@ def explain(
         typer.Option(
             "--output",
             "-o",
-            help="The picture (.png, .pdf, .svg); by default in the run folder. "
-            "The data goes beside it, as .npz.",
+            help="The picture (.png, .pdf, .svg), or with --html the page; by default in the run "
+            "folder. A picture's data goes beside it, as .npz.",
         ),
     ] = None,
+    html: Annotated[
+        bool,
+        typer.Option(
+            "--html", help="Make a page to explore instead: every pixel's patches, step by step."
+        ),
+    ] = False,
     step: Annotated[
         int, typer.Option(help="The step to look at closely: 1 is the last and cleanest.")
     ] = 1,
     top: Annotated[
-        int, typer.Option(help="Heaviest patches per pixel to count at that step.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Heaviest patches per pixel to count at that step (16 if not given); of a page, "
+            "to show at every step (6)."
+        ),
+    ] = None,
     database: Annotated[
         Path | None, typer.Option("--db", help="Where the database is now, if it was moved.")
     ] = None,
@@ -429,12 +441,32 @@ def explain(
     ] = None,
 ) -> None:
     """Draw where a sample came from: which training patches, how many, from which images."""
-    from els.engine.explain import explain_run
+    from els.engine.explain import (
+        DEFAULT_TOP,
+        DEFAULT_WALK_TOP,
+        explain_run,
+        walk_run,
+    )
     from els.engine.mosaic import require_picture, write_explanation
+    from els.engine.pages import require_page, write_page
     from els.engine.runs import read_settings
 
+    if html:
+        page = run / f"explain-{sample:06d}.html" if output is None else output
+        require_page(page)
+        top = DEFAULT_WALK_TOP if top is None else top
+        with _stepping(read_settings(run).steps) as update:
+            walkthrough, db = walk_run(
+                run, sample, database=database, step=step, top=top, threads=threads, progress=update
+            )
+        write_page(walkthrough, db, page)
+        typer.echo(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+        return
+    if output is not None and output.suffix.lower() in (".html", ".htm"):
+        raise ValueError(f"{output} is a page, not a picture; add --html to make one")
     picture = run / f"explain-{sample:06d}-step{step:02d}.png" if output is None else output
     require_picture(picture)
+    top = DEFAULT_TOP if top is None else top
     with _stepping(read_settings(run).steps) as update:
         explanation, db = explain_run(
             run, sample, database=database, step=step, top=top, threads=threads, progress=update

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from els.engine.machines import MAX_TOP, ScoreMachine
-from els.engine.posterior import Kind, LocalPosterior
-from els.engine.runs import RunError, RunFolder, read_settings
+from els.engine.posterior import Boundary, Kind, LocalPosterior
+from els.engine.runs import RunError, RunFolder, RunSettings, read_settings
 from els.engine.sampler import SamplePlan, StepState, sample
 from els.index import PatchDatabase
 
 DEFAULT_TOP = 16
+DEFAULT_WALK_TOP = 6
+MOST_ENTRIES = 500_000
+"""Most patches that a walkthrough keeps: steps times pixels times patches per pixel."""
 
 # A grey level: rounding differs between processors by far less, another noise by far more.
 _SAME_SAMPLE = 1 / 127.5
@@ -122,31 +125,11 @@ def explain_sample(
     Raises:
         ValueError: for a step or top out of range.
     """
-    if not 1 <= step <= plan.steps:
-        raise ValueError(f"step={step} is out of range 1 (the last, cleanest) to {plan.steps}")
+    _require_step(step, plan)
     if not 1 <= top <= MAX_TOP:
         raise ValueError(f"top={top} is out of range 1 to {MAX_TOP}")
-    recorder = _Recorder(machine, [top if i == step else 1 for i in range(plan.steps, 0, -1)])
-    states: list[StepState] = []
-
-    def observe(state: StepState) -> None:
-        states.append(state)
-        if progress is not None:
-            progress(state)
-
-    values = sample(
-        recorder,
-        steps=plan.steps,
-        patch_sizes=plan.patch_sizes,
-        seed=plan.seed,
-        schedule=plan.schedule,
-        eta=plan.eta,
-        tolerance=plan.tolerance,
-        labels=label,
-        callback=observe,
-        indices=[index],
-    )
-    answers = recorder.answers
+    tops = [top if i == step else 1 for i in range(plan.steps, 0, -1)]
+    values, states, answers = _drawn_again(machine, plan, index, tops, label, progress)
     close = answers[plan.steps - step]
     addresses = close.addresses.numpy()
     there = addresses >= 0
@@ -155,7 +138,7 @@ def explain_sample(
     return Explanation(
         index=index,
         kind=machine.kind,
-        values=values[0].numpy(),
+        values=values,
         step=step,
         sigma=np.array([state.sigma for state in states]),
         patch_sizes=np.array([state.patch_size or 0 for state in states], dtype=np.int64),
@@ -197,6 +180,165 @@ def explain_run(
         ValueError: for an argument out of range.
         RuntimeError: if the run's backend cannot run here.
     """
+    machine, settings, stored = _reopened(folder, index, database, threads)
+    explanation = explain_sample(
+        machine,
+        settings.plan,
+        index,
+        label=settings.label,
+        step=step,
+        top=top,
+        progress=progress,
+    )
+    _require_same(folder, index, explanation.values, stored)
+    return explanation, machine.db
+
+
+@dataclass(frozen=True, eq=False)
+class Walkthrough:
+    """The heaviest patches of every pixel of one sample at every step that is kept (S of them).
+
+    Attributes:
+        index: the sample's number in its run.
+        kind: the machine.
+        boundary: of the machine.
+        values: the sample, float32 ``[C, H, W]``, nominally in [-1, 1].
+        plan_steps: how many steps drew it.
+        tolerance: of the posteriors that drew it; None for exact ones. The weights are exact.
+        step: where to begin to look; one of :attr:`steps`.
+        steps: which are kept, counting down to 1, int64 ``[S]``.
+        sigma: standard deviation of the noise, float64 ``[S]``.
+        patch_sizes: int64 ``[S]``; 0 for IS and ES, which compare whole images.
+        noisy: x_t, float32 ``[S, C, H, W]``.
+        predicted: posterior mean of the clean image, float32 ``[S, C, H, W]``.
+        effective_patches: exp(entropy of the weights), float32 ``[S, H, W]``.
+        weights: posterior weights of the k heaviest patches, best first, float32 ``[S, H, W, k]``.
+        addresses: of their centres, ``(n * H + y) * W + x``, int64 ``[S, H, W, k]``; -1 where
+            there are fewer than k.
+    """
+
+    index: int
+    kind: Kind
+    boundary: Boundary
+    values: npt.NDArray[np.float32]
+    plan_steps: int
+    tolerance: float | None
+    step: int
+    steps: npt.NDArray[np.int64]
+    sigma: npt.NDArray[np.float64]
+    patch_sizes: npt.NDArray[np.int64]
+    noisy: npt.NDArray[np.float32]
+    predicted: npt.NDArray[np.float32]
+    effective_patches: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.float32]
+    addresses: npt.NDArray[np.int64]
+
+
+def walk_sample(
+    machine: ScoreMachine,
+    plan: SamplePlan,
+    index: int,
+    *,
+    label: int | None = None,
+    step: int = 1,
+    top: int = DEFAULT_WALK_TOP,
+    progress: Callable[[StepState], None] | None = None,
+) -> Walkthrough:
+    """Draw one sample again and keep the k heaviest patches of every pixel at every step.
+
+    Where that is more than ``MOST_ENTRIES``, so many steps are kept as are not, evenly spread, the
+    first, the last and ``step`` among them.
+
+    Args:
+        machine: that drew it.
+        plan: how it was drawn.
+        index: its number.
+        label: the class that was drawn on.
+        step: where to begin to look, 1 (the last, cleanest) to ``plan.steps``.
+        top: how many patches to keep per pixel.
+        progress: called after every step.
+
+    Raises:
+        ValueError: for a step or top out of range, or images so large that three steps are more
+            than ``MOST_ENTRIES``.
+    """
+    _require_step(step, plan)
+    _, height, width = machine.db.shape
+    room = MOST_ENTRIES // (height * width)
+    most = min(MAX_TOP, room // min(3, plan.steps))
+    if not 1 <= top <= most:
+        raise ValueError(
+            f"top={top} is out of range 1 to {most} for images of {height} x {width} pixels: "
+            f"at most {MOST_ENTRIES:,} patches are kept, and three steps at least"
+        )
+    kept = _spread(plan.steps, room // top, plan.steps - step)
+    tops = [top if row in kept else 1 for row in range(plan.steps)]
+    values, states, answers = _drawn_again(machine, plan, index, tops, label, progress)
+    states, answers = [states[row] for row in kept], [answers[row] for row in kept]
+    return Walkthrough(
+        index=index,
+        kind=machine.kind,
+        boundary=machine.boundary,
+        values=values,
+        plan_steps=plan.steps,
+        tolerance=plan.tolerance,
+        step=step,
+        steps=np.array([state.step for state in states]),
+        sigma=np.array([state.sigma for state in states]),
+        patch_sizes=np.array([state.patch_size or 0 for state in states], dtype=np.int64),
+        noisy=torch.cat([state.x_t for state in states]).float().numpy(),
+        predicted=torch.cat([state.predicted for state in states]).float().numpy(),
+        effective_patches=torch.stack([answer.effective for answer in answers]).float().numpy(),
+        weights=torch.stack([answer.weights for answer in answers]).float().numpy(),
+        addresses=torch.stack([answer.addresses for answer in answers]).numpy(),
+    )
+
+
+def walk_run(
+    folder: str | Path,
+    index: int,
+    *,
+    database: str | Path | None = None,
+    step: int = 1,
+    top: int = DEFAULT_WALK_TOP,
+    threads: int | None = None,
+    progress: Callable[[StepState], None] | None = None,
+) -> tuple[Walkthrough, PatchDatabase]:
+    """Walk through a finished sample of a run; see :func:`walk_sample`.
+
+    Arguments, results and errors are those of :func:`explain_run`.
+    """
+    machine, settings, stored = _reopened(folder, index, database, threads)
+    walkthrough = walk_sample(
+        machine,
+        settings.plan,
+        index,
+        label=settings.label,
+        step=step,
+        top=top,
+        progress=progress,
+    )
+    _require_same(folder, index, walkthrough.values, stored)
+    return walkthrough, machine.db
+
+
+def _require_step(step: int, plan: SamplePlan) -> None:
+    if not 1 <= step <= plan.steps:
+        raise ValueError(f"step={step} is out of range 1 (the last, cleanest) to {plan.steps}")
+
+
+def _spread(count: int, most: int, wanted: int) -> list[int]:
+    """At most ``most`` (>= 3) of 0 .. count - 1, evenly, the first, the last and one more."""
+    if count <= most:
+        return list(range(count))
+    spread = np.linspace(0, count - 1, most - 1).round().astype(int)
+    return sorted({*spread.tolist(), wanted})
+
+
+def _reopened(
+    folder: str | Path, index: int, database: str | Path | None, threads: int | None
+) -> tuple[ScoreMachine, RunSettings, npt.NDArray[np.float32]]:
+    """The machine of a run, its settings, and the sample that is to be explained."""
     settings = read_settings(folder)
     stored = RunFolder(Path(folder)).load(index)
     db = PatchDatabase.open(settings.database if database is None else database)
@@ -208,23 +350,55 @@ def explain_run(
     machine = ScoreMachine(
         db, settings.machine, settings.boundary or "zeros", settings.backend, threads=threads
     )
-    explanation = explain_sample(
-        machine,
-        settings.plan,
-        index,
-        label=settings.label,
-        step=step,
-        top=top,
-        progress=progress,
-    )
-    difference = float(np.abs(explanation.values - stored).mean())
+    return machine, settings, stored
+
+
+def _require_same(
+    folder: str | Path,
+    index: int,
+    values: npt.NDArray[np.float32],
+    stored: npt.NDArray[np.float32],
+) -> None:
+    """Refuse to explain another sample than the one that is there."""
+    difference = float(np.abs(values - stored).mean())
     if difference > _SAME_SAMPLE:
         raise RunError(
             f"sample {index} of {folder} came out differently (by {difference:.3f} on average): "
             f"compare the versions in its run.json with those here (numpy {np.__version__}, "
             f"torch {torch.__version__})"
         )
-    return explanation, db
+
+
+def _drawn_again(
+    machine: ScoreMachine,
+    plan: SamplePlan,
+    index: int,
+    tops: Sequence[int],
+    label: int | None,
+    progress: Callable[[StepState], None] | None,
+) -> tuple[npt.NDArray[np.float32], list[StepState], list[_Answer]]:
+    """A sample, its steps from noise to clean, and the posterior of each."""
+    recorder = _Recorder(machine, tops)
+    states: list[StepState] = []
+
+    def observe(state: StepState) -> None:
+        states.append(state)
+        if progress is not None:
+            progress(state)
+
+    images = sample(
+        recorder,
+        steps=plan.steps,
+        patch_sizes=plan.patch_sizes,
+        seed=plan.seed,
+        schedule=plan.schedule,
+        eta=plan.eta,
+        tolerance=plan.tolerance,
+        labels=label,
+        callback=observe,
+        indices=[index],
+    )
+    return images[0].numpy(), states, recorder.answers
 
 
 class _Answer(NamedTuple):

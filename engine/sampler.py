@@ -125,7 +125,7 @@ def plan_sampling(
         raise ValueError(f"eta={eta!r} must be from 0 (DDIM) to 1 (ancestral)")
     if tolerance is not None:
         require_tolerance(tolerance)
-    sizes = _sizes_for_machine(machine, patch_sizes, steps)
+    sizes = sizes_for_machine(machine, patch_sizes, steps)
     return SamplePlan(int(steps), sizes, int(seed), schedule, float(eta), tolerance)
 
 
@@ -265,9 +265,16 @@ def _noise(seed: int, index: int, step: int, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.random.Generator(stream).standard_normal(shape))
 
 
-def _sizes_for_machine(
+def sizes_for_machine(
     machine: Denoiser, patch_sizes: str | int | Sequence[int] | None, steps: int
 ) -> tuple[int, ...] | None:
+    """One patch size per step for this machine, lowest noise first; None if it needs none.
+
+    Raises:
+        TypeError: for a size that is not an integer.
+        ValueError: if sizes are needed and missing, or as :func:`patch_sizes_for` says, or too
+            large for the images.
+    """
     if not machine.is_local:
         return None
     if patch_sizes is None:

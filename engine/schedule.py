@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, final
 
 import numpy as np
 
 TABLE_LEVELS = 20
 """Noise levels of the calibrated tables: size i of 1..20 belongs to t = i / 20."""
+
+_EQUALLY_NEAR = 1e-4
 
 
 class Schedule(ABC):
@@ -228,6 +231,44 @@ def patch_sizes_for(sizes: str | int | Sequence[int], steps: int) -> tuple[int, 
         f"noise first, or a single int, or one of {', '.join(PATCH_SIZES)}",
     )
     return tuple(checked)
+
+
+def levels_of(sizes: str | int | Sequence[int]) -> int:
+    """How many noise levels such sizes have by themselves: 20 for a table, 1 for a number."""
+    if isinstance(sizes, str):
+        return TABLE_LEVELS
+    return len(sizes) if isinstance(sizes, Sequence) else 1
+
+
+@final
+@dataclass(frozen=True)
+class SizesByNoise:
+    """Patch sizes for samplers that bring noise levels of their own.
+
+    A noise level is its angle ``atan2(sigma, alpha)``, from 0 (clean) to pi/2 (noise): it is the
+    same for ``x`` and for any multiple of ``x``, and proportional to t on the paper's schedule. The
+    size is that of the calibrated level whose angle is nearest, the lower noise of two that are
+    equally near (to 1e-4: samplers round). At t = i / S of the schedule below, these are the sizes
+    that :func:`patch_sizes_for` gives.
+
+    Attributes:
+        sizes: odd, one per level, lowest noise first: entry i - 1 is calibrated at t = i / S.
+        schedule: on which they were calibrated.
+    """
+
+    sizes: tuple[int, ...]
+    schedule: Schedule = field(default_factory=Cosine)
+
+    @cached_property
+    def _angles(self) -> tuple[float, ...]:
+        times = [i / len(self.sizes) for i in range(1, len(self.sizes) + 1)]
+        return tuple(math.atan2(self.schedule.sigma(t), self.schedule.alpha(t)) for t in times)
+
+    def at(self, alpha: float, sigma: float) -> int:
+        """The size to compare in ``x = alpha * x_0 + sigma * eps``; alpha, sigma >= 0."""
+        away = [abs(math.atan2(sigma, alpha) - angle) for angle in self._angles]
+        nearest = min(away) + _EQUALLY_NEAR
+        return next(size for size, far in zip(self.sizes, away, strict=True) if far <= nearest)
 
 
 def _table(name: str) -> tuple[int, ...]:

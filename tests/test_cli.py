@@ -48,6 +48,10 @@ def test_from_images_to_an_explanation(tmp_path: Path) -> None:
     assert "share of the sample" in explained.stdout
     assert (run / "explain-000001-step02.png").exists()
     assert (run / "explain-000001-step02.npz").exists()
+    walked = els("explain", run, "--sample", 1, "--html", "--top", 3)
+    assert walked.exit_code == 0, walked.stderr
+    assert "MB)" in walked.stdout
+    assert '"top":3' in (run / "explain-000001.html").read_text(encoding="utf-8")
 
 
 def test_info_counts_classes(db: Path) -> None:
@@ -154,6 +158,10 @@ def test_whole_image_machines_need_no_sizes(db: Path, tmp_path: Path) -> None:
         pytest.param(["sample", "db", "-o", "o.json", "--sizes", "3"], "is a file", id="file"),
         pytest.param(["explain", "run", "--sample", "0"], "not a run", id="no-run"),
         pytest.param(["explain", "run", "--sample", "0", "-o", "a.txt"], ".png", id="suffix"),
+        pytest.param(["explain", "run", "--sample", "0", "-o", "a.html"], "--html", id="page"),
+        pytest.param(
+            ["explain", "run", "--sample", "0", "--html", "-o", "a.png"], ".html", id="page-suffix"
+        ),
     ],
 )
 def test_expected_failures_are_one_message(db, tmp_path, monkeypatch, arguments, words) -> None:

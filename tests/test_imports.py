@@ -14,7 +14,7 @@ ALLOWED = {
     "triton_kernels": {"els.triton_kernels"},
     "engine": {"els.engine", "els.index", "els.triton_kernels"},
 }
-LAZY = {"faiss", "triton"}
+LAZY = {"diffusers", "faiss", "triton"}
 # torch itself probes for triton, so the engine has to do without both of them for good.
 COLD_IMPORT = """
 import sys
@@ -68,7 +68,7 @@ def test_the_import_arrow(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["index", "engine"])
-def test_faiss_and_triton_are_imported_lazily(package: str) -> None:
+def test_optional_packages_are_imported_lazily(package: str) -> None:
     for path in sources(package):
         for module, eager in imported(path, package):
             lazy = module.split(".")[0] in LAZY or module.startswith("els.triton_kernels")

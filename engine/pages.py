@@ -1,0 +1,191 @@
+"""The page of a walkthrough: one HTML file in which a sample is explored pixel by pixel."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from PIL import Image
+
+from els.engine.explain import Walkthrough
+from els.engine.pictures import Pixels, colours
+from els.index import PatchDatabase, encode
+from els.index.files import atomic_file
+
+MOST_EMBEDDED_PIXELS = 2_000_000
+"""Most pixels of training images in a page: 2,551 images of 28 x 28, 1,953 of 32 x 32."""
+
+_SUFFIXES = (".html", ".htm")
+_PARTS = Path(__file__).with_name("page")
+_SHADES = "magma"
+
+
+def require_page(path: str | Path) -> None:
+    """Refuse a path whose suffix is not that of a page.
+
+    Raises:
+        ValueError: naming the suffixes that are.
+    """
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
+
+
+def write_page(walkthrough: Walkthrough, db: PatchDatabase, path: str | Path) -> None:
+    """Write the page, whole or not at all; it needs nothing else to be opened.
+
+    The training images that weigh most are inside, up to ``MOST_EMBEDDED_PIXELS`` pixels; of the
+    others the page has the numbers, and says so.
+
+    Args:
+        walkthrough: what to show.
+        db: the training images that it refers to.
+        path: of the page; its folder is made.
+
+    Raises:
+        ValueError: for a suffix that is not ``.html`` or ``.htm``.
+        OSError: if it cannot be written.
+    """
+    path = Path(path)
+    require_page(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as stream:
+        stream.write(page(walkthrough, db).encode())
+
+
+def page(walkthrough: Walkthrough, db: PatchDatabase) -> str:
+    """The HTML of :func:`write_page`."""
+    data = json.dumps(_data(walkthrough, db), separators=(",", ":"), allow_nan=False)
+    parts = {
+        "TITLE": html.escape(f"Where sample {walkthrough.index} came from"),
+        "STYLE": (_PARTS / "explanation.css").read_text(encoding="utf-8"),
+        "SCRIPT": (_PARTS / "explanation.js").read_text(encoding="utf-8"),
+        # Inside a script element nothing but "<" could end it, whatever a class is called.
+        "DATA": data.replace("<", "\\u003c"),
+    }
+    template = (_PARTS / "explanation.html").read_text(encoding="utf-8")
+    return re.sub(r"@(TITLE|STYLE|SCRIPT|DATA)@", lambda match: parts[match[1]], template)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The training images that a walkthrough refers to, those with most weight first.
+
+    Attributes:
+        numbers: in the database, int64 ``[M]``.
+        place: of each entry's image among them, int32 ``[S, H, W, k]``; -1 for none.
+        pixel: ``y * W + x`` of each entry's centre, int32 ``[S, H, W, k]``.
+        embedded: how many of the numbers, from the first, are shown as pictures.
+        embedded_weight: their share of the weight of all entries, 0 to 1.
+    """
+
+    numbers: npt.NDArray[np.int64]
+    place: npt.NDArray[np.int32]
+    pixel: npt.NDArray[np.int32]
+    embedded: int
+    embedded_weight: float
+
+
+def _sources(walkthrough: Walkthrough, db: PatchDatabase) -> _Sources:
+    _, height, width = db.shape
+    there = walkthrough.addresses >= 0
+    addresses = np.where(there, walkthrough.addresses, 0)
+    image, y, x = db.locate(addresses)
+    used, inverse = np.unique(image[there], return_inverse=True)
+    weights = np.bincount(inverse, walkthrough.weights[there].astype(np.float64))
+    order = np.argsort(-weights, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    place = np.full(addresses.shape, -1, dtype=np.int32)
+    place[there] = rank[inverse]
+    embedded = min(len(used), max(1, MOST_EMBEDDED_PIXELS // (height * width)))
+    return _Sources(
+        used[order],
+        place,
+        (y * width + x).astype(np.int32),
+        embedded,
+        float(weights[order[:embedded]].sum() / weights.sum()),
+    )
+
+
+def _data(walkthrough: Walkthrough, db: PatchDatabase) -> dict[str, Any]:
+    """What the script reads; arrays are little-endian, in base64."""
+    sources = _sources(walkthrough, db)
+    sprite, columns = _sprite(db, sources.numbers[: sources.embedded])
+    heaviest = zip(*db.locate(walkthrough.addresses[..., 0]), strict=True)
+    mosaic = [colours(np.moveaxis(db.images[image, :, y, x], -1, 0)) for image, y, x in heaviest]
+    most = max(2.0, float(walkthrough.effective_patches.max()))
+    shades = colormaps[_SHADES]
+    shared = shades(np.log(walkthrough.effective_patches.clip(1.0)) / np.log(most), bytes=True)
+    return {
+        "sample": walkthrough.index,
+        "kind": walkthrough.kind,
+        "boundary": walkthrough.boundary,
+        "height": db.shape[1],
+        "width": db.shape[2],
+        "top": walkthrough.weights.shape[-1],
+        "planSteps": walkthrough.plan_steps,
+        "tolerance": walkthrough.tolerance,
+        "opensAt": int(np.flatnonzero(walkthrough.steps == walkthrough.step)[0]),
+        "steps": walkthrough.steps.tolist(),
+        "sigma": walkthrough.sigma.tolist(),
+        "sizes": walkthrough.patch_sizes.tolist(),
+        "effective": _array(walkthrough.effective_patches, "<f4"),
+        "weights": _array(walkthrough.weights, "<f4"),
+        "place": _array(sources.place, "<i4"),
+        "pixel": _array(sources.pixel, "<i4"),
+        "images": len(db),
+        "numbers": sources.numbers.tolist(),
+        "labels": None if db.labels is None else db.labels[sources.numbers].tolist(),
+        "classNames": None if db.class_names is None else list(db.class_names),
+        "embedded": sources.embedded,
+        "embeddedWeight": sources.embedded_weight,
+        "sprite": sprite,
+        "spriteColumns": columns,
+        "noisy": _strip([colours(encode(values)) for values in walkthrough.noisy]),
+        "predicted": _strip([colours(encode(values)) for values in walkthrough.predicted]),
+        "mosaic": _strip(mosaic),
+        "shared": _strip(list(shared[..., :3])),
+        "mostShared": most,
+        "shades": [
+            "#" + bytes(shade[:3]).hex() for shade in shades(np.linspace(0, 1, 9), bytes=True)
+        ],
+    }
+
+
+def _sprite(db: PatchDatabase, numbers: npt.NDArray[np.int64]) -> tuple[str, int]:
+    """Images as one picture, row by row; how many are in a row."""
+    columns = int(np.ceil(np.sqrt(len(numbers))))
+    _, height, width = db.shape
+    canvas = np.zeros((-(-len(numbers) // columns) * height, columns * width, 3), np.uint8)
+    for place, number in enumerate(numbers):
+        top, left = place // columns * height, place % columns * width
+        canvas[top : top + height, left : left + width] = colours(db.images[number])
+    return _picture(canvas), columns
+
+
+def _strip(tiles: list[Pixels]) -> str:
+    """Pictures of the steps, one below the other."""
+    return _picture(np.concatenate(tiles))
+
+
+def _picture(pixels: Pixels) -> str:
+    """``[H, W, 3]`` as a data URI of a PNG, in grey where it is grey."""
+    is_grey = bool((pixels == pixels[..., :1]).all())
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels[..., 0] if is_grey else pixels)).save(
+        buffer, format="PNG", optimize=True
+    )
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _array(values: npt.NDArray[Any], dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype=dtype).tobytes()).decode()
