@@ -116,7 +116,7 @@ def test_speed_up(
     error = float((answer.mean - mean).abs().mean())
     assert error <= 0.015
     options = {"mode": "auto", "tolerance": 0.01, "seed": 1}
-    benchmark.pedantic(ask, (machine, work), options, rounds=3)
+    benchmark.pedantic(ask, (machine, work), options, rounds=2)
     benchmark.extra_info |= {
         "images": len(db),
         "boundary": BOUNDARIES[data],
