@@ -88,6 +88,7 @@ def test_the_manifest_says_everything(machine: ScoreMachine, tmp_path: Path) -> 
         "trajectory": False,
         "n": 5,
         "tolerance": None,
+        "shard_size": 1,
     }
     (session,) = manifest["sessions"]
     assert session["backend"] == machine.backend
