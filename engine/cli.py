@@ -7,6 +7,7 @@ traceback and exit code 1; wrong usage is 2, Ctrl-C 130.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -104,7 +105,14 @@ def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]
 
 
 def _fail(message: str, error: BaseException) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        message = f"[rank {os.environ['RANK']}] {message}"
     typer.echo("\n".join([message, *getattr(error, "__notes__", [])]), err=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # torchrun's summary then shows this error in place of an exit code.
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 @app.command(epilog="Example: els build photos.zip -o db --resize 32")
@@ -651,9 +659,9 @@ def _status_table(status: RunStatus) -> Table:
     table.add_row("rate", unknown if rate is None else f"{rate:.3g} samples/s")
     if status.is_running:
         table.add_row("left", unknown if left is None else str(timedelta(seconds=round(left))))
-    table.add_row(
-        "processes", f"{status.processes}, the database on {status.database_shards} of them each"
-    )
+    shards = status.database_shards
+    shared = f", in groups of {shards} that share the database" if shards > 1 else ""
+    table.add_row("processes", f"{status.processes}{shared}")
     table.add_row("backend", status.backend)
     table.add_row("started", status.started)
     return table
