@@ -306,7 +306,8 @@ def process_mesh(
         yield ProcessMesh.alone()
         return
     with _answered():
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store = _fresh(shared, rank, world_size, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if _has_nccl() else "gloo",
             store=store,
@@ -316,9 +317,6 @@ def process_mesh(
         )
     try:
         with _answered():
-            # A store may outlive the processes; what an earlier attempt counted must not count.
-            attempt = torch.tensor([secrets.randbits(62)])
-            dist.broadcast(attempt, src=0)
             group = None
             if database_shards > 1:
                 starts = range(0, world_size, database_shards)
@@ -327,7 +325,7 @@ def process_mesh(
                     timeout=timeout,
                 )
         yield ProcessMesh(
-            dist.PrefixStore(f"els-{int(attempt)}", store),
+            dist.PrefixStore("els", store),
             rank=rank,
             world_size=world_size,
             database_shards=database_shards,
@@ -354,6 +352,35 @@ def local_device() -> str | None:
         )
     torch.cuda.set_device(rank)
     return f"cuda:{rank}"
+
+
+def _fresh(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A part of a store that nobody has written to.
+
+    After a restart by torchrun the store still holds what the dead processes wrote, the addresses
+    where they listened among it. So rank 0 chooses a name, tells it to whoever asks with a number
+    of his own, and is done when all have answered to that name.
+    """
+    meeting = dist.PrefixStore("els-meeting", store)
+    if rank > 0:
+        number = secrets.token_hex(8)
+        meeting.set(f"asked by {rank}", number)
+        name = meeting.get(f"told {number}").decode()
+        meeting.add(f"met {name}", 1)
+        return dist.PrefixStore(name, store)
+    name = f"els-{secrets.token_hex(8)}"
+    told: set[str] = set()
+    until = time.monotonic() + timeout.total_seconds()
+    while meeting.add(f"met {name}", 0) < world_size - 1:
+        # Dead processes asked, too: telling them does no harm.
+        asked = [key for r in range(1, world_size) if meeting.check([key := f"asked by {r}"])]
+        for number in {meeting.get(key).decode() for key in asked} - told:
+            meeting.set(f"told {number}", name)
+            told.add(number)
+        if time.monotonic() > until:
+            raise RuntimeError(f"not all of the {world_size} processes came")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 @contextmanager
