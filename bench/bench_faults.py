@@ -86,7 +86,7 @@ def test_kills(
 ) -> None:
     """SIGKILL for a random rank at a random moment; torchrun starts again, or somebody does."""
     chance = random.Random(0)
-    kills = []
+    kills: list[dict[str, object]] = []
 
     def kill_all() -> None:
         while len(kills) < KILLS:

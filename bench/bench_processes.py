@@ -19,7 +19,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from els.engine import ScoreMachine, sample
-from els.engine.posterior import LocalPosterior, PosteriorState, finish
+from els.engine.posterior import Kind, LocalPosterior, PosteriorState, finish
 from els.engine.runs import RunFolder, StepProgress, sample_run
 from els.index import PatchDatabase, open_source
 
@@ -124,7 +124,7 @@ def _loopback_bytes() -> int:
 class _Given:
     """A denoiser that costs nothing: what is left is the step."""
 
-    kind = "ELS"
+    kind: Kind = "ELS"
     is_local = True
     device = torch.device("cpu")
 

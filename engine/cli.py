@@ -105,7 +105,7 @@ def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]
 
 
 def _fail(message: str, error: BaseException) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
         message = f"[rank {os.environ['RANK']}] {message}"
     typer.echo("\n".join([message, *getattr(error, "__notes__", [])]), err=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:

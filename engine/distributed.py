@@ -43,6 +43,8 @@ from els.engine.posterior import (
 # Ranks of a group wait for each other at every step; a step that takes longer is a hung rank.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 _LONGEST_PAUSE = 0.5
+# What torchrun tells each process.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class RankError(RuntimeError):
@@ -295,14 +297,15 @@ def process_mesh(
         ValueError: if S does not fit the number of processes.
         RankError: if the processes do not find each other.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = all(name in os.environ for name in _LAUNCHED)
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     if type(database_shards) is not int or database_shards < 1 or world_size % database_shards:
         raise ValueError(
             f"database_shards={database_shards!r} must be a positive divisor of the number of "
             f"processes, which is {world_size}; torchrun --nproc-per-node=N -m els.engine ... "
             "starts N of them on a machine"
         )
-    if "RANK" not in os.environ:
+    if not launched:
         yield ProcessMesh.alone()
         return
     with _answered():
@@ -347,8 +350,8 @@ def local_device() -> str | None:
     rank, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if rank >= there:
         raise ValueError(
-            f"this machine has {there} GPUs for {os.environ['LOCAL_WORLD_SIZE']} processes; give "
-            f"torchrun --nproc-per-node={there}, or choose a device or backend='native'"
+            f"this is process {rank} (from 0) of a machine with {there} GPUs; give torchrun "
+            f"--nproc-per-node={there}, or choose a device or backend='native'"
         )
     torch.cuda.set_device(rank)
     return f"cuda:{rank}"

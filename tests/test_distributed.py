@@ -234,13 +234,16 @@ def test_a_rank_with_another_database_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "shards", "words"),
     [
-        pytest.param("1", 2, "which is 1; torchrun", id="no-torchrun"),
+        pytest.param(None, 2, "which is 1; torchrun", id="no-torchrun"),
         pytest.param("4", 3, "divisor of the number of processes, which is 4", id="indivisible"),
         pytest.param("4", 0, "database_shards=0", id="none"),
     ],
 )
 def test_shards_must_fit_the_processes(monkeypatch, world_size, shards, words) -> None:
-    monkeypatch.setenv("WORLD_SIZE", world_size)
+    if world_size is not None:
+        told = {"RANK": "0", "WORLD_SIZE": world_size, "MASTER_ADDR": "-", "MASTER_PORT": "0"}
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words), process_mesh(shards):
         pass
 
