@@ -48,7 +48,7 @@ def torchrun(*arguments: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     return output
 
 
@@ -81,7 +81,7 @@ def in_ranks(work: Callable[[ProcessMesh], object], ranks: int = 2) -> list[obje
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=600)
     return results
 
 
