@@ -30,7 +30,7 @@ SETTINGS = {
     "2 processes, samples dealt out": (2, 1, 1),
     "2 processes, database sharded": (2, 2, 1),
 }
-SAMPLES, STEPS, PATCH_SIZE, BATCH, ROUNDS = 8, 4, 5, 4, 5
+SAMPLES, STEPS, PATCH_SIZE, BATCH, ROUNDS = 8, 4, 5, 4, 3
 
 WORKER = """
 import json, os, resource, sys, time
