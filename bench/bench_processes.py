@@ -30,7 +30,7 @@ SETTINGS = {
     "2 processes, samples dealt out": (2, 1, 1),
     "2 processes, database sharded": (2, 2, 1),
 }
-SAMPLES, STEPS, PATCH_SIZE, BATCH, ROUNDS = 8, 4, 5, 4, 3
+IMAGES, SAMPLES, STEPS, PATCH_SIZE, BATCH, ROUNDS = 512, 8, 4, 5, 4, 3
 
 WORKER = """
 import json, os, resource, sys, time
@@ -60,7 +60,8 @@ with process_mesh(int(shards)) as mesh:
 
 def test_processes(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     """The same samples with each of the settings, in turn, so that all see the same neighbours."""
-    db = PatchDatabase.build(open_source("embedded:fashion-mnist"), path=tmp_path / "db")
+    images = next(iter(open_source("embedded:fashion-mnist").chunks(IMAGES)))[:IMAGES]
+    db = PatchDatabase.build(images, path=tmp_path / "db")
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
@@ -70,11 +71,11 @@ def test_processes(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
             measured[name].append(_run(name, worker, tmp_path, len(measured[name])))
 
     benchmark.pedantic(once, rounds=ROUNDS)
-    images = [
+    drawn = [
         np.concatenate(list(RunFolder(tmp_path / f"{name}-0").samples(range(SAMPLES))))
         for name in SETTINGS
     ]
-    difference = max(float(np.abs(other - images[0]).max()) for other in images[1:])
+    difference = max(float(np.abs(other - drawn[0]).max()) for other in drawn[1:])
     assert difference <= 1e-5
     benchmark.extra_info |= {
         "images": len(db),
