@@ -18,6 +18,7 @@ from els.engine import ScoreMachine, sample
 from els.engine.explain import explain_run
 from els.engine.runs import GRID_MOST, RunError, RunFolder, StepProgress, read_settings, sample_run
 from els.engine.schedule import Linear
+from els.engine.shards import DEFAULT_SHARD_SIZE
 from els.index import PatchDatabase, encode
 
 RNG = np.random.default_rng(8)
@@ -80,18 +81,20 @@ def test_a_run_in_shards_holds_the_samples(machine, tmp_path: Path, shard_size, 
     assert run.grid.read_bytes() == RunFolder(tmp_path / "files").grid.read_bytes()
 
 
-def test_large_runs_are_in_shards_unless_told_otherwise(tmp_path: Path) -> None:
+def test_large_runs_are_in_shards_unless_told_otherwise(tmp_path: Path, monkeypatch) -> None:
+    assert DEFAULT_SHARD_SIZE == 1000
+    monkeypatch.setattr("els.engine.runs.DEFAULT_SHARD_SIZE", 10)
     tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "IS", backend="torch")
-    options = {"steps": 1, "batch_size": 1024}
-    for n, size in ((1000, 1), (1001, 1000)):
-        run = sample_run(tiny, tmp_path / str(n), n=n, **options).folder
-        assert read_settings(run.path).shard_size == size
-    assert len(list((tmp_path / "1001" / "shards").glob("*.npz"))) == 2
+    few, many = tmp_path / "few", tmp_path / "many"
+    for folder, n, size in ((few, 10, 1), (many, 11, 10)):
+        sample_run(tiny, folder, n=n, steps=1)
+        assert read_settings(folder).shard_size == size
+    assert len(list((many / "shards").glob("*.npz"))) == 2
     # A run keeps the layout that it has.
-    assert sample_run(tiny, tmp_path / "1000", n=1001, **options).computed == 1
-    assert read_settings(tmp_path / "1000").shard_size == 1
-    with pytest.raises(RunError, match="shard_size is 1000 there, 1 here"):
-        sample_run(tiny, tmp_path / "1001", n=1001, **options, shard_size=1)
+    assert sample_run(tiny, few, n=11, steps=1).computed == 1
+    assert read_settings(few).shard_size == 1
+    with pytest.raises(RunError, match="shard_size is 10 there, 1 here"):
+        sample_run(tiny, many, n=11, steps=1, shard_size=1)
 
 
 def test_trajectories_need_samples_with_files_of_their_own(machine, tmp_path: Path) -> None:
