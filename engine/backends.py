@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -79,6 +80,13 @@ def choose(name: BackendName, *, threads: int | None, device: str | None) -> tup
             logger.info("backend %s: %s", backend.name, reason)
             return backend, reason
     raise ValueError(f"backend={name!r} is not known; choose 'auto', 'native', 'torch' or 'triton'")
+
+
+def available_cores() -> int:
+    """How many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _choose_automatically(threads: int | None, device: str | None) -> tuple[Backend, str]:

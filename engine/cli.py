@@ -1,4 +1,4 @@
-"""The command line ``els``: build a database, look at it, sample, explain.
+"""The command line ``els``: build a database, look at it, sample, explain, collect.
 
 Results go to stdout; progress and errors to stderr. An expected failure is one message without a
 traceback and exit code 1; wrong usage is 2, Ctrl-C 130.
@@ -7,9 +7,12 @@ traceback and exit code 1; wrong usage is 2, Ctrl-C 130.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,6 +34,7 @@ from rich.table import Table
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
+    from els.engine.collect import RunStatus
     from els.engine.compare import Comparison, SampleComparison
     from els.engine.explain import Explanation
     from els.engine.runs import RunReport, StepProgress
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
 _Arguments = ParamSpec("_Arguments")
 _MOST_LISTED = 8
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 app = typer.Typer(
     name="els",
@@ -99,7 +105,14 @@ def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]
 
 
 def _fail(message: str, error: BaseException) -> None:
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+        message = f"[rank {os.environ['RANK']}] {message}"
     typer.echo("\n".join([message, *getattr(error, "__notes__", [])]), err=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # torchrun's summary then shows this error in place of an exit code.
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 @app.command(epilog="Example: els build photos.zip -o db --resize 32")
@@ -268,39 +281,145 @@ def sample(
         str | None,
         typer.Option(help="Where torch and triton compute, e.g. cuda:1; a GPU if there is one."),
     ] = None,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples to a file; 1: a picture and a file of each. If not given, 1 up to 1,000 "
+            "samples, else 1,000; an existing run keeps what it has."
+        ),
+    ] = None,
+    database_shards: Annotated[
+        int,
+        typer.Option(
+            help="Of the processes that torchrun starts, how many share the database; the rest "
+            "deal out the samples."
+        ),
+    ] = 1,
 ) -> None:
     """Sample images into a run folder; the same command goes on with an interrupted run.
 
     Each finished sample is written at once (samples/*.png and *.npy), a grid.png at the end;
-    run.json holds every setting. With other settings an existing run is refused.
+    run.json holds every setting. With other settings an existing run is refused. More than 1,000
+    samples are written in shards/ of 1,000 (els merge, els grid, els status).
+
+    On many cores, GPUs or machines: torchrun --nproc-per-node=2 -m els.engine sample db ...
     """
     from els.engine import ScoreMachine
+    from els.engine.distributed import local_device, process_mesh
     from els.engine.runs import sample_run
     from els.engine.schedule import schedule_named
     from els.index import PatchDatabase
 
     db = PatchDatabase.open(database)
-    chosen = ScoreMachine(
-        db, machine.value, boundary.value, backend.value, threads=threads, device=device
-    )
-    typer.echo(f"backend: {chosen.backend}: {chosen.backend_reason}", err=True)
-    with _sampling(n, steps) as update:
-        report = sample_run(
-            chosen,
-            output,
-            n=n,
-            steps=steps,
-            patch_sizes=None if sizes is None else _patch_sizes(sizes),
-            seed=seed,
-            schedule=schedule_named(schedule.value),
-            eta=eta,
-            label=label,
-            trajectory=trajectory,
-            batch_size=batch_size,
-            tolerance=tolerance,
-            progress=update,
+    with process_mesh(database_shards) as mesh:
+        if device is None and backend in (_Backend.AUTO, _Backend.TRITON):
+            device = local_device()
+        chosen = ScoreMachine(
+            db,
+            machine.value,
+            boundary.value,
+            backend.value,
+            threads=threads,
+            device=device,
+            mesh=mesh,
         )
-    _print_report(report, n)
+        speaks = mesh.rank == 0
+        if speaks:
+            processes = "" if mesh.world_size == 1 else f"{mesh.world_size} processes, "
+            reason = chosen.backend_reason
+            typer.echo(f"backend: {processes}{chosen.backend}: {reason}", err=True)
+        with _sampling(n, steps, shown=speaks) as update:
+            report = sample_run(
+                chosen,
+                output,
+                n=n,
+                steps=steps,
+                patch_sizes=None if sizes is None else _patch_sizes(sizes),
+                seed=seed,
+                schedule=schedule_named(schedule.value),
+                eta=eta,
+                label=label,
+                trajectory=trajectory,
+                batch_size=batch_size,
+                tolerance=tolerance,
+                shard_size=shard_size,
+                progress=update,
+            )
+    if speaks:
+        _print_report(report, n)
+
+
+@app.command(epilog="Example: els status run --watch")
+@_reported
+def status(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep looking until nobody works on the run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show how far a run is: samples done, rate, time left."""
+    from dataclasses import asdict
+
+    from els.engine.collect import run_status
+
+    if watch and as_json:
+        raise ValueError("--json prints once; leave out --watch")
+    seen = run_status(run)
+    if as_json:
+        typer.echo(json.dumps(asdict(seen), indent=2))
+    elif not watch:
+        _print(_status_table(seen))
+    else:
+        with Live(_status_table(seen), console=Console(), auto_refresh=False) as live:
+            while seen.is_running:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                seen = run_status(run)
+                live.update(_status_table(seen), refresh=True)
+
+
+@app.command(epilog="Example: els merge run -o samples.npz")
+@_reported
+def merge(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The .npz file: samples, float32 [n, C, H, W] in [-1, 1], and their indices.",
+        ),
+    ],
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Take what is finished of an incomplete run.")
+    ] = False,
+) -> None:
+    """Write the samples of a run to one file, in order; streamed, whole or not at all."""
+    from els.engine.collect import merge_run
+
+    with _counting("samples") as update:
+        count = merge_run(run, output, partial=partial, progress=update)
+    typer.echo(f"{count:,} samples: {output}")
+
+
+@app.command(epilog="Example: els grid run -o grid.png --rows 4 --columns 16 --first 100")
+@_reported
+def grid(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture (.png).")],
+    rows: Annotated[int, typer.Option(help="Rows of samples, at most.")] = 8,
+    columns: Annotated[int, typer.Option(help="Samples in a row.")] = 8,
+    first: Annotated[int, typer.Option(help="Number of the first sample.")] = 0,
+    indices: Annotated[
+        str | None, typer.Option(help="These samples instead, in this order: 3,17,5.")
+    ] = None,
+) -> None:
+    """Draw samples of a run in one picture."""
+    from els.engine.collect import draw_grid
+
+    chosen = None if indices is None else _indices(indices)
+    count = draw_grid(run, output, rows=rows, columns=columns, first=first, indices=chosen)
+    typer.echo(f"{count:,} samples: {output}")
 
 
 @app.command(
@@ -490,6 +609,14 @@ def _patch_sizes(text: str) -> str | int | list[int]:
     return numbers if "," in text else numbers[0]
 
 
+def _indices(text: str) -> list[int]:
+    """What ``--indices`` means."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--indices {text!r} must be numbers such as 3,17,5") from None
+
+
 def _noise_levels(text: str) -> list[tuple[float, int]]:
     """What ``--noise`` means."""
     try:
@@ -565,6 +692,29 @@ def _described(db: PatchDatabase) -> Table:
     return table
 
 
+def _status_table(status: RunStatus) -> Table:
+    unknown = "not known yet"
+    rate, left = status.samples_per_second, status.seconds_left
+    if status.finished == status.n:
+        state = "complete"
+    elif status.is_running:
+        state = "running"
+    else:
+        state = "stopped; the same els sample command goes on"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("state", state)
+    table.add_row("done", f"{status.finished:,} of {status.n:,} ({status.finished / status.n:.1%})")
+    table.add_row("rate", unknown if rate is None else f"{rate:.3g} samples/s")
+    if status.is_running:
+        table.add_row("left", unknown if left is None else str(timedelta(seconds=round(left))))
+    shards = status.database_shards
+    shared = f", in groups of {shards} that share the database" if shards > 1 else ""
+    table.add_row("processes", f"{status.processes}{shared}")
+    table.add_row("backend", status.backend)
+    table.add_row("started", status.started)
+    return table
+
+
 def _print_report(report: RunReport, n: int) -> None:
     typer.echo(f"{n} samples in {report.folder.path} ({report.computed} computed now)")
     typer.echo(f"grid: {report.folder.grid}")
@@ -636,21 +786,29 @@ def _staged(name: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def _sampling(n: int, steps: int) -> Iterator[Callable[[StepProgress], None]]:
+def _sampling(
+    n: int, steps: int, *, shown: bool
+) -> Iterator[Callable[[StepProgress], None] | None]:
+    if not shown:
+        yield None
+        return
     speed = TextColumn("{task.fields[seconds]}")
     with _bar("image-steps", speed) as progress:
         task: TaskID | None = None
+        before = 0
 
         def update(done: StepProgress) -> None:
-            nonlocal task
+            nonlocal task, before
             if task is None:
                 # Earlier sessions' samples are not this one's work: the time left is for the rest.
-                total = (n - done.finished) * steps
+                before = done.finished
+                total = (n - before) * steps
                 task = progress.add_task("sampling", total=total, seconds="")
             size = "" if done.patch_size is None else f", P {done.patch_size:2d}"
             progress.update(
                 task,
-                advance=done.images,
+                # Of the other processes, only what is finished is known.
+                completed=(done.finished - before) * steps + done.images * (steps - done.step + 1),
                 description=f"step {steps - done.step + 1:2d}/{steps}{size}",
                 seconds=f"({done.seconds / done.images:.3f} s)",
             )

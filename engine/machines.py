@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast, final, get_args
+from typing import TYPE_CHECKING, cast, final, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.backends import BackendName, choose
+from els.engine.backends import BackendName, available_cores, choose
 from els.engine.estimate import Approximation, Estimator
 from els.engine.posterior import (
     Boundary,
@@ -28,6 +28,9 @@ from els.engine.posterior import (
 )
 from els.index import PatchDatabase, PatchIndex
 
+if TYPE_CHECKING:
+    from els.engine.distributed import ProcessMesh
+
 MAX_TOP = 4096
 
 
@@ -43,14 +46,19 @@ class ScoreMachine:
             matter to IS and ES.
         backend: ``"native"``, ``"torch"``, ``"triton"``, or ``"auto"``, which chooses (see
             ``backend_reason``).
-        threads: threads of the native backend; None for one per core. Results do not depend on it.
+        threads: threads of the native backend; None for one per core, divided among the mesh's
+            processes on this machine. Results do not depend on it.
         device: where the torch and triton backends compute and queries live, e.g. ``"cpu"``,
             ``"cuda:1"``; None for a GPU with ``"triton"`` and ``"auto"`` (if there is one), else
             the CPU.
+        mesh: the processes of a distributed run (:func:`~els.engine.distributed.process_mesh`).
+            With database shards, every rank of a group asks the same questions in the same order,
+            computes over its own images, and gets the answer over all.
 
     Raises:
         TypeError: if ``db`` is not a :class:`PatchDatabase`.
-        ValueError: for an unknown kind, boundary or backend, or threads < 1.
+        ValueError: for an unknown kind, boundary or backend, threads < 1, or more database shards
+            than images.
         RuntimeError: if the backend asked for cannot run here.
     """
 
@@ -63,6 +71,7 @@ class ScoreMachine:
         *,
         threads: int | None = None,
         device: str | None = None,
+        mesh: ProcessMesh | None = None,
     ) -> None:
         if not isinstance(db, PatchDatabase):
             raise TypeError(
@@ -73,11 +82,22 @@ class ScoreMachine:
         _require_choice("boundary", boundary, get_args(Boundary))
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ValueError(f"threads={threads!r} must be an integer of at least 1, or None")
+        if mesh is not None and mesh.database_shards > len(db):
+            raise ValueError(
+                f"database_shards={mesh.database_shards} for {len(db)} images; give at most as many"
+            )
         self.db = db
+        self.mesh = mesh
         self.kind: Kind = kind
         self.boundary: Boundary = boundary
         self._indices: dict[int, PatchIndex] = {}
+        if mesh is not None and threads is None:
+            threads = max(1, available_cores() // mesh.processes_here)
         self._backend, self.backend_reason = choose(backend, threads=threads, device=device)
+        if mesh is not None and mesh.database_shards > 1:
+            from els.engine.distributed import ShardedBackend
+
+            self._backend = ShardedBackend(self._backend, mesh)
 
     @property
     def backend(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from functools import cache
 from types import ModuleType
 from typing import final
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from els.engine.backends import available_cores
 from els.engine.posterior import (
     PosteriorQuery,
     PosteriorState,
@@ -52,7 +52,7 @@ class NativeBackend:
                 f"instruction set {chosen!r} cannot run here; available: {', '.join(available)}"
             )
         self._kernel = _module(chosen)
-        self._threads = threads or _available_cores()
+        self._threads = threads or available_cores()
         self.name = f"native ({chosen}, {self._threads} threads)"
         self.device = torch.device("cpu")
         self.workers = self._threads
@@ -155,12 +155,6 @@ def instruction_sets() -> tuple[str, ...]:
     """
     supported: list[str] = _module("baseline").instruction_sets()
     return tuple(name for name in supported if importlib.util.find_spec(_qualified(name)))
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not everywhere
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _module(instruction_set: str) -> ModuleType:

@@ -192,19 +192,10 @@ def merge(first: PosteriorState, second: PosteriorState) -> PosteriorState:
     Both states must carry the same optional fields.
     """
     maximum = torch.maximum(first.maximum, second.maximum)
-    # An empty side has maximum -inf: its shift would be nan (both empty) or -inf (times mass 0).
-    shifts = [
-        torch.where(torch.isneginf(state.maximum), 0.0, state.maximum - maximum)
-        for state in (first, second)
-    ]
-    scales = [shift.exp() for shift in shifts]
-    mass = scales[0] * first.mass + scales[1] * second.mass
-    centre = scales[0].unsqueeze(1) * first.centre + scales[1].unsqueeze(1) * second.centre
+    first_sums, second_sums = rescaled(first, maximum), rescaled(second, maximum)
     tilt = None
-    if first.tilt is not None and second.tilt is not None:
-        tilt = scales[0] * (first.tilt + shifts[0] * first.mass) + scales[1] * (
-            second.tilt + shifts[1] * second.mass
-        )
+    if first_sums.tilt is not None and second_sums.tilt is not None:
+        tilt = first_sums.tilt + second_sums.tilt
     top = None
     if first.top is not None and second.top is not None:
         top = best(
@@ -212,7 +203,34 @@ def merge(first: PosteriorState, second: PosteriorState) -> PosteriorState:
             torch.cat([first.top.addresses, second.top.addresses], dim=-1),
             first.top.logits.shape[-1],
         )
-    return PosteriorState(maximum, mass, centre, tilt, top)
+    return PosteriorState(
+        maximum,
+        first_sums.mass + second_sums.mass,
+        first_sums.centre + second_sums.centre,
+        tilt,
+        top,
+    )
+
+
+def rescaled(state: PosteriorState, maximum: Tensor) -> PosteriorState:
+    """The sums of a state relative to another reference logit; states that share one just add up.
+
+    Args:
+        state: of any candidates, also of none.
+        maximum: the reference, at least the state's own, float64 ``[B, H, W]``.
+
+    Returns:
+        The state without its top.
+    """
+    # An empty side has maximum -inf: its shift would be nan (both empty) or -inf (times mass 0).
+    shift = torch.where(torch.isneginf(state.maximum), 0.0, state.maximum - maximum)
+    scale = shift.exp()
+    return PosteriorState(
+        maximum,
+        scale * state.mass,
+        scale.unsqueeze(1) * state.centre,
+        None if state.tilt is None else scale * (state.tilt + shift * state.mass),
+    )
 
 
 def empty(query: PosteriorQuery) -> PosteriorState:

@@ -9,6 +9,10 @@ A run folder holds::
     trajectory/         on request: 000000.png (above x_t, below the predicted x_0, noise first)
                         and 000000.npz (both as float32 [steps, C, H, W], with t, alpha, sigma)
     grid.png            all samples (the first 1,024), made when the last is finished
+
+A large run has ``shards/`` in place of ``samples/``: see :mod:`els.engine.shards`. A machine with a
+mesh (:mod:`els.engine.distributed`) shares the work with the other processes of the run: rank 0
+keeps the folder, and whoever computes samples writes them.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -32,6 +37,7 @@ import numpy.typing as npt
 import torch
 
 from els.engine.backends import BackendName
+from els.engine.distributed import ProcessMesh, SharedTask
 from els.engine.machines import ScoreMachine
 from els.engine.pictures import grid, panels, write_png
 from els.engine.posterior import Boundary, Kind
@@ -44,6 +50,7 @@ from els.engine.sampler import (
     sample,
 )
 from els.engine.schedule import Cosine, Schedule, describe, described
+from els.engine.shards import DEFAULT_SHARD_SIZE, RunError, Samples, ShardFolder, missing, united
 from els.index import encode
 from els.index.files import atomic_file, remove_stale, write_json
 
@@ -53,10 +60,22 @@ GRID_MOST = 1024
 
 _MANIFEST, _GRID, _LOCK = "run.json", "grid.png", ".lock"
 _MAY_DIFFER = {"n", "database"}
+# Seconds to try for the lock: els status holds it for an instant when it looks whether it is held.
+_LOCK_PATIENCE = 0.2
+# Steps whose timing is kept: their medians do not need all, and a long run must not grow.
+_TIMINGS_KEPT = 4096
 
-
-class RunError(RuntimeError):
-    """A run folder is in use, in the way, damaged, or holds a run with other settings."""
+__all__ = [
+    "GRID_MOST",
+    "RunError",
+    "RunFolder",
+    "RunReport",
+    "RunSettings",
+    "StepProgress",
+    "read_sessions",
+    "read_settings",
+    "sample_run",
+]
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,7 @@ class RunSettings:
         n: number of samples; may grow.
         tolerance: of every posterior mean; None for exact ones. The samples then depend on which
             patch indices the database has, too.
+        shard_size: samples to a file; 1 for a picture and a file of each.
     """
 
     database: str
@@ -95,6 +115,7 @@ class RunSettings:
     trajectory: bool
     n: int
     tolerance: float | None = None
+    shard_size: int = 1
 
     @property
     def plan(self) -> SamplePlan:
@@ -121,6 +142,11 @@ class RunFolder:
         return self.path / _MANIFEST
 
     @property
+    def lock(self) -> Path:
+        """Locked by the process that keeps the folder, as long as the run goes on."""
+        return self.path / _LOCK
+
+    @property
     def grid(self) -> Path:
         """The picture of all samples."""
         return self.path / _GRID
@@ -137,9 +163,24 @@ class RunFolder:
         """``.png`` or ``.npz`` of a sample's steps."""
         return self.path / "trajectory" / f"{index:06d}{suffix}"
 
+    def shards(self, size: int) -> ShardFolder:
+        """The samples of a large run."""
+        return ShardFolder(self.path / "shards", size)
+
     def is_finished(self, index: int) -> bool:
-        """Whether a sample is there, as values and as a picture."""
+        """Whether a sample that has files of its own is there, as values and as a picture."""
         return self.values(index).exists() and self.picture(index).exists()
+
+    def finished(self, settings: RunSettings) -> list[range]:
+        """The numbers of the finished samples, in disjoint ascending runs.
+
+        Raises:
+            RunError: if a shard is damaged.
+        """
+        if settings.shard_size > 1:
+            return self.shards(settings.shard_size).finished()
+        there = (index for index in range(settings.n) if self.is_finished(index))
+        return united(range(index, index + 1) for index in there)
 
     def load(self, index: int) -> npt.NDArray[np.float32]:
         """A finished sample, float32 ``[C, H, W]``.
@@ -147,6 +188,23 @@ class RunFolder:
         Raises:
             RunError: if it is not finished, or damaged.
         """
+        values: npt.NDArray[np.float32] = next(self.samples(range(index, index + 1)))[0]
+        return values
+
+    def samples(self, numbers: range) -> Iterator[Samples]:
+        """Finished samples in their order, float32 ``[k, C, H, W]`` at a time.
+
+        Raises:
+            RunError: if one is not finished, or its file is damaged.
+        """
+        size = read_settings(self.path).shard_size if self.manifest.exists() else 1
+        if size > 1:
+            yield from self.shards(size).pieces(numbers)
+        else:
+            for index in numbers:
+                yield self._own_values(index)[np.newaxis]
+
+    def _own_values(self, index: int) -> npt.NDArray[np.float32]:
         try:
             values: npt.NDArray[np.float32] = np.load(self.values(index), allow_pickle=False)
         except FileNotFoundError as error:
@@ -167,7 +225,8 @@ class StepProgress:
     """One step of one batch was done.
 
     Attributes:
-        finished: samples that were finished before this batch, earlier sessions' included.
+        finished: samples that were finished before this batch, by all processes, earlier
+            sessions' included.
         step: counts down from the number of steps to 1.
         patch_size: of the step; None for IS and ES.
         images: samples in the batch.
@@ -187,8 +246,8 @@ class RunReport:
 
     Attributes:
         folder: of the run.
-        computed: samples that were computed now; the others were there.
-        steps: timing of every step.
+        computed: samples that were computed now, by all processes; the others were there.
+        steps: timing of this process's steps, of the last 4,096.
     """
 
     folder: RunFolder
@@ -224,16 +283,17 @@ def sample_run(
     trajectory: bool = False,
     batch_size: int | None = None,
     tolerance: float | None = None,
+    shard_size: int | None = None,
     progress: Callable[[StepProgress], None] | None = None,
 ) -> RunReport:
     """Sample into a folder; called again with the same settings, do only what is missing.
 
     Samples are written as soon as they are finished, each file whole or not at all. ``n`` may grow
-    from one call to the next. A KeyboardInterrupt or OSError on the way (a full disk) carries a
-    note that says what is safe and how to go on.
+    from one call to the next, and so may the number of processes. A KeyboardInterrupt or OSError on
+    the way (a full disk) carries a note that says what is safe and how to go on.
 
     Args:
-        machine: computes the steps.
+        machine: computes the steps; with a mesh, every rank of which makes this call.
         folder: of the run; it and its parents are made.
         n: as in :func:`~els.engine.sample`; so are the others that are not listed.
         steps: see there.
@@ -245,16 +305,26 @@ def sample_run(
         trajectory: keep x_t and the predicted x_0 of every step, as a picture and as arrays.
         batch_size: samples computed at once, None for at most 16; results do not depend on it.
         tolerance: see there.
-        progress: called after every step of every batch.
+        shard_size: samples to a file; 1 for a picture and a file of each, which trajectories need;
+            None for what an existing run has, and for a new one 1 up to 1,000 samples, else 1,000.
+        progress: called after every step of every batch of this process.
 
     Raises:
         TypeError: for an argument of the wrong type.
         ValueError: for a value out of range, before any work.
         RunError: if another process works on the folder, or it holds something else or a run with
             other settings.
+        RankError: if another process of the run died or stopped it.
         DiskFullError: (an OSError) no room; finished samples are safe.
     """
     require_count("n", n, 1)
+    if shard_size is not None:
+        require_count("shard_size", shard_size, 1)
+        if trajectory and shard_size > 1:
+            raise ValueError(
+                f"shard_size={shard_size} with trajectory: trajectories belong to samples with "
+                "files of their own; give shard_size=1"
+            )
     if batch_size is not None:
         require_count("batch_size", batch_size, 1)
     if label is not None:
@@ -270,25 +340,26 @@ def sample_run(
         tolerance=tolerance,
     )
     settings = _settings(machine, plan, n, label, trajectory)
+    mesh = machine.mesh or ProcessMesh.alone()
+    task = mesh.task()
     run = RunFolder(Path(folder))
-    with _claimed(run), _explained(run, n):
-        sessions = _sessions_to_continue(run, settings)
-        missing = [index for index in range(n) if not run.is_finished(index)]
-        if not missing and run.grid.exists() and read_settings(run.path) == settings:
+    with ExitStack() as held, _explained(run, n):
+
+        def begin() -> dict[str, Any]:
+            held.enter_context(_claimed(run))
+            return _begin(machine, mesh, run, settings, shard_size).told()
+
+        work = _Work.of(task.decided(begin))
+        # The ranks of a mesh are started alike, but not necessarily with the same files.
+        _require_same(run, work.settings, replace(settings, shard_size=work.settings.shard_size))
+        if work.is_done:
             return RunReport(run, 0, ())
-        run.grid.unlink(missing_ok=True)
-        session = {"started": _now(), "finished": None, **_surroundings(machine)}
-        _write_manifest(run, settings, [*sessions, session])
-        _make_room(run, settings)
-        timings = _compute(machine, run, settings, missing, batch_size or DEFAULT_BATCH, progress)
-        report = RunReport(run, len(missing), timings)
-        _write_grid(run, n)
-        session |= {
-            "finished": _now(),
-            "computed": report.computed,
-            "seconds_per_image_step": report.seconds_per_image_step(),
-        }
-        _write_manifest(run, settings, [*sessions, session])
+        timings = _compute(machine, mesh, task, run, work, batch_size or DEFAULT_BATCH, progress)
+        report = RunReport(run, work.count, timings)
+        task.add("left", 1)
+        if mesh.rank == 0:
+            task.wait("left", mesh.world_size)
+            _end(run, report)
         return report
 
 
@@ -299,25 +370,133 @@ def read_settings(folder: str | Path) -> RunSettings:
         RunError: if there is none, or its ``run.json`` is damaged or too new.
     """
     run = RunFolder(Path(folder))
-    if not run.manifest.exists():
-        raise RunError(f"{run.path} is not a run (it has no {_MANIFEST}); els sample makes one")
     return _settings_of(run, _read_manifest(run))
+
+
+def read_sessions(folder: str | Path) -> list[dict[str, Any]]:
+    """When, how and with which versions a run was worked on, one entry a session.
+
+    Raises:
+        RunError: as :func:`read_settings`.
+    """
+    sessions: list[dict[str, Any]] = _read_manifest(RunFolder(Path(folder)))["sessions"]
+    return sessions
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What rank 0 found that there is to do.
+
+    Attributes:
+        settings: of the run.
+        missing: numbers of the samples to compute, in disjoint ascending runs.
+        is_done: whether there is nothing at all to do.
+    """
+
+    settings: RunSettings
+    missing: tuple[range, ...]
+    is_done: bool
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> _Work:
+        return cls(
+            _restored(told["settings"]),
+            tuple(range(start, stop) for start, stop in told["missing"]),
+            told["is_done"],
+        )
+
+    def told(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return {
+            "settings": asdict(self.settings),
+            "missing": [(run.start, run.stop) for run in self.missing],
+            "is_done": self.is_done,
+        }
+
+    @property
+    def count(self) -> int:
+        """How many samples are to be computed."""
+        return sum(len(run) for run in self.missing)
+
+    def batches(self, size: int) -> list[range]:
+        """The samples to compute at once; none is of two shards."""
+        shard = self.settings.shard_size
+        ends = 1 << 62 if shard == 1 else shard
+        batches = []
+        for run in self.missing:
+            start = run.start
+            while start < run.stop:
+                stop = min(start + size, run.stop, (start // ends + 1) * ends)
+                batches.append(range(start, stop))
+                start = stop
+        return batches
+
+
+def _begin(
+    machine: ScoreMachine,
+    mesh: ProcessMesh,
+    run: RunFolder,
+    settings: RunSettings,
+    shard_size: int | None,
+) -> _Work:
+    """Look at the folder, refuse it or make it ready; rank 0 alone does."""
+    there, sessions = _there(run)
+    if shard_size is None and there is not None:
+        shard_size = there.shard_size
+    elif shard_size is None:
+        is_large = settings.n > DEFAULT_SHARD_SIZE and not settings.trajectory
+        shard_size = DEFAULT_SHARD_SIZE if is_large else 1
+    settings = replace(settings, shard_size=shard_size)
+    if there is not None:
+        _require_same(run, there, settings)
+    if settings.shard_size > 1:
+        run.shards(settings.shard_size).tidy(settings.n)
+    gaps = tuple(missing(run.finished(settings), settings.n))
+    work = _Work(settings, gaps, not gaps and run.grid.exists() and there == settings)
+    if not work.is_done:
+        run.grid.unlink(missing_ok=True)
+        session = {
+            "started": _now(),
+            "finished": None,
+            "finished_before": settings.n - work.count,
+            **_surroundings(machine, mesh),
+        }
+        # First of all files: what else is there without it would be somebody else's.
+        _write_manifest(run, settings, [*sessions, session])
+        _make_room(run, settings)
+    return work
+
+
+def _end(run: RunFolder, report: RunReport) -> None:
+    """What rank 0 does when every rank is done."""
+    settings, sessions = _there(run)
+    assert settings is not None
+    _write_grid(run, settings.n)
+    sessions[-1] |= {
+        "finished": _now(),
+        "computed": report.computed,
+        "seconds_per_image_step": report.seconds_per_image_step(),
+    }
+    _write_manifest(run, settings, sessions)
 
 
 def _compute(
     machine: ScoreMachine,
+    mesh: ProcessMesh,
+    task: SharedTask,
     run: RunFolder,
-    settings: RunSettings,
-    missing: Sequence[int],
+    work: _Work,
     batch_size: int,
     progress: Callable[[StepProgress], None] | None,
 ) -> tuple[StepProgress, ...]:
-    timings: list[StepProgress] = []
-    for start in range(0, len(missing), batch_size):
-        indices = missing[start : start + batch_size]
-        finished = settings.n - len(missing) + start
+    timings: deque[StepProgress] = deque(maxlen=_TIMINGS_KEPT)
+    settings, plan = work.settings, work.settings.plan
+    batches = work.batches(batch_size)
+    writer = _Writer(run, settings, task, work.missing)
+    while (number := task.draw("batch")) < len(batches):
+        indices = batches[number]
+        finished = settings.n - work.count + task.add("finished", 0)
         watch = _Watch(finished, keep_states=settings.trajectory, progress=progress)
-        plan = settings.plan
         images = sample(
             machine,
             steps=plan.steps,
@@ -331,12 +510,50 @@ def _compute(
             indices=indices,
             tolerance=plan.tolerance,
         )
-        for row, index in enumerate(indices):
-            if settings.trajectory:
-                _write_trajectory(run, index, row, watch.states)
-            _write_sample(run, index, images[row].numpy())
+        if mesh.leads:
+            writer.write(indices, images.numpy(), watch.states)
+            task.add("finished", len(indices))
         timings += watch.timings
     return tuple(timings)
+
+
+@final
+class _Writer:
+    """Writes finished samples; whoever writes the last of a shard completes it.
+
+    Args:
+        run: where.
+        settings: of the run.
+        task: of all the ranks that write.
+        gaps: what was missing when they began.
+    """
+
+    def __init__(
+        self, run: RunFolder, settings: RunSettings, task: SharedTask, gaps: Iterable[range]
+    ) -> None:
+        self._run = run
+        self._settings = settings
+        self._task = task
+        self._gaps = list(gaps)
+        self._shards = run.shards(settings.shard_size)
+
+    def write(self, indices: range, images: Samples, states: Sequence[StepState]) -> None:
+        """Write a batch of one shard, with its steps where trajectories are kept."""
+        if self._settings.shard_size == 1:
+            for row, index in enumerate(indices):
+                if self._settings.trajectory:
+                    _write_trajectory(self._run, index, row, states)
+                _write_sample(self._run, index, images[row])
+            return
+        n, shard = self._settings.n, self._shards.number(indices.start)
+        self._shards.write(indices.start, images, n)
+        numbers = self._shards.numbers(shard, n)
+        missing_there = sum(
+            len(range(max(gap.start, numbers.start), min(gap.stop, numbers.stop)))
+            for gap in self._gaps
+        )
+        if self._task.add(f"shard {shard}", len(indices)) == missing_there:
+            self._shards.complete(shard, n)
 
 
 @final
@@ -392,23 +609,30 @@ def _write_trajectory(run: RunFolder, index: int, row: int, states: Sequence[Ste
 
 
 def _write_grid(run: RunFolder, n: int) -> None:
-    tiles = [panels(encode(run.load(index))) for index in range(min(n, GRID_MOST))]
+    numbers = range(min(n, GRID_MOST))
+    tiles = [panels(encode(values)) for part in run.samples(numbers) for values in part]
     write_png(run.grid, grid(tiles, columns=math.ceil(math.sqrt(len(tiles)))))
 
 
 @contextmanager
 def _claimed(run: RunFolder) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it until the end, however it comes."""
+    """Makes the folder and keeps other runs out of it until the end, however it comes."""
     if run.path.exists() and not run.path.is_dir():
         raise RunError(f"{run.path} is a file; give a folder for the run")
     run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / _LOCK).open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(
-                f"another process is sampling into {run.path}; wait for it, or give another folder"
-            ) from error
+    with run.lock.open("ab") as lock:
+        until = time.monotonic() + _LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise RunError(
+                        f"another process is sampling into {run.path}; wait for it, or give "
+                        "another folder"
+                    ) from error
+                time.sleep(0.02)
         yield
 
 
@@ -417,7 +641,10 @@ def _explained(run: RunFolder, n: int) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OSError) as interruption:
-        finished = sum(run.is_finished(index) for index in range(n))
+        finished = 0
+        if run.manifest.exists():
+            settings = read_settings(run.path)
+            finished = sum(len(numbers) for numbers in run.finished(settings))
         interruption.add_note(
             f"{finished} of {n} samples are finished and safe in {run.path}; "
             "start again with the same arguments to go on"
@@ -425,26 +652,27 @@ def _explained(run: RunFolder, n: int) -> Iterator[None]:
         raise
 
 
-def _sessions_to_continue(run: RunFolder, settings: RunSettings) -> list[dict[str, Any]]:
-    """What was done before in a folder that may be used with these settings."""
-    if not run.manifest.exists():
-        foreign = [path.name for path in run.path.iterdir() if not path.name.startswith(".")]
-        if foreign:
-            raise RunError(
-                f"{run.path} is not empty and not a run (it has {sorted(foreign)[0]!r}, but no "
-                f"{_MANIFEST}); give another folder"
-            )
-        sessions = []
-    else:
+def _there(run: RunFolder) -> tuple[RunSettings | None, list[dict[str, Any]]]:
+    """The settings and sessions of the run in a folder that may be used for one."""
+    if run.manifest.exists():
         manifest = _read_manifest(run)
-        _require_same(run, _settings_of(run, manifest), settings)
-        sessions = manifest["sessions"]
-    return sessions
+        return _settings_of(run, manifest), manifest["sessions"]
+    foreign = [path.name for path in run.path.iterdir() if not path.name.startswith(".")]
+    if foreign:
+        raise RunError(
+            f"{run.path} is not empty and not a run (it has {sorted(foreign)[0]!r}, but no "
+            f"{_MANIFEST}); give another folder"
+        )
+    return None, []
 
 
 def _make_room(run: RunFolder, settings: RunSettings) -> None:
     """Makes the folders inside, and clears them of what killed writers left."""
-    for name in ("", "samples", *(["trajectory"] if settings.trajectory else [])):
+    remove_stale(run.path)
+    if settings.shard_size > 1:
+        run.shards(settings.shard_size).make_room()
+        return
+    for name in ("samples", *(["trajectory"] if settings.trajectory else [])):
         (run.path / name).mkdir(exist_ok=True)
         remove_stale(run.path / name)
 
@@ -494,6 +722,10 @@ def _settings(
 def _read_manifest(run: RunFolder) -> dict[str, Any]:
     try:
         manifest = json.loads(run.manifest.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(
+            f"{run.path} is not a run (it has no {_MANIFEST}); els sample makes one"
+        ) from error
     except ValueError as error:
         raise _damaged(run, f"it is not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -510,13 +742,19 @@ def _read_manifest(run: RunFolder) -> dict[str, Any]:
 
 def _settings_of(run: RunFolder, manifest: dict[str, Any]) -> RunSettings:
     try:
-        settings = RunSettings(**manifest["settings"])
+        settings = _restored(manifest["settings"])
         require_count("n", settings.n, 1)
         require_count("steps", settings.steps, 1)
-        sizes = settings.patch_sizes
-        return replace(settings, patch_sizes=None if sizes is None else tuple(sizes))
+        require_count("shard_size", settings.shard_size, 1)
+        return settings
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(run, f"its settings are not ours ({error})") from error
+
+
+def _restored(content: dict[str, Any]) -> RunSettings:
+    settings = RunSettings(**content)
+    sizes = settings.patch_sizes
+    return replace(settings, patch_sizes=None if sizes is None else tuple(sizes))
 
 
 def _damaged(run: RunFolder, reason: str) -> RunError:
@@ -530,13 +768,15 @@ def _write_manifest(
     write_json(run.manifest, content | {"sessions": list(sessions)})
 
 
-def _surroundings(machine: ScoreMachine) -> dict[str, Any]:
+def _surroundings(machine: ScoreMachine, mesh: ProcessMesh) -> dict[str, Any]:
     try:
         ours = metadata.version("els-machine")
     except metadata.PackageNotFoundError:
         ours = "not installed"
     return {
         "backend": machine.backend,
+        "processes": mesh.world_size,
+        "database_shards": mesh.database_shards,
         "versions": {
             "els-machine": ours,
             "torch": torch.__version__,
@@ -547,4 +787,4 @@ def _surroundings(machine: ScoreMachine) -> dict[str, Any]:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -187,7 +187,9 @@ def test_wrong_usage_is_two(arguments: list[str]) -> None:
     assert els(*arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["build", "info", "sample", "explain"])
+@pytest.mark.parametrize(
+    "command", ["build", "info", "sample", "explain", "status", "merge", "grid"]
+)
 def test_every_command_has_an_example(command: str) -> None:
     result = els(command, "--help")
     assert result.exit_code == 0
@@ -212,6 +214,7 @@ def test_ctrl_c_and_a_second_process(db: Path, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     options = {"n": 50_000, "steps": 3, "patch_sizes": 3, "batch_size": 2}
     arguments = f"-n {options['n']} --steps 3 --sizes 3 --batch-size 2 --backend torch".split()
+    arguments += ["--shard-size", "1"]
     with subprocess.Popen(
         [sys.executable, "-m", "els.engine", "sample", db, "-o", run.path, *arguments],
         stdout=subprocess.PIPE,

@@ -18,12 +18,16 @@ from els.engine import ScoreMachine, sample
 from els.engine.explain import explain_run
 from els.engine.runs import GRID_MOST, RunError, RunFolder, StepProgress, read_settings, sample_run
 from els.engine.schedule import Linear
+from els.engine.shards import DEFAULT_SHARD_SIZE
 from els.index import PatchDatabase, encode
 
 RNG = np.random.default_rng(8)
 IMAGES = RNG.integers(0, 256, (6, 1, 6, 8), dtype=np.uint8)
 DB = PatchDatabase.from_arrays(IMAGES, [0, 1, 0, 1, 0, 1])
 OPTIONS = {"n": 5, "steps": 3, "patch_sizes": [1, 3, 5], "eta": 0.5, "batch_size": 2}
+STEPS = {"steps": 3, "patch_sizes": [1, 3, 5], "eta": 0.5}
+# Five samples in files of their own, in a shard that one batch fills, and in parts of shards.
+LAYOUTS = pytest.mark.parametrize("shard_size", [1, 2, 3], ids=lambda size: f"shards-of-{size}")
 
 
 @pytest.fixture
@@ -54,6 +58,66 @@ def test_a_run_holds_the_samples(machine: ScoreMachine, tmp_path: Path) -> None:
     assert set(outputs(run.path)) == {"grid.png"} | {
         f"samples/{index:06d}.{suffix}" for index in range(5) for suffix in ("npy", "png")
     }
+
+
+@pytest.mark.parametrize(
+    ("shard_size", "shards"), [(2, (2, 2, 1)), (3, (3, 2)), (5, (5,)), (9, (5,))]
+)
+def test_a_run_in_shards_holds_the_samples(machine, tmp_path: Path, shard_size, shards) -> None:
+    run = sample_run(machine, tmp_path, **OPTIONS, shard_size=shard_size).folder
+    direct = sample(machine, n=5, steps=3, patch_sizes=[1, 3, 5], eta=0.5).numpy()
+    files = [run.shards(shard_size).shard(number) for number in range(len(shards))]
+    assert set(outputs(tmp_path)) == {"grid.png"} | {f"shards/{file.name}" for file in files}
+    start = 0
+    for file, count in zip(files, shards, strict=True):
+        with np.load(file) as arrays:
+            np.testing.assert_array_equal(arrays["samples"], direct[start : start + count])
+        start += count
+    for index in range(5):
+        np.testing.assert_array_equal(run.load(index), direct[index])
+    np.testing.assert_array_equal(np.concatenate(list(run.samples(range(1, 5)))), direct[1:])
+    assert run.finished(read_settings(tmp_path)) == [range(5)]
+    sample_run(machine, tmp_path / "files", **OPTIONS)
+    assert run.grid.read_bytes() == RunFolder(tmp_path / "files").grid.read_bytes()
+
+
+def test_large_runs_are_in_shards_unless_told_otherwise(tmp_path: Path, monkeypatch) -> None:
+    assert DEFAULT_SHARD_SIZE == 1000
+    monkeypatch.setattr("els.engine.runs.DEFAULT_SHARD_SIZE", 10)
+    tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "IS", backend="torch")
+    few, many = tmp_path / "few", tmp_path / "many"
+    for folder, n, size in ((few, 10, 1), (many, 11, 10)):
+        sample_run(tiny, folder, n=n, steps=1)
+        assert read_settings(folder).shard_size == size
+    assert len(list((many / "shards").glob("*.npz"))) == 2
+    # A run keeps the layout that it has.
+    assert sample_run(tiny, few, n=11, steps=1).computed == 1
+    assert read_settings(few).shard_size == 1
+    with pytest.raises(RunError, match="shard_size is 10 there, 1 here"):
+        sample_run(tiny, many, n=11, steps=1, shard_size=1)
+
+
+def test_trajectories_need_samples_with_files_of_their_own(machine, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give shard_size=1"):
+        sample_run(machine, tmp_path / "run", **OPTIONS, trajectory=True, shard_size=2)
+    assert not (tmp_path / "run").exists()
+    tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "IS", backend="torch")
+    options = {"n": 1001, "steps": 1, "trajectory": True}
+
+    def stop(_: StepProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_run(tiny, tmp_path / "run", **options, progress=stop)
+    assert read_settings(tmp_path / "run").shard_size == 1
+
+
+def test_timings_of_a_long_run_do_not_pile_up(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("els.engine.runs._TIMINGS_KEPT", 7)
+    tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "IS", backend="torch")
+    seen: list[StepProgress] = []
+    report = sample_run(tiny, tmp_path, n=5, steps=4, batch_size=1, progress=seen.append)
+    assert report.steps == tuple(seen[-7:])
 
 
 def test_timings_are_per_image_and_by_patch_size(machine: ScoreMachine, tmp_path: Path) -> None:
@@ -88,6 +152,7 @@ def test_the_manifest_says_everything(machine: ScoreMachine, tmp_path: Path) -> 
         "trajectory": False,
         "n": 5,
         "tolerance": None,
+        "shard_size": 1,
     }
     (session,) = manifest["sessions"]
     assert session["backend"] == machine.backend
@@ -116,10 +181,12 @@ def test_trajectories_are_kept(channels: int, tmp_path: Path) -> None:
         assert picture.mode == ("RGB" if channels == 3 else "L")
 
 
-def test_growing_goes_on(machine: ScoreMachine, tmp_path: Path) -> None:
-    sample_run(machine, tmp_path / "grown", **(OPTIONS | {"n": 2}))
+@LAYOUTS
+def test_growing_goes_on(machine: ScoreMachine, tmp_path: Path, shard_size: int) -> None:
+    sample_run(machine, tmp_path / "grown", **(OPTIONS | {"n": 2}), shard_size=shard_size)
     assert sample_run(machine, tmp_path / "grown", **OPTIONS).computed == 3
-    sample_run(machine, tmp_path / "whole", **(OPTIONS | {"batch_size": None}))
+    options = OPTIONS | {"batch_size": None, "shard_size": shard_size}
+    sample_run(machine, tmp_path / "whole", **options)
     assert outputs(tmp_path / "grown") == outputs(tmp_path / "whole")
     assert read_settings(tmp_path / "grown").n == 5
 
@@ -146,6 +213,74 @@ def test_what_is_missing_is_made_again(machine: ScoreMachine, tmp_path: Path, lo
     (tmp_path / lost).unlink()
     assert sample_run(machine, tmp_path, **OPTIONS).computed == (0 if lost == "grid.png" else 1)
     assert outputs(tmp_path) == before
+
+
+def test_a_lost_shard_is_made_again(machine: ScoreMachine, tmp_path: Path) -> None:
+    run = sample_run(machine, tmp_path, **OPTIONS, shard_size=2).folder
+    before = outputs(tmp_path)
+    run.shards(2).shard(1).unlink()
+    with pytest.raises(RunError, match=r"sample 2 of .* is not there"):
+        run.load(2)
+    assert sample_run(machine, tmp_path, **OPTIONS).computed == 2
+    assert outputs(tmp_path) == before
+
+
+def test_a_shard_whose_writer_was_killed_is_completed(machine, tmp_path, monkeypatch) -> None:
+    sample_run(machine, tmp_path / "whole", **OPTIONS, shard_size=5)
+    run = RunFolder(tmp_path / "killed")
+    parts = run.shards(5).parts
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("els.engine.shards.ShardFolder.complete", die)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            sample_run(machine, run.path, **OPTIONS, shard_size=5)
+    assert caught.value.__notes__[0].startswith("5 of 5 samples are finished")
+    left = {path: path.read_bytes() for path in parts.iterdir()}
+    assert len(left) == 3
+    np.testing.assert_array_equal(run.load(4), RunFolder(tmp_path / "whole").load(4))
+    assert sample_run(machine, run.path, **OPTIONS).computed == 0
+    assert outputs(run.path) == outputs(tmp_path / "whole")
+    # Killed a moment later, when the shard was there, but its parts were, too.
+    for path, content in left.items():
+        path.write_bytes(content)
+    assert sample_run(machine, run.path, **OPTIONS).computed == 0
+    assert outputs(run.path) == outputs(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content[: len(content) // 2], id="cut"),
+        pytest.param(lambda content: b"\x93NUMPY" + content[6:], id="not-a-zip"),
+        pytest.param(lambda content: content.replace(b"samples", b"pickles"), id="foreign"),
+    ],
+)
+def test_an_unreadable_shard_is_named_and_nothing_else_lost(machine, tmp_path, damage) -> None:
+    run = sample_run(machine, tmp_path, **OPTIONS, shard_size=2).folder
+    before = outputs(tmp_path)
+    shard = run.shards(2).shard(1)
+    shard.write_bytes(damage(shard.read_bytes()))
+    for use in (lambda: run.load(3), lambda: sample_run(machine, tmp_path, **OPTIONS)):
+        with pytest.raises(RunError, match=r"samples-000001\.npz is damaged .* remove it"):
+            use()
+    np.testing.assert_array_equal(run.load(1), sample(machine, indices=[1], **STEPS)[0])
+    shard.unlink()
+    assert sample_run(machine, tmp_path, **OPTIONS).computed == 2
+    assert outputs(tmp_path) == before
+
+
+def test_flipped_bits_in_a_shard_are_found(machine: ScoreMachine, tmp_path: Path) -> None:
+    run = sample_run(machine, tmp_path, **OPTIONS, shard_size=2).folder
+    shard = run.shards(2).shard(0)
+    content = bytearray(shard.read_bytes())
+    content[300] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(RunError, match="damaged"):
+        run.load(0)
 
 
 def test_leftovers_of_a_dead_writer_go(machine: ScoreMachine, tmp_path: Path) -> None:
@@ -257,9 +392,13 @@ def test_a_second_writer_is_refused(machine: ScoreMachine, tmp_path: Path) -> No
     assert sample_run(machine, tmp_path, **OPTIONS, progress=start_again).computed == 5
 
 
-@pytest.mark.parametrize("writes", [0, 1, 3, 8, 21], ids=lambda writes: f"after-{writes}")
-def test_a_full_disk_loses_nothing(machine, tmp_path: Path, monkeypatch, writes: int) -> None:
-    sample_run(machine, tmp_path / "whole", **OPTIONS)
+@LAYOUTS
+@pytest.mark.parametrize("writes", [0, 1, 3, 8], ids=lambda writes: f"after-{writes}")
+def test_a_full_disk_loses_nothing(
+    machine, tmp_path: Path, monkeypatch, shard_size: int, writes: int
+) -> None:
+    options = OPTIONS | {"shard_size": shard_size}
+    sample_run(machine, tmp_path / "whole", **options)
     left, sync = writes, os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -273,12 +412,14 @@ def test_a_full_disk_loses_nothing(machine, tmp_path: Path, monkeypatch, writes:
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match="no room to write") as caught:
-            sample_run(machine, run.path, **OPTIONS)
-    finished = sum(run.is_finished(index) for index in range(5))
+            sample_run(machine, run.path, **options)
+    finished = 0
+    if run.manifest.exists():
+        finished = sum(map(len, run.finished(read_settings(run.path))))
     (note,) = caught.value.__notes__
     assert note.startswith(f"{finished} of 5 samples are finished and safe")
     assert not list(run.path.rglob("*.partial"))
-    assert sample_run(machine, run.path, **OPTIONS).computed == 5 - finished
+    assert sample_run(machine, run.path, **options).computed == 5 - finished
     assert outputs(run.path) == outputs(tmp_path / "whole")
 
 
@@ -347,13 +488,13 @@ def test_an_approximate_run_goes_on_and_is_explained(tmp_path: Path) -> None:
     sample_run(machine, tmp_path / "run", n=1, **options)
     sample_run(machine, tmp_path / "run", n=2, **options)
     assert read_settings(tmp_path / "run").tolerance == 0.1
-    sample_run(machine, tmp_path / "other", n=2, **options)
+    sample_run(machine, tmp_path / "other", n=2, **options, shard_size=2)
     at_once = RunFolder(tmp_path / "other")
     for index in range(2):
-        stored = [np.load(run.values(index)) for run in (RunFolder(tmp_path / "run"), at_once)]
-        assert np.array_equal(*stored)
+        assert np.array_equal(RunFolder(tmp_path / "run").load(index), at_once.load(index))
     with pytest.raises(RunError, match="tolerance"):
         sample_run(machine, tmp_path / "run", n=2, **(options | {"tolerance": None}))
     # The explanation follows the run's trajectory: it warns where values differ from the stored.
-    explanation, _ = explain_run(tmp_path / "run", 1, step=1)
-    assert np.abs(explanation.values - np.load(at_once.values(1))).max() <= 1e-6
+    for run in ("run", "other"):
+        explanation, _ = explain_run(tmp_path / run, 1, step=1)
+        assert np.abs(explanation.values - at_once.load(1)).max() <= 1e-6

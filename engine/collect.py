@@ -1,0 +1,234 @@
+"""What becomes of a run's samples: one file of all, a grid of some, and how far the run is."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from els.engine.pictures import grid, panels, write_png
+from els.engine.runs import RunError, RunFolder, RunSettings, read_sessions, read_settings
+from els.engine.sampler import require_count
+from els.engine.shards import Samples, write_array
+from els.index import encode
+from els.index.files import atomic_file, require_space
+
+MOST_TILES = 10_000
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is.
+
+    Attributes:
+        n: how many samples it is to have.
+        finished: how many are finished.
+        is_running: whether a process works on it now.
+        samples_per_second: over the latest session, by all its processes; None before its first
+            sample.
+        seconds_left: at that rate; None if nobody works on it or the rate is not known.
+        started: when the latest session began, ISO 8601.
+        processes: of the latest session.
+        database_shards: among how many of them the images were divided.
+        backend: that they compute with.
+    """
+
+    n: int
+    finished: int
+    is_running: bool
+    samples_per_second: float | None
+    seconds_left: float | None
+    started: str
+    processes: int
+    database_shards: int
+    backend: str
+
+
+def run_status(folder: str | Path) -> RunStatus:
+    """How far a run is; it may be going on, anywhere that sees the folder.
+
+    Raises:
+        RunError: if there is no run, or it is damaged.
+    """
+    run = RunFolder(Path(folder))
+    settings, sessions = read_settings(run.path), read_sessions(run.path)
+    is_running = _is_locked(run.lock)
+    finished = sum(len(_within(numbers, settings.n)) for numbers in run.finished(settings))
+    latest = sessions[-1] if sessions else {}
+    try:
+        started = datetime.fromisoformat(latest["started"])
+        if is_running:
+            ended = datetime.now(UTC)
+        elif latest["finished"] is not None:
+            ended = datetime.fromisoformat(latest["finished"])
+        else:
+            ended = _last_written(run, settings)
+        computed = finished - int(latest.get("finished_before", 0))
+        processes, shards = latest.get("processes", 1), latest.get("database_shards", 1)
+        backend = str(latest["backend"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{run.manifest} is damaged: its last session is not ours") from error
+    seconds = (ended - started).total_seconds()
+    rate = computed / seconds if computed > 0 and seconds > 0 else None
+    left = (settings.n - finished) / rate if rate is not None and is_running else None
+    return RunStatus(
+        settings.n,
+        finished,
+        is_running,
+        rate,
+        left,
+        started.isoformat(),
+        processes,
+        shards,
+        backend,
+    )
+
+
+def merge_run(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    partial: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write the samples of a run to one .npz file, in order and without ever holding all.
+
+    The file has ``samples``, float32 ``[n, C, H, W]``, nominally in [-1, 1], and their numbers,
+    ``indices``, int64 ``[n]``.
+
+    Args:
+        folder: of the run.
+        output: the file; it appears whole or not at all.
+        partial: take what is finished of a run that is not complete.
+        progress: called with how many samples are written, and how many will be.
+
+    Returns:
+        How many samples there are.
+
+    Raises:
+        ValueError: for another kind of file.
+        RunError: if there is no run, samples are missing or damaged, or none is there.
+        DiskFullError: (an OSError) no room for the file.
+    """
+    output = Path(output)
+    if output.suffix != ".npz":
+        raise ValueError(f"{output} must end in .npz, the one format that els merge writes")
+    run = RunFolder(Path(folder))
+    settings = read_settings(run.path)
+    finished = [_within(numbers, settings.n) for numbers in run.finished(settings)]
+    count = sum(map(len, finished))
+    if count == 0 or (count < settings.n and not partial):
+        raise RunError(
+            f"{run.path} has {count} of {settings.n} samples; let the same els sample command "
+            "finish it" + ("" if count == 0 else ", or take those that are there with --partial")
+        )
+    shape = run.load(finished[0].start).shape
+    require_space(output, count * (_FLOAT_BYTES * math.prod(shape) + 8))
+
+    def parts() -> Iterator[Samples]:
+        written = 0
+        for numbers in finished:
+            for part in run.samples(numbers):
+                yield part
+                written += len(part)
+                if progress is not None:
+                    progress(written, count)
+
+    with atomic_file(output) as stream, zipfile.ZipFile(stream, "w") as archive:
+        # In the order and the encoding of numpy.savez, whose arrays have to fit into memory.
+        with archive.open("samples.npy", "w", force_zip64=True) as entry:
+            write_array(entry, (count, *shape), parts())
+        with archive.open("indices.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array(
+                entry, np.concatenate([np.arange(r.start, r.stop) for r in finished])
+            )
+    return count
+
+
+def draw_grid(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    rows: int = 8,
+    columns: int = 8,
+    first: int = 0,
+    indices: Sequence[int] | None = None,
+) -> int:
+    """Draw samples of a run, row by row, as one PNG.
+
+    Args:
+        folder: of the run.
+        output: the picture.
+        rows: at most so many; fewer if the run has fewer samples.
+        columns: tiles in a row.
+        first: number of the first sample.
+        indices: which samples instead, in this order; ``rows`` and ``first`` do not matter then.
+
+    Returns:
+        How many samples there are in it.
+
+    Raises:
+        TypeError: for an argument that is not an integer.
+        ValueError: for a value out of range, or another kind of file.
+        RunError: if there is no run, or a sample is not finished or damaged.
+    """
+    output = Path(output)
+    if output.suffix != ".png":
+        raise ValueError(f"{output} must end in .png")
+    run = RunFolder(Path(folder))
+    n = read_settings(run.path).n
+    require_count("rows", rows, 1)
+    require_count("columns", columns, 1)
+    if indices is None:
+        require_count("first", first, 0)
+        runs = [range(first, min(n, first + rows * columns))]
+    else:
+        runs = [range(index, index + 1) for index in indices]
+    count = sum(map(len, runs))
+    if not 1 <= count <= MOST_TILES:
+        raise ValueError(
+            f"a grid has 1 to {MOST_TILES:,} samples, not {count}; the run has numbers 0 to {n - 1}"
+        )
+    for numbers in runs:
+        require_count("indices", numbers.start, 0)
+        if numbers.stop > n:
+            raise ValueError(f"sample {numbers.stop - 1} is not in the run: it has 0 to {n - 1}")
+    tiles = [
+        panels(encode(values))
+        for numbers in runs
+        for part in run.samples(numbers)
+        for values in part
+    ]
+    write_png(output, grid(tiles, columns=min(columns, count)))
+    return count
+
+
+def _within(numbers: range, n: int) -> range:
+    return range(numbers.start, min(numbers.stop, n))
+
+
+def _last_written(run: RunFolder, settings: RunSettings) -> datetime:
+    """When a sample was last written: a folder changes with every file that appears in it."""
+    shards = run.shards(settings.shard_size)
+    folders = [run.path / "samples"] if settings.shard_size == 1 else [shards.path, shards.parts]
+    newest = max(folder.stat().st_mtime for folder in [run.manifest, *folders] if folder.exists())
+    return datetime.fromtimestamp(newest, UTC)
+
+
+def _is_locked(lock: Path) -> bool:
+    """Whether a process works on the run."""
+    try:
+        with lock.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

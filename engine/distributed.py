@@ -1,0 +1,406 @@
+"""Many processes: samples are dealt out, and the database is sharded by images.
+
+The ranks of a run form a mesh of two axes. Along one, groups of ranks take batches of samples, one
+after another, as they are free. Along the other, the ranks of a group share the candidates of every
+posterior: each computes the partial state over its own images, and the states meet in an
+all-reduce: of the maximum, then of the sums relative to it. Processes are started by torchrun::
+
+    torchrun --nproc-per-node=8 -m els.engine sample DB --database-shards 4 ...
+
+Which rank computes what shows in no sample beyond the rounding of the sums.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from els.engine.backends import Backend
+from els.engine.posterior import (
+    PosteriorQuery,
+    PosteriorState,
+    TopPatches,
+    best,
+    empty,
+    moved,
+    rescaled,
+)
+
+# Ranks of a group wait for each other at every step; a step that takes longer is a hung rank.
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+_LONGEST_PAUSE = 0.5
+# What torchrun tells each process.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RankError(RuntimeError):
+    """Another process of the run has died, hangs, or stopped it."""
+
+
+@final
+class ProcessMesh:
+    """The ranks of a run: ``sample_groups`` groups of ``database_shards`` ranks each.
+
+    Made by :func:`process_mesh`; rank r is shard ``r % database_shards`` of group
+    ``r // database_shards``, so that a group's ranks are on one machine if they fit there.
+
+    Attributes:
+        rank: of this process.
+        world_size: number of processes.
+        database_shards: S, among how many ranks the images are divided.
+        shard: which of them this rank has, 0 to S - 1.
+        sample_groups: number of groups that samples are dealt to.
+        processes_here: how many of the processes run on this machine.
+        reduced_bytes: payload of all all-reduces and gathers so far, of this rank; a ring
+            all-reduce sends 2 (S - 1) / S times as much.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        database_shards: int = 1,
+        processes_here: int = 1,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.database_shards = database_shards
+        self.shard = rank % database_shards
+        self.sample_groups = world_size // database_shards
+        self.processes_here = processes_here
+        self.reduced_bytes = 0
+        self._store = store
+        self._group = group
+        self._tasks = 0
+
+    @classmethod
+    def alone(cls) -> ProcessMesh:
+        """That of a single process."""
+        return cls(dist.HashStore())
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its group, all of whose ranks know the same."""
+        return self.shard == 0
+
+    def task(self) -> SharedTask:
+        """A task for all ranks; every rank begins the same ones in the same order."""
+        self._tasks += 1
+        return SharedTask(self, dist.PrefixStore(f"task-{self._tasks}", self._store))
+
+    def merge(self, state: PosteriorState) -> PosteriorState:
+        """Merge the group's states, one per rank, over disjoint candidates; see ``posterior``.
+
+        Raises:
+            RankError: if a rank of the group does not answer.
+        """
+        if self._group is None:
+            return state
+        maximum = self.largest(state.maximum)
+        own = rescaled(state, maximum)
+        channels = own.centre.shape[1]
+        planes = [own.mass.unsqueeze(1), own.centre]
+        if own.tilt is not None:
+            planes.append(own.tilt.unsqueeze(1))
+        sums = torch.cat(planes, dim=1)
+        self._all_reduce(sums, dist.ReduceOp.SUM)
+        top = None
+        if state.top is not None:
+            top = best(
+                self._gathered(state.top.logits),
+                self._gathered(state.top.addresses),
+                state.top.logits.shape[-1],
+            )
+        return PosteriorState(
+            maximum,
+            sums[:, 0],
+            sums[:, 1 : 1 + channels],
+            None if own.tilt is None else sums[:, 1 + channels],
+            top,
+        )
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The element-wise maximum over the group's ranks; errors as in :meth:`merge`."""
+        reduced = values.clone(memory_format=torch.contiguous_format)
+        self._all_reduce(reduced, dist.ReduceOp.MAX)
+        return reduced
+
+    def same_for_group(self, number: int) -> int:
+        """What the rank that leads the group says; errors as in :meth:`merge`."""
+        if self._group is None:
+            return number
+        told = torch.tensor([number])
+        with _answered():
+            dist.broadcast(told, src=self.rank - self.shard, group=self._group)
+        return int(told)
+
+    def _all_reduce(self, values: Tensor, operation: Any) -> None:
+        if self._group is None:
+            return
+        self.reduced_bytes += values.nbytes
+        with _answered():
+            dist.all_reduce(values, op=operation, group=self._group)
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """The ranks' last axes one after another."""
+        self.reduced_bytes += values.nbytes
+        values = values.contiguous()
+        parts = [torch.empty_like(values) for _ in range(self.database_shards)]
+        with _answered():
+            dist.all_gather(parts, values, group=self._group)
+        return torch.cat(parts, dim=-1)
+
+
+@final
+class SharedTask:
+    """What the ranks of a mesh tell each other while they work on one thing.
+
+    Args:
+        mesh: of the ranks.
+        store: where they tell it.
+    """
+
+    def __init__(self, mesh: ProcessMesh, store: dist.Store) -> None:
+        self._mesh = mesh
+        self._store = store
+
+    def decided(self, decision: Callable[[], Any]) -> Any:
+        """Rank 0's decision, on every rank.
+
+        Args:
+            decision: called on rank 0 only; what it returns must be JSON.
+
+        Raises:
+            RankError: on the other ranks, if it failed on rank 0, where its error is raised, or if
+                rank 0 does not answer.
+        """
+        if self._mesh.rank == 0:
+            try:
+                answer = decision()
+            except BaseException as error:
+                self._tell("decision", {"refused": str(error) or type(error).__name__})
+                raise
+            self._tell("decision", {"answer": answer})
+            return answer
+        with _answered():
+            told = json.loads(self._store.get("decision"))
+        if "refused" in told:
+            raise RankError(f"rank 0 stopped the run: {told['refused']}")
+        return told["answer"]
+
+    def draw(self, counter: str) -> int:
+        """The next number, from 0, that no other group has drawn; one for the whole group."""
+        number = self.add(counter, 1) - 1 if self._mesh.leads else 0
+        return self._mesh.same_for_group(number)
+
+    def add(self, counter: str, amount: int) -> int:
+        """Add to a counter of all ranks, which starts at 0; its new value."""
+        with _answered():
+            return int(self._store.add(counter, amount))
+
+    def wait(self, counter: str, amount: int) -> None:
+        """Return when a counter has reached an amount, however long that takes."""
+        pause = 0.001
+        while self.add(counter, 0) < amount:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _tell(self, key: str, value: object) -> None:
+        with _answered():
+            self._store.set(key, json.dumps(value))
+
+
+@final
+class ShardedBackend:
+    """A backend whose states are over one rank's images and merged with those of its group.
+
+    Every rank of the group must ask the same questions in the same order.
+
+    Args:
+        inner: computes the states.
+        mesh: of the ranks, S > 1.
+    """
+
+    def __init__(self, inner: Backend, mesh: ProcessMesh) -> None:
+        self._inner = inner
+        self._mesh = mesh
+        self._whole: npt.NDArray[np.uint8] | None = None
+        self._own: npt.NDArray[np.uint8] | None = None
+        self.name = f"{inner.name}, the images on {mesh.database_shards} ranks"
+        self.device = inner.device
+        # One question at a time: threads would ask them in another order on every rank.
+        self.workers = 1
+
+    def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
+        """See :class:`els.engine.backends.Backend`."""
+        own, first = self._shard(images)
+        mine = np.searchsorted(query.members, [first, first + len(own)])
+        members = query.members[mine[0] : mine[1]] - first
+        if len(members) == 0:
+            return self._mesh.merge(moved(empty(query), self.device))
+        state = self._inner.state(own, replace(query, members=members))
+        if state.top is not None:
+            addresses = state.top.addresses
+            addresses = torch.where(addresses < 0, -1, addresses + first * _pixels(images))
+            state = replace(state, top=TopPatches(state.top.logits, addresses))
+        return self._mesh.merge(state)
+
+    def given(
+        self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
+    ) -> tuple[PosteriorState, Tensor]:
+        """See :class:`els.engine.backends.Backend`."""
+        own, first = self._shard(images)
+        local = addresses - first * _pixels(images)
+        is_own = (addresses >= 0) & (local >= 0) & (local < len(own) * _pixels(images))
+        state, logits = self._inner.given(own, query, torch.where(is_own, local, -1))
+        return self._mesh.merge(state), self._mesh.largest(logits)
+
+    def _shard(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], int]:
+        """This rank's images, always as the same array, and the number of the first."""
+        shard, shards = self._mesh.shard, self._mesh.database_shards
+        first, stop = (len(images) * i // shards for i in (shard, shard + 1))
+        if self._own is None or self._whole is not images:
+            self._whole, self._own = images, images[first:stop]
+        return self._own, first
+
+
+@contextmanager
+def process_mesh(
+    database_shards: int = 1, *, timeout: timedelta = DEFAULT_TIMEOUT
+) -> Iterator[ProcessMesh]:
+    """The mesh of the processes that torchrun started, or of this one alone.
+
+    Posterior states are merged by NCCL where they are on CUDA devices, by gloo elsewhere.
+
+    Args:
+        database_shards: S, how many ranks share the images; divides the number of processes.
+        timeout: how long a rank waits for another of its group.
+
+    Raises:
+        ValueError: if S does not fit the number of processes.
+        RankError: if the processes do not find each other.
+    """
+    launched = all(name in os.environ for name in _LAUNCHED)
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    if type(database_shards) is not int or database_shards < 1 or world_size % database_shards:
+        raise ValueError(
+            f"database_shards={database_shards!r} must be a positive divisor of the number of "
+            f"processes, which is {world_size}; torchrun --nproc-per-node=N -m els.engine ... "
+            "starts N of them on a machine"
+        )
+    if not launched:
+        yield ProcessMesh.alone()
+        return
+    with _answered():
+        shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store = _fresh(shared, rank, world_size, timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if _has_nccl() else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    try:
+        with _answered():
+            group = None
+            if database_shards > 1:
+                starts = range(0, world_size, database_shards)
+                group, _ = dist.new_subgroups_by_enumeration(
+                    [list(range(start, start + database_shards)) for start in starts],
+                    timeout=timeout,
+                )
+        yield ProcessMesh(
+            dist.PrefixStore("els", store),
+            rank=rank,
+            world_size=world_size,
+            database_shards=database_shards,
+            processes_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            group=group,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device() -> str | None:
+    """The GPU of this rank where torchrun started several: ``"cuda:LOCAL_RANK"``; else None.
+
+    Raises:
+        ValueError: if this machine has GPUs, but fewer than processes.
+    """
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        return None
+    rank, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if rank >= there:
+        raise ValueError(
+            f"this is process {rank} (from 0) of a machine with {there} GPUs; give torchrun "
+            f"--nproc-per-node={there}, or choose a device or backend='native'"
+        )
+    torch.cuda.set_device(rank)
+    return f"cuda:{rank}"
+
+
+def _fresh(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A part of a store that nobody has written to.
+
+    After a restart by torchrun the store still holds what the dead processes wrote, the addresses
+    where they listened among it. So rank 0 chooses a name, tells it to whoever asks with a number
+    of his own, and is done when all have answered to that name.
+    """
+    meeting = dist.PrefixStore("els-meeting", store)
+    if rank > 0:
+        number = secrets.token_hex(8)
+        meeting.set(f"asked by {rank}", number)
+        name = meeting.get(f"told {number}").decode()
+        meeting.add(f"met {name}", 1)
+        return dist.PrefixStore(name, store)
+    name = f"els-{secrets.token_hex(8)}"
+    told: set[str] = set()
+    until = time.monotonic() + timeout.total_seconds()
+    while meeting.add(f"met {name}", 0) < world_size - 1:
+        # Dead processes asked, too: telling them does no harm.
+        asked = [key for r in range(1, world_size) if meeting.check([key := f"asked by {r}"])]
+        for number in {meeting.get(key).decode() for key in asked} - told:
+            meeting.set(f"told {number}", name)
+            told.add(number)
+        if time.monotonic() > until:
+            raise RuntimeError(f"not all of the {world_size} processes came")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Says of a failed communication what it means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            "another process of this run died, hangs or cannot be reached; what is finished is "
+            f"safe, and the same command goes on ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _has_nccl() -> bool:
+    return torch.cuda.is_available() and dist.is_nccl_available()
+
+
+def _pixels(images: npt.NDArray[np.uint8]) -> int:
+    return int(images.shape[2] * images.shape[3])
