@@ -7,7 +7,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-FOLDERS = ["index", "engine", "triton_kernels", "bench"]
+FOLDERS = ["index", "engine", "triton_kernels", "networks", "bench"]
 
 # One source, compiled once per instruction set; engine/native.py picks at run time.
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
@@ -54,6 +54,7 @@ setup(
         "els.index": ["py.typed", "data/*"],
         "els.engine": ["py.typed", "csrc/*", "*.pyi"],
         "els.triton_kernels": ["py.typed"],
+        "els.networks": ["py.typed", "checkpoints/*/*"],
         "els.bench": ["py.typed"],
     },
     ext_modules=extensions,
@@ -70,6 +71,8 @@ setup(
         "cpu": ["faiss-cpu>=1.9"],
         "gpu": ["faiss-gpu-cu12>=1.9", "triton>=3.6"],
         "hf": ["datasets>=3"],
+        "networks": ["safetensors>=0.4"],
+        "attention": ["diffusers>=0.30", "safetensors>=0.4"],
         "dev": [
             "clang-format",
             "faiss-cpu>=1.9",
@@ -78,10 +81,15 @@ setup(
             "pytest",
             "pytest-benchmark",
             "ruff",
+            "safetensors>=0.4",
             # To interpret and compile the GPU kernels; there are wheels for Linux only.
             "triton>=3.6; sys_platform == 'linux'",
         ],
         "bench": ["faiss-cpu", "pykeops", "pytest-benchmark"],
     },
-    entry_points={"console_scripts": ["els = els.engine.cli:main"]},
+    entry_points={
+        "console_scripts": ["els = els.engine.cli:main"],
+        # Further commands of `els`: each is called with the typer app.
+        "els.commands": ["networks = els.networks.commands:register"],
+    },
 )
