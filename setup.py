@@ -71,8 +71,7 @@ setup(
         "cpu": ["faiss-cpu>=1.9"],
         "gpu": ["faiss-gpu-cu12>=1.9", "triton>=3.6"],
         "hf": ["datasets>=3"],
-        "networks": ["safetensors>=0.4"],
-        "attention": ["diffusers>=0.30", "safetensors>=0.4"],
+        "networks": ["diffusers>=0.30", "safetensors>=0.4"],
         "dev": [
             "clang-format",
             "faiss-cpu>=1.9",

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from els.engine.schedule import Cosine, Schedule
+from els.engine.schedule import Cosine, Linear, Schedule
 from els.index import PatchDatabase
 from els.networks.architecture import Padding
 from els.networks.folders import EMBEDDED, NetworkError, network_folder
@@ -215,7 +215,9 @@ class Diffusers(nn.Module):
         alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
         steps = np.arange(len(self.ratios))
         step = float(np.interp(np.log(sigma / alpha), self.ratios, steps))
-        answer: Tensor = self.unet(x, step, class_labels=label, return_dict=False)[0]
+        # As a tensor: of a plain number the model would take the integer below.
+        timestep = torch.full_like(t, step)
+        answer: Tensor = self.unet(x, timestep, class_labels=label, return_dict=False)[0]
         match self.prediction:
             case "epsilon":
                 return answer
@@ -240,7 +242,11 @@ def _trained(name: str) -> Network:
 
 
 def _diffusers(path: Path) -> Network:
-    """A UNet2DModel's folder, or that of a pipeline with its scheduler."""
+    """A UNet2DModel's folder, or that of a pipeline with its scheduler.
+
+    The timestep is that of the query's noise in the scheduler's own table, so t may be of any
+    schedule; Linear, which is DDPM's, or the paper's cosine.
+    """
     is_pipeline = (path / "unet" / _DIFFUSERS).exists()
     folder = path / "unet" if is_pipeline else path
     config = json.loads((folder / _DIFFUSERS).read_bytes())
@@ -249,30 +255,30 @@ def _diffusers(path: Path) -> Network:
             f"{folder} holds a {config.get('_class_name')}, not a UNet2DModel; write a function "
             "that returns a module (t, x, label) -> epsilon, and give module:function"
         )
-    unet = unet2d_model().from_pretrained(folder, use_safetensors=True)
-    scheduler_file = path / ("scheduler" if is_pipeline else "") / "scheduler_config.json"
-    described = json.loads(scheduler_file.read_bytes()) if scheduler_file.exists() else {}
-    ratios = _noise_ratios(described)
-    prediction = described.get("prediction_type", "epsilon")
-    module = Diffusers(unet, prediction, Cosine(), ratios).eval().requires_grad_(False)
-    num_classes = int(config.get("num_class_embeds") or 0)
-    return Network(
-        module,
-        Cosine(),
-        num_classes,
-        None,
-        None,
-        {"diffusers": config, "scheduler": described or "DDPM's defaults"},
-    )
-
-
-def _noise_ratios(scheduler: dict[str, Any]) -> Tensor:
-    """Sigma / alpha of every timestep of a diffusers scheduler, by its own code."""
+    model = unet2d_model()
     from diffusers import DDPMScheduler
 
-    bars = DDPMScheduler.from_config(scheduler).alphas_cumprod.double()
-    ratios: Tensor = ((1 - bars) / bars).sqrt()
-    return ratios
+    tables: Any = DDPMScheduler
+    unet = model.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    scheduler_file = path / ("scheduler" if is_pipeline else "") / "scheduler_config.json"
+    described = json.loads(scheduler_file.read_bytes()) if scheduler_file.exists() else {}
+    scheduler = tables.from_config(described)
+    bars = scheduler.alphas_cumprod.double()
+    ratios = ((1 - bars) / bars).sqrt()
+    used = scheduler.config
+    schedule: Schedule = Cosine()
+    if used["beta_schedule"] == "linear":
+        count = used["num_train_timesteps"]
+        schedule = Linear(used["beta_start"] * count, used["beta_end"] * count)
+    module = Diffusers(unet, used["prediction_type"], schedule, ratios)
+    return Network(
+        module.eval().requires_grad_(False),
+        schedule,
+        int(config.get("num_class_embeds") or 0),
+        None,
+        None,
+        {"diffusers": config, "scheduler": described or "defaults of DDPMScheduler"},
+    )
 
 
 def _made(name: str, module: str, function: str) -> Network:

@@ -287,7 +287,10 @@ def calibrate(
 def evaluate(
     database: Annotated[Path, typer.Argument(help="The images that the network was trained on.")],
     network: _NetworkName,
-    sizes: Annotated[Path, typer.Option(help="The file of els calibrate.")],
+    sizes: Annotated[
+        Path | None,
+        typer.Option(help="The file of els calibrate; sizes.json in the network's folder if none."),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The folder; the same goes on.")
     ] = Path("evaluation"),
@@ -310,9 +313,10 @@ def evaluate(
     from els.networks.adapters import NetworkDenoiser, open_network
     from els.networks.calibrate import read_calibration
     from els.networks.evaluate import evaluate as compare
+    from els.networks.folders import network_folder
 
     db = PatchDatabase.open(database)
-    calibration = read_calibration(sizes)
+    calibration = read_calibration(sizes or network_folder(network).sizes)
     opened = open_network(network)
     _warn_of_other_images(opened.content_hash, db)
     with _drawing(n, calibration.steps) as update:

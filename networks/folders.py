@@ -6,6 +6,7 @@ A folder holds::
     weights.safetensors     the averaged weights, to be used; its header says after how many steps
     training.safetensors    all that training needs to go on; may be removed when it is finished
     loss.png                the loss curve
+    sizes.json              calibrated patch sizes, where els calibrate was told to put them here
 
 Each file appears whole or not at all, and any weights fit any ``network.json`` of the same folder.
 """
@@ -54,6 +55,11 @@ class NetworkFolder:
     def training(self) -> Path:
         """Weights, averages, the optimiser's moments and the losses so far."""
         return self.path / "training.safetensors"
+
+    @property
+    def sizes(self) -> Path:
+        """Calibrated patch sizes, where they come with the network."""
+        return self.path / "sizes.json"
 
     @property
     def picture(self) -> Path:

@@ -135,6 +135,6 @@ def unet2d_model() -> Any:
         from diffusers import UNet2DModel
     except ImportError as error:
         raise RuntimeError(
-            "a UNet with attention needs diffusers: pip install 'els-machine[networks]' diffusers"
+            "a UNet2DModel needs diffusers: pip install 'els-machine[networks]'"
         ) from error
     return UNet2DModel
