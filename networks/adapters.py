@@ -175,7 +175,7 @@ class NetworkDenoiser:
                 "answer the noise, of the same shape"
             )
         # In float64, as the sampler's own trajectory: x and sigma * epsilon cancel where t is high.
-        mean = (x.double() - sigma * epsilon.double()) / alpha
+        mean = (x.cpu().double() - sigma * epsilon.cpu().double()) / alpha
         return NetworkAnswer(mean.clamp(-1, 1) if self.clip else mean)
 
 
@@ -184,7 +184,7 @@ class NetworkAnswer:
     """What the sampler takes of a posterior.
 
     Attributes:
-        mean: the network's estimate of the clean images, float64 ``[B, C, H, W]``.
+        mean: the network's estimate of the clean images, float64 on the CPU, ``[B, C, H, W]``.
     """
 
     mean: Tensor

@@ -74,14 +74,12 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("warm_up", 0), ("seed", 0)):
             require_count(name, getattr(self, name), least)
-        for name, low, high in (
-            ("learning_rate", 0.0, 1.0),
-            ("decay", 0.0, 1.0),
-            ("weight_decay", -1e-9, 1.0),
-            ("average", -1e-9, 1.0),
-        ):
-            if not low < getattr(self, name) <= high:
-                raise ValueError(f"{name}={getattr(self, name)} must be at most {high:g}, above 0")
+        for name in ("learning_rate", "decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
+        for name in ("weight_decay", "average"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
         if self.precision not in get_args(Precision):
             raise ValueError(
                 f"precision={self.precision!r} is not known; choose one of "

@@ -214,7 +214,31 @@ def test_configs_that_cannot_be_are_refused(changes, words) -> None:
         config(**changes)
 
 
-def test_classes_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"steps": 0}, id="steps"),
+        pytest.param({"learning_rate": 0.0}, id="learning_rate"),
+        pytest.param({"decay": 1.5}, id="decay"),
+        pytest.param({"average": -0.1}, id="average"),
+        pytest.param({"precision": "float8"}, id="precision"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        TrainingSettings(**changes)
+
+
+def test_the_rate_rises_and_then_decays() -> None:
+    settings = TrainingSettings(steps=100, learning_rate=1e-2, decay=0.01, warm_up=9)
+    rates = [settings.rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[9] == pytest.approx(1e-2 * 0.01**0.09)
+    assert rates[100] == pytest.approx(1e-4)
+    assert np.all(np.diff(rates[9:]) < 0)
+
+
+def test_classes_are_told() -> None:
     network = random_network(num_classes=3)
     t, x = torch.tensor([0.5, 0.5]), noisy(1, 1, 8, 8).expand(2, -1, -1, -1)
     answers = network(t, x, torch.tensor([0, 2]))
