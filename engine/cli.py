@@ -76,10 +76,16 @@ def command_line() -> typer.Typer:
     """The app, with the commands that other packages add to it.
 
     An entry point of the group ``els.commands`` is a function that takes the app and registers
-    commands on it; its module must not import what only its commands need.
+    commands on it; its module must not import what only its commands need. One that is broken
+    costs its own commands only.
     """
     for point in sorted(metadata.entry_points(group="els.commands"), key=lambda point: point.name):
-        point.load()(app)
+        try:
+            register = point.load()
+        except (ImportError, AttributeError) as error:
+            typer.echo(f"warning: the commands of {point.value} are left out: {error}", err=True)
+            continue
+        register(app)
     return app
 
 

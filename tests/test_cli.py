@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer import Typer
 from typer.testing import CliRunner, Result
 
 from els.engine import ScoreMachine, cli
@@ -184,6 +186,26 @@ def test_every_command_has_an_example(command: str) -> None:
     result = els(command, "--help")
     assert result.exit_code == 0
     assert f"els {command}" in " ".join(result.stdout.split())
+
+
+def test_other_packages_add_commands_and_a_broken_one_costs_its_own_only(
+    monkeypatch, capsys
+) -> None:
+    points = [
+        EntryPoint("broken", "no_such_module:register", "els.commands"),
+        EntryPoint("good", f"{__name__}:register_greeting", "els.commands"),
+    ]
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda group: points)
+    monkeypatch.setattr(cli, "app", Typer())
+    extended = cli.command_line.__wrapped__()
+    assert "no_such_module:register are left out" in capsys.readouterr().err
+    assert CliRunner().invoke(extended, ["Ada"]).stdout == "hello Ada\n"
+
+
+def register_greeting(app: Typer) -> None:
+    @app.command()
+    def greet(name: str) -> None:
+        print(f"hello {name}")
 
 
 def test_help_needs_no_heavy_imports() -> None:
