@@ -151,6 +151,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise NetworkError(f"{path} is damaged ({error})") from error
 
 
+def require_safetensors() -> None:
+    """Fail before long work rather than when its result is to be written.
+
+    Raises:
+        RuntimeError: without safetensors.
+    """
+    _safetensors()
+
+
 @contextmanager
 def claimed(path: Path, doing: str) -> Iterator[None]:
     """Makes a folder and keeps other processes out of it until the end, however it comes.

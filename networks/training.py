@@ -32,6 +32,7 @@ from els.networks.folders import (
     claimed,
     read_manifest,
     read_tensors,
+    require_safetensors,
     write_manifest,
     write_tensors,
 )
@@ -148,6 +149,7 @@ def train_network(
     Raises:
         ValueError: if network and images do not fit.
         NetworkError: if the folder holds something else or another training, or is in use.
+        RuntimeError: if the loss is no longer finite, or without the packages that are needed.
         DiskFullError: (an OSError) no room; the last checkpoint is safe.
     """
     if config.shape != db.shape:
@@ -158,6 +160,7 @@ def train_network(
         raise ValueError(
             f"num_classes={config.num_classes}, but the database has {db.num_classes} classes"
         )
+    require_safetensors()
     network = NetworkFolder(Path(folder))
     with claimed(network.path, "training in"):
         _start(network, db, config, settings)
@@ -338,6 +341,11 @@ class _Training:
         ):
             answer = self.network(t.to(self.device), x, label)
         loss = nn.functional.mse_loss(answer, noise)
+        if not bool(torch.isfinite(loss)):
+            raise RuntimeError(
+                f"the loss is {float(loss.detach())} at step {step + 1}; start anew with a learning "
+                f"rate below {self.settings.learning_rate:g}, in another folder"
+            )
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), _GRADIENT_NORM)
         self.optimiser.step()

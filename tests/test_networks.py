@@ -1,6 +1,7 @@
 """Networks: what they can see, how they train, and what the adapters make of them."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,24 @@ def test_other_settings_foreign_folders_and_damage_are_refused(tmp_path: Path) -
     made.manifest.write_text(json.dumps(manifest))
     with pytest.raises(NetworkError, match="does not fit"):
         load(made)
+
+
+def test_training_that_diverges_says_so(tmp_path: Path, monkeypatch) -> None:
+    from els.networks import training
+
+    def broken(self, *arguments):
+        return torch.full((2, 1, 8, 8), float("nan")).requires_grad_()
+
+    monkeypatch.setattr(training.ResNet, "output", broken)
+    with pytest.raises(RuntimeError, match=r"nan at step 1; .* learning rate below 0\.002"):
+        train_network(DB, tmp_path / "net", config(), TrainingSettings(steps=3, batch_size=2))
+
+
+def test_without_safetensors_nothing_is_begun(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(RuntimeError, match=r"els-machine\[networks\]"):
+        train_network(DB, tmp_path / "net", config(), TrainingSettings(steps=3, batch_size=2))
+    assert not (tmp_path / "net").exists()
 
 
 @pytest.mark.parametrize(
