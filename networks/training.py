@@ -343,8 +343,8 @@ class _Training:
         loss = nn.functional.mse_loss(answer, noise)
         if not bool(torch.isfinite(loss)):
             raise RuntimeError(
-                f"the loss is {float(loss.detach())} at step {step + 1}; start anew with a learning "
-                f"rate below {self.settings.learning_rate:g}, in another folder"
+                f"the loss is {float(loss.detach())} at step {step + 1}; start anew, in another "
+                f"folder, with a learning rate below {self.settings.learning_rate:g}"
             )
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), _GRADIENT_NORM)
