@@ -304,7 +304,9 @@ def _to_continue(path: Path, wanted: Calibration) -> Calibration:
             f"{path} holds a calibration with other settings: {'; '.join(differing)}; give "
             "another file"
         )
-    return replace(there, seeds=wanted.seeds)
+    there = replace(there, seeds=wanted.seeds)
+    _write(path, there)
+    return there
 
 
 def _write(path: Path, calibration: Calibration) -> None:
