@@ -15,10 +15,10 @@ from els.index import PatchDatabase
 
 pytest.importorskip("safetensors", reason="networks are stored with safetensors")
 
-from els.networks.adapters import Network, NetworkDenoiser
+from els.networks.adapters import Network, NetworkDenoiser, open_network
 from els.networks.calibrate import calibrate, draw_calibration, read_calibration
 from els.networks.evaluate import Prediction, compared, evaluate
-from els.networks.folders import NetworkError
+from els.networks.folders import NetworkError, embedded, network_folder
 
 RNG = np.random.default_rng(8)
 IMAGES = RNG.integers(0, 256, (12, 1, 9, 9), dtype=np.uint8)
@@ -284,6 +284,22 @@ def test_every_command_has_an_example(command: str) -> None:
     result = els(command, "--help")
     assert result.exit_code == 0
     assert f"els {command} db" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("name", embedded())
+def test_networks_in_the_package_come_with_their_sizes(name: str) -> None:
+    network = open_network(f"embedded:{name}")
+    folder = network_folder(f"embedded:{name}")
+    calibration = read_calibration(folder.sizes)
+    assert calibration.network == network.fingerprint
+    assert calibration.database == network.content_hash
+    assert calibration.boundary == (network.padding or "zeros")
+    assert folder.weights.stat().st_size <= 5_000_000
+    assert not folder.training.exists()
+    x = torch.randn(1, *network.module.config.shape, generator=torch.Generator().manual_seed(0))
+    # It was trained: where there is almost nothing but noise, it says so.
+    epsilon = network.module(torch.tensor([0.95]), x)
+    assert (epsilon - x).square().mean() < 0.05
 
 
 def test_the_picture_of_sizes(tmp_path: Path) -> None:
