@@ -363,10 +363,12 @@ def networks_settings_table() -> str:
                 f"{minutes:.0f}",
                 " ".join(map(str, sizes["sizes"])),
                 str(sizes["seeds"]),
+                f"{sum(result['seconds'].values()) / 60:.0f}",
+                f"{result['made']['date']}, {result['commit'][:10]}",
             ]
         )
     header = ["network", "images", "architecture", "steps x batch", "minutes", "sizes", "seeds"]
-    return _table(header, rows)
+    return _table([*header, "evaluation, minutes", "made"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
