@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := index engine triton_kernels bench
+FOLDERS := index engine triton_kernels networks bench
 
 .PHONY: install demo test lint types tables clean
 

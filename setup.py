@@ -7,7 +7,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-FOLDERS = ["index", "engine", "triton_kernels", "bench"]
+FOLDERS = ["index", "engine", "triton_kernels", "networks", "bench"]
 
 # One source, compiled once per instruction set; engine/native.py picks at run time.
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
@@ -54,6 +54,7 @@ setup(
         "els.index": ["py.typed", "data/*"],
         "els.engine": ["py.typed", "csrc/*", "page/*", "*.pyi"],
         "els.triton_kernels": ["py.typed"],
+        "els.networks": ["py.typed", "checkpoints/*/*"],
         "els.bench": ["py.typed"],
     },
     ext_modules=extensions,
@@ -71,6 +72,7 @@ setup(
         "diffusers": ["diffusers>=0.35"],
         "gpu": ["faiss-gpu-cu12>=1.9", "triton>=3.6"],
         "hf": ["datasets>=3"],
+        "networks": ["diffusers>=0.35", "safetensors>=0.4"],
         "dev": [
             "clang-format",
             "diffusers>=0.35",
@@ -80,6 +82,7 @@ setup(
             "pytest",
             "pytest-benchmark",
             "ruff",
+            "safetensors>=0.4",
             # Drives a Chromium, where there is one, through the page of els explain --html.
             "selenium>=4.20",
             # To interpret and compile the GPU kernels; there are wheels for Linux only.
@@ -87,5 +90,9 @@ setup(
         ],
         "bench": ["faiss-cpu", "pykeops", "pytest-benchmark"],
     },
-    entry_points={"console_scripts": ["els = els.engine.cli:main"]},
+    entry_points={
+        "console_scripts": ["els = els.engine.cli:main"],
+        # Further commands of `els`: each is called with the typer app.
+        "els.commands": ["networks = els.networks.commands:register"],
+    },
 )

@@ -1,14 +1,16 @@
 """Results and the tables made from them.
 
 ``python -m els.bench.report record RAW.json ... bench/results/NAME.json`` keeps of pytest-benchmark
-files what a reader needs; ``python -m els.bench.report tables`` writes the tables of the docs from
-the results, and with ``--check`` says whether they are up to date.
+files what a reader needs, ``python -m els.bench.report evaluation FOLDER NAME`` of an evaluation of
+``els evaluate``; ``python -m els.bench.report tables`` writes the tables of the docs from the
+results, and with ``--check`` says whether they are up to date.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +21,15 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = ("docs/performance.md", "docs/retrieval.md", "docs/scaling.md", "README.md")
+DOCUMENTS = (
+    "docs/performance.md",
+    "docs/results.md",
+    "docs/retrieval.md",
+    "docs/scaling.md",
+    "README.md",
+)
 
+_FIGURES = ("r", "r_squared", "determination")
 # 132 multiprocessors, four warps of 32 threads a cycle, at 1.755 GHz.
 _H100_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
 
@@ -76,6 +85,30 @@ def record(raw: list[Path], output: Path) -> None:
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@app.command()
+def evaluation(
+    folder: Path,
+    name: str,
+    data: Annotated[str, typer.Option(help="The images, as a reader would look for them.")],
+) -> None:
+    """Keep the figures, settings and provenance of an evaluation as bench/results/networks/NAME."""
+    made = json.loads((folder / "evaluation.json").read_text())
+    result = {
+        "data": data,
+        **{key: made[key] for key in ("settings", "n", "summary", "share_above_IS", "seconds")},
+        "made": made["made"],
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "samples": {
+            machine: [round(sample["r"], 4) for sample in samples]
+            for machine, samples in made["samples"].items()
+        },
+    }
+    target = RESULTS / "networks" / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=1) + "\n")
 
 
 @app.command()
@@ -617,6 +650,56 @@ def faults_table() -> str:
     return _table(["fault", "outcome"], rows) + f"\n{note} {_provenance(_load('faults-cpu'))}\n"
 
 
+def networks_table() -> str:
+    """How well the machines predict each trained network."""
+    rows = []
+    for path in sorted((RESULTS / "networks").glob("*.json")):
+        result: Result = json.loads(path.read_text())
+        for machine, figures in result["summary"].items():
+            share = result["share_above_IS"].get(machine)
+            rows.append(
+                [
+                    path.stem,
+                    machine,
+                    *(_median_and_quartiles(figures[key]) for key in _FIGURES),
+                    "" if share is None else f"{100 * share:.0f} %",
+                    str(result["n"]),
+                ]
+            )
+    return _table(["network", "machine", "r", "r^2", "R^2", "above IS", "n"], rows)
+
+
+def networks_settings_table() -> str:
+    """What each network is, what it was trained on and for how long, and its patch sizes."""
+    rows = []
+    for path in sorted((RESULTS / "networks").glob("*.json")):
+        result: Result = json.loads(path.read_text())
+        settings = result["settings"]
+        network, sizes = settings["network"], settings["sizes"]
+        config, training = network["network"], network["training"]
+        depth = f"{config['layers']} layers"
+        if config["levels"] > 1:
+            depth = f"{config['levels']} levels of {depth}"
+        steps = int(network["trained"]["step"])
+        minutes = float(network["trained"]["processor_seconds"]) / 60
+        rows.append(
+            [
+                path.stem,
+                f"{result['data']}, {settings['database']['images']:,}",
+                f"{config['channels']} channels, {depth}, {config['padding']}, "
+                f"{config['prediction']}",
+                f"{steps:,} x {training['batch_size']}",
+                f"{minutes:.0f}",
+                " ".join(map(str, sizes["sizes"])),
+                str(sizes["seeds"]),
+                f"{sum(result['seconds'].values()) / 60:.0f}",
+                f"{result['made']['date']}, {result['commit'][:10]}",
+            ]
+        )
+    header = ["network", "images", "architecture", "steps x batch", "minutes", "sizes", "seeds"]
+    return _table([*header, "evaluation, minutes", "made"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "speed-up": speed_up_table,
     "whole-samples": whole_samples_table,
@@ -636,6 +719,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "processes-model": processes_model_table,
     "many-samples": many_samples_table,
     "faults": faults_table,
+    "networks": networks_table,
+    "networks-settings": networks_settings_table,
 }
 
 
@@ -676,6 +761,15 @@ def _milliseconds(seconds: float) -> str:
 
 def _pairs_per_second(case: Case) -> float:
     return float(case["extra"]["pairs"] / case["median"])
+
+
+def _median_and_quartiles(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.3f} ({spread['lower']:.3f} to {spread['upper']:.3f})"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _provenance(result: Result) -> str:

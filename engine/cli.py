@@ -7,30 +7,23 @@ traceback and exit code 1; wrong usage is 2, Ctrl-C 130.
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import StrEnum
-from functools import wraps
+from functools import cache
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID, TextColumn
 from rich.table import Table
+
+from els.engine.console import print_table, progress_bar, reported
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
@@ -41,7 +34,6 @@ if TYPE_CHECKING:
     from els.engine.sampler import StepState
     from els.index import PatchDatabase
 
-_Arguments = ParamSpec("_Arguments")
 _MOST_LISTED = 8
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -82,41 +74,29 @@ class _Backend(StrEnum):
 
 def main() -> None:
     """Run the command line; the console entry point ``els``."""
-    app()
+    command_line()()
 
 
-def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Turns expected failures into one message and an exit code."""
+@cache
+def command_line() -> typer.Typer:
+    """The app, with the commands that other packages add to it.
 
-    @wraps(command)
-    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+    An entry point of the group ``els.commands`` is a function that takes the app and registers
+    commands on it; its module must not import what only its commands need. One that is broken
+    costs its own commands only.
+    """
+    for point in sorted(metadata.entry_points(group="els.commands"), key=lambda point: point.name):
         try:
-            command(*args, **kwargs)
-        except typer.Exit:
-            raise
-        except KeyboardInterrupt as interruption:
-            _fail("stopped", interruption)
-            raise typer.Exit(130) from None
-        except (ValueError, RuntimeError, OSError) as error:
-            _fail(f"error: {error}", error)
-            raise typer.Exit(1) from None
-
-    return run
-
-
-def _fail(message: str, error: BaseException) -> None:
-    if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
-        message = f"[rank {os.environ['RANK']}] {message}"
-    typer.echo("\n".join([message, *getattr(error, "__notes__", [])]), err=True)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        # torchrun's summary then shows this error in place of an exit code.
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
+            register = point.load()
+        except (ImportError, AttributeError) as error:
+            typer.echo(f"warning: the commands of {point.value} are left out: {error}", err=True)
+            continue
+        register(app)
+    return app
 
 
 @app.command(epilog="Example: els build photos.zip -o db --resize 32")
-@_reported
+@reported
 def build(
     source: Annotated[
         str,
@@ -142,11 +122,11 @@ def build(
     images = open_source(source, labels=labels, resize=resize)
     with _counting("images") as update:
         db = PatchDatabase.build(images, path=output, overwrite=overwrite, progress=update)
-    _print(_described(db))
+    print_table(_described(db))
 
 
 @app.command(epilog="Example: els info db --verify")
-@_reported
+@reported
 def info(
     database: Annotated[Path, typer.Argument(help="The database folder.")],
     verify: Annotated[
@@ -157,7 +137,7 @@ def info(
     from els.index import PatchDatabase
 
     db = PatchDatabase.open(database)
-    _print(_described(db))
+    print_table(_described(db))
     if verify:
         with _counting("images") as update:
             db.verify(progress=update)
@@ -165,7 +145,7 @@ def info(
 
 
 @app.command(name="index", epilog="Example: els index db --patch-sizes 3,5,9 --memory 8GB")
-@_reported
+@reported
 def build_indices(
     database: Annotated[Path, typer.Argument(help="The database folder.")],
     patch_sizes: Annotated[
@@ -213,7 +193,7 @@ def build_indices(
                 )
         megabytes = f"{made.size_bytes / 1e6:,.1f} MB"
         table.add_row(str(size), f"{made.count:,}", made.factory, megabytes)
-    _print(table)
+    print_table(table)
 
 
 @app.command(
@@ -221,7 +201,7 @@ def build_indices(
     "els sample db --machine LS --sizes 5 --label 3 -n 4 -o threes; "
     "els sample db --machine IS -o memorised"
 )
-@_reported
+@reported
 def sample(
     database: Annotated[Path, typer.Argument(help="The database folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder; may exist.")],
@@ -244,7 +224,7 @@ def sample(
         typer.Option(
             help="Patch sizes, needed by LS and ELS: the name of a calibrated table "
             "(fashion-mnist-resnet; a wrong name lists all), one odd number, a comma list or a "
-            ".json list with one per step, lowest noise first."
+            ".json list with one per step, lowest noise first, or the file of els calibrate."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Sample i depends on this and on i alone.")] = 0,
@@ -350,7 +330,7 @@ def sample(
 
 
 @app.command(epilog="Example: els status run --watch")
-@_reported
+@reported
 def status(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     watch: Annotated[
@@ -369,7 +349,7 @@ def status(
     if as_json:
         typer.echo(json.dumps(asdict(seen), indent=2))
     elif not watch:
-        _print(_status_table(seen))
+        print_table(_status_table(seen))
     else:
         with Live(_status_table(seen), console=Console(), auto_refresh=False) as live:
             while seen.is_running:
@@ -379,7 +359,7 @@ def status(
 
 
 @app.command(epilog="Example: els merge run -o samples.npz")
-@_reported
+@reported
 def merge(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     output: Annotated[
@@ -403,7 +383,7 @@ def merge(
 
 
 @app.command(epilog="Example: els grid run -o grid.png --rows 4 --columns 16 --first 100")
-@_reported
+@reported
 def grid(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture (.png).")],
@@ -426,7 +406,7 @@ def grid(
     epilog="Example: els bench db --noise 0.006:3,0.05:3,0.2:7 --samples 2 "
     "--sizes fashion-mnist-resnet -o bench"
 )
-@_reported
+@reported
 def bench(
     database: Annotated[Path, typer.Argument(help="The database folder.")],
     output: Annotated[
@@ -523,7 +503,7 @@ def bench(
 @app.command(
     epilog="Examples: els explain run --sample 3 --step 8; els explain run --sample 3 --html"
 )
-@_reported
+@reported
 def explain(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     sample: Annotated[int, typer.Option(help="Number of the sample, from 0.")],
@@ -599,8 +579,13 @@ def _patch_sizes(text: str) -> str | int | list[int]:
     """What ``--sizes`` means: a table's name, one size, or a list, written out or in a file."""
     if text.endswith(".json"):
         listed = json.loads(Path(text).read_bytes())
+        if isinstance(listed, dict) and listed.get("format") == "els-sizes":
+            listed = listed.get("sizes")
         if not isinstance(listed, list):
-            raise ValueError(f"{text} must hold a JSON list of sizes, such as [3, 3, 5]")
+            raise ValueError(
+                f"{text} must hold a JSON list of sizes, such as [3, 3, 5], or come from els "
+                "calibrate"
+            )
         return listed
     try:
         numbers = [int(number) for number in text.split(",")]
@@ -650,7 +635,7 @@ def _print_comparison(rows: list[Comparison], samples: SampleComparison | None) 
             "" if row.omitted is None else f"{row.omitted:.3f}",
             "" if row.recall is None else f"{row.recall:.3f}",
         )
-    _print(table)
+    print_table(table)
     for method, note in dict.fromkeys((row.method, row.note) for row in rows if row.note):
         typer.echo(f"{method}: {note}")
     if samples is not None:
@@ -735,34 +720,12 @@ def _print_contributors(explanation: Explanation, db: PatchDatabase) -> None:
         if label is not None and db.class_names is not None:
             name = db.class_names[label]
         table.add_row(str(contributor.image), name, f"{contributor.share:.1%}")
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    # A pipe has no width: as wide as needed, so that no cell is cut.
-    width = None if sys.stdout.isatty() else 200
-    Console(markup=False, highlight=False, width=width).print(table)
-
-
-@contextmanager
-def _bar(unit: str, *extra: TextColumn) -> Iterator[Progress]:
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        *extra,
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as progress:
-        yield progress
+    print_table(table)
 
 
 @contextmanager
 def _counting(unit: str) -> Iterator[Callable[[int, int], None]]:
-    with _bar(unit) as progress:
+    with progress_bar(unit) as progress:
         task = progress.add_task("reading", total=None)
 
         def update(done: int, total: int) -> None:
@@ -774,7 +737,7 @@ def _counting(unit: str) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def _staged(name: str) -> Iterator[Callable[[str, int, int], None]]:
     """One bar for each stage."""
-    with _bar("") as progress:
+    with progress_bar("") as progress:
         tasks: dict[str, TaskID] = {}
 
         def update(stage: str, done: int, total: int) -> None:
@@ -793,7 +756,7 @@ def _sampling(
         yield None
         return
     speed = TextColumn("{task.fields[seconds]}")
-    with _bar("image-steps", speed) as progress:
+    with progress_bar("image-steps", speed) as progress:
         task: TaskID | None = None
         before = 0
 
@@ -818,7 +781,7 @@ def _sampling(
 
 @contextmanager
 def _stepping(steps: int) -> Iterator[Callable[[StepState], None]]:
-    with _bar("steps") as progress:
+    with progress_bar("steps") as progress:
         task = progress.add_task("explaining", total=steps)
 
         def update(_: StepState) -> None:

@@ -12,11 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from els.engine.posterior import Kind, LocalPosterior, require_tolerance
+from els.engine.posterior import require_tolerance
 from els.engine.schedule import PATCH_SIZES, Cosine, Schedule, patch_sizes_for
 from els.index import PatchDatabase
 
 DEFAULT_BATCH = 16
+
+
+class Denoised(Protocol):
+    """What the sampler takes of a posterior."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the clean images, ``[B, C, H, W]``."""
 
 
 class Denoiser(Protocol):
@@ -27,8 +35,8 @@ class Denoiser(Protocol):
         """The training images."""
 
     @property
-    def kind(self) -> Kind:
-        """Which machine."""
+    def kind(self) -> str:
+        """Which machine, for messages."""
 
     @property
     def is_local(self) -> bool:
@@ -47,7 +55,7 @@ class Denoiser(Protocol):
         patch_size: int | None = None,
         labels: int | Tensor | None = None,
         entropy: bool = True,
-    ) -> LocalPosterior:
+    ) -> Denoised:
         """See :meth:`els.engine.ScoreMachine.posterior`."""
 
 
@@ -208,7 +216,7 @@ def _ddim(
     """DDIM for one batch (arXiv 2010.02502, equations 12 and 16), the trajectory in float64."""
     shape = machine.db.shape
     # Any denoiser will do for exact steps; only a score machine is asked for approximate ones.
-    posterior: Callable[..., LocalPosterior] = machine.posterior
+    posterior: Callable[..., Denoised] = machine.posterior
     x = torch.stack([initial_noise(plan.seed, index, shape) for index in indices])
     for step in range(plan.steps, 0, -1):
         alpha, sigma = _scales(plan, step)

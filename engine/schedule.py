@@ -39,6 +39,24 @@ class Schedule(ABC):
         """Variance of the noise at t, ``sigma(t)^2``."""
         return self.sigma(t) ** 2
 
+    @final
+    def time(self, alpha: float, sigma: float) -> float:
+        """The t in [0, 1] whose noise-to-signal ratio is nearest to ``sigma / alpha``.
+
+        Args:
+            alpha: signal scale, >= 0.
+            sigma: noise standard deviation, >= 0, not both 0.
+        """
+        low, high = 0.0, 1.0
+        # The ratio rises with t; 64 halvings leave less than a float's spacing.
+        for _ in range(64):
+            middle = (low + high) / 2
+            if self.sigma(middle) * alpha < sigma * self.alpha(middle):
+                low = middle
+            else:
+                high = middle
+        return high
+
 
 @final
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer import Typer
 from typer.testing import CliRunner, Result
 
 from els.engine import ScoreMachine, cli
@@ -180,7 +182,7 @@ def test_expected_failures_are_one_message(db, tmp_path, monkeypatch, arguments,
         pytest.param(["sample"], id="no-arguments"),
         pytest.param(["sample", "db", "-o", "run", "--machine", "GAN"], id="unknown-machine"),
         pytest.param(["sample", "db", "-o", "run", "--steps", "few"], id="not-a-number"),
-        pytest.param(["train"], id="unknown-command"),
+        pytest.param(["paint"], id="unknown-command"),
     ],
 )
 def test_wrong_usage_is_two(arguments: list[str]) -> None:
@@ -196,6 +198,26 @@ def test_every_command_has_an_example(command: str) -> None:
     assert f"els {command}" in " ".join(result.stdout.split())
 
 
+def test_other_packages_add_commands_and_a_broken_one_costs_its_own_only(
+    monkeypatch, capsys
+) -> None:
+    points = [
+        EntryPoint("broken", "no_such_module:register", "els.commands"),
+        EntryPoint("good", f"{__name__}:register_greeting", "els.commands"),
+    ]
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda group: points)
+    monkeypatch.setattr(cli, "app", Typer())
+    extended = cli.command_line.__wrapped__()
+    assert "no_such_module:register are left out" in capsys.readouterr().err
+    assert CliRunner().invoke(extended, ["Ada"]).stdout == "hello Ada\n"
+
+
+def register_greeting(app: Typer) -> None:
+    @app.command()
+    def greet(name: str) -> None:
+        print(f"hello {name}")
+
+
 def test_help_needs_no_heavy_imports() -> None:
     # The engine's package imports torch; its command line must not add to that.
     code = """
@@ -203,7 +225,8 @@ import sys, types, importlib.util
 package = types.ModuleType("els.engine")
 package.__path__ = list(importlib.util.find_spec("els.engine").submodule_search_locations)
 sys.modules["els.engine"] = package
-import els.engine.cli
+from els.engine.cli import command_line
+command_line()
 heavy = {"torch", "numpy", "matplotlib", "PIL"} & set(sys.modules)
 assert not heavy, heavy
 """

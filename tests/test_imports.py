@@ -13,6 +13,7 @@ ALLOWED = {
     "index": {"els.index"},
     "triton_kernels": {"els.triton_kernels"},
     "engine": {"els.engine", "els.index", "els.triton_kernels"},
+    "networks": {"els.networks", "els.engine", "els.index"},
 }
 LAZY = {"diffusers", "faiss", "triton"}
 # torch itself probes for triton, so the engine has to do without both of them for good.
@@ -72,6 +73,13 @@ def test_optional_packages_are_imported_lazily(package: str) -> None:
     for path in sources(package):
         for module, eager in imported(path, package):
             lazy = module.split(".")[0] in LAZY or module.startswith("els.triton_kernels")
+            assert not (lazy and eager), f"{path.relative_to(ROOT)} imports {module} at once"
+
+
+def test_networks_import_their_extras_lazily() -> None:
+    for path in sources("networks"):
+        for module, eager in imported(path, "networks"):
+            lazy = module.split(".")[0] in {"diffusers", "matplotlib", "safetensors"}
             assert not (lazy and eager), f"{path.relative_to(ROOT)} imports {module} at once"
 
 

@@ -42,6 +42,18 @@ def test_noise_grows_and_the_signal_never_vanishes(schedule: Schedule) -> None:
     assert schedule.alpha(1.0) > 0
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_time_is_found_again_from_the_noise(schedule: Schedule) -> None:
+    for t in TIMES:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        for scale in (1.0, 3.0):
+            found = schedule.time(scale * alpha, scale * sigma)
+            # Where noise sets in as a root, sigma keeps half the digits of t.
+            assert found == pytest.approx(t, rel=1e-12, abs=1e-15)
+    assert schedule.time(0.0, 1.0) == 1.0
+    assert schedule.time(1.0, 0.0) <= 2.0**-64
+
+
 @pytest.mark.parametrize("t", [0.05, 0.5, 1.0], ids=str)
 def test_cosine_is_the_papers(t: float) -> None:
     assert Cosine().beta(t) == pytest.approx(1 - math.cos(math.pi / 2 * t / 1.008) ** 2, rel=1e-12)

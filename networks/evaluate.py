@@ -1,0 +1,400 @@
+"""How well the score machines predict, sample by sample, what a network draws.
+
+The network and every machine start from the same noise and go through the same DDIM loop. Three
+figures compare a machine's image with the network's, over all pixels and channels:
+
+- ``r``: Pearson's correlation; 0 where an image is constant.
+- ``r_squared``: ``r * r``.
+- ``determination``: the coefficient of determination, ``1 - sum (network - machine)^2 / sum
+  (network - its mean)^2``, which no scale or offset is forgiven.
+
+Published code reports r under the name r^2, so all three are given.
+
+An evaluation's folder holds::
+
+    evaluation.json   settings, figures of every sample, medians and quartiles
+    network/          what the network drew, 000000.npy and .png
+    bbELS/, ELS/, LS/, IS/     runs of els sample, one for each machine
+    scatter.png       r of every sample: a machine against the ideal score machine
+    grid.png          rows of noise, network and machines
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from els.engine.machines import ScoreMachine
+from els.engine.pictures import grid, panels, write_png
+from els.engine.posterior import Boundary, Kind
+from els.engine.runs import StepProgress, sample_run
+from els.engine.sampler import StepState, initial_noise, require_count, sample
+from els.index import PatchDatabase, encode
+from els.index.files import atomic_file, remove_stale, write_json
+from els.index.manifests import package_version
+from els.networks.adapters import NetworkDenoiser
+from els.networks.calibrate import Calibration
+from els.networks.folders import NetworkError, claimed
+
+Machine: TypeAlias = Literal["bbELS", "ELS", "LS", "IS"]
+Image: TypeAlias = npt.NDArray[np.float32]
+
+FORMAT = "els-evaluation"
+VERSION = 1
+MACHINES: tuple[Machine, ...] = get_args(Machine)
+FIGURES = ("r", "r_squared", "determination")
+
+_GRID_MOST = 12
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How close one machine's image comes to the network's; see the module."""
+
+    r: float
+    r_squared: float
+    determination: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a figure over the samples."""
+
+    lower: float
+    median: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All figures of an evaluation.
+
+    Attributes:
+        predictions: of each machine, one for every sample, in order.
+        seconds: of each machine and the network, wall time of all sessions.
+    """
+
+    predictions: dict[Machine, tuple[Prediction, ...]]
+    seconds: dict[str, float]
+
+    def spread(self, machine: Machine, figure: str) -> Spread:
+        """Quartiles of one of ``FIGURES``."""
+        values = [getattr(prediction, figure) for prediction in self.predictions[machine]]
+        return Spread(*(float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])))
+
+    def share_above(self, machine: Machine, other: Machine = "IS") -> float:
+        """Share of the samples whose r is above the other machine's."""
+        pairs = zip(self.predictions[machine], self.predictions[other], strict=True)
+        return float(np.mean([ours.r > theirs.r for ours, theirs in pairs]))
+
+
+def compared(network: Image, machine: Image) -> Prediction:
+    """The figures of one sample; images of one shape, any values."""
+    truth, guess = network.astype(np.float64).ravel(), machine.astype(np.float64).ravel()
+    a, b = truth - truth.mean(), guess - guess.mean()
+    spread = math.sqrt(float(a @ a) * float(b @ b))
+    r = float(a @ b) / spread if spread > 0 else 0.0
+    missed, total = float(((truth - guess) ** 2).sum()), float(a @ a)
+    if total == 0:
+        return Prediction(r, r * r, 1.0 if missed == 0 else 0.0)
+    return Prediction(r, r * r, 1 - missed / total)
+
+
+def evaluate(
+    db: PatchDatabase,
+    denoiser: NetworkDenoiser,
+    calibration: Calibration,
+    folder: str | Path,
+    *,
+    n: int = 100,
+    seed: int = 0,
+    machines: Sequence[Machine] = MACHINES,
+    label: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    progress: Callable[[str, StepProgress], None] | None = None,
+) -> Evaluation:
+    """Draw n samples with the network and each machine, and compare; called again, go on.
+
+    Args:
+        db: the images that the network was trained on.
+        denoiser: the network.
+        calibration: patch sizes of ELS, boundary-broken ELS and LS, and the schedule and steps.
+        folder: of the evaluation; it and its parents are made.
+        n: samples; may grow from one call to the next.
+        seed: of the noise; another than the calibration's.
+        machines: which to compare. LS has the boundary of the calibration.
+        label: class, needed by a class-conditional network; machines then take its images only.
+        threads: of the native backend, None for one per core.
+        device: of the machines, None for a GPU if there is one.
+        progress: called after every step of every batch, with who drew.
+
+    Raises:
+        ValueError: if the calibration belongs to other images, or a value is out of range.
+        NetworkError: if the folder holds something else or another evaluation, or is in use.
+    """
+    require_count("n", n, 1)
+    require_count("seed", seed, 0)
+    if calibration.database != db.content_hash:
+        raise ValueError(
+            "the sizes were calibrated on other images than the database holds; calibrate again"
+        )
+    unknown = [name for name in machines if name not in MACHINES]
+    if unknown or not machines:
+        raise ValueError(f"machines={machines!r} must be some of {', '.join(MACHINES)}")
+    path = Path(folder)
+    settings = _settings(db, denoiser, calibration, seed, label)
+    with claimed(path, "evaluating in"):
+        seconds = _seconds_of(path, settings)
+        started = time.perf_counter()
+        drawn = _drawn_by_network(denoiser, calibration, path, n, seed, label, progress)
+        _add(seconds, "network", started)
+        images: dict[Machine, list[Image]] = {}
+        for name in machines:
+            started = time.perf_counter()
+            kind, boundary = _kind(name, calibration)
+            machine = ScoreMachine(db, kind, boundary, threads=threads, device=device)
+            report = sample_run(
+                machine,
+                path / name,
+                n=n,
+                steps=calibration.steps,
+                patch_sizes=calibration.sizes if machine.is_local else None,
+                seed=seed,
+                schedule=calibration.noise,
+                label=label,
+                progress=None if progress is None else _named(progress, name),
+            )
+            images[name] = [report.folder.load(index) for index in range(n)]
+            if report.computed:
+                _add(seconds, name, started)
+        evaluation = Evaluation(
+            {
+                name: tuple(compared(*pair) for pair in zip(drawn, of_machine, strict=True))
+                for name, of_machine in images.items()
+            },
+            seconds,
+        )
+        _write(path, settings, n, evaluation)
+        _draw_grid(path / "grid.png", seed, drawn, images)
+        _draw_scatter(path / "scatter.png", evaluation)
+    return evaluation
+
+
+def _kind(name: Machine, calibration: Calibration) -> tuple[Kind, Boundary]:
+    match name:
+        case "bbELS":
+            return "ELS", "zeros"
+        case "ELS":
+            return "ELS", "circular"
+        case "LS":
+            return "LS", calibration.boundary
+        case "IS":
+            return "IS", "zeros"
+
+
+def _settings(
+    db: PatchDatabase,
+    denoiser: NetworkDenoiser,
+    calibration: Calibration,
+    seed: int,
+    label: int | None,
+) -> dict[str, Any]:
+    channels, height, width = db.shape
+    settings = {
+        "network": {
+            "fingerprint": denoiser.network.fingerprint,
+            **denoiser.network.description,
+        },
+        "clip": denoiser.clip,
+        "database": {
+            "content_hash": db.content_hash,
+            "images": len(db),
+            "shape": [channels, height, width],
+        },
+        "sizes": {
+            key: value
+            for key, value in asdict(calibration).items()
+            if key not in ("per_seed", "agreement")
+        }
+        | {"sizes": calibration.sizes},
+        "seed": seed,
+        "label": label,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def _seconds_of(path: Path, settings: Mapping[str, Any]) -> dict[str, float]:
+    """Time spent by earlier sessions, in a folder that may be used with these settings."""
+    manifest = path / "evaluation.json"
+    remove_stale(path)
+    if not manifest.exists():
+        foreign = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+        if foreign:
+            raise NetworkError(
+                f"{path} is not empty and not an evaluation (it has {sorted(foreign)[0]!r}); give "
+                "another folder"
+            )
+        write_json(manifest, {"format": FORMAT, "version": VERSION, "settings": settings})
+        return {}
+    try:
+        content = json.loads(manifest.read_bytes())
+        if content["format"] != FORMAT or content["version"] != VERSION:
+            raise ValueError("another format or version")
+        there = content["settings"]
+        seconds = {str(name): float(value) for name, value in content.get("seconds", {}).items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise NetworkError(f"{manifest} is not ours ({error}); give another folder") from error
+    differing = [name for name in settings if there.get(name) != settings[name]]
+    if differing:
+        raise NetworkError(
+            f"{path} holds an evaluation with other settings ({', '.join(differing)}); give the "
+            "same to go on with it, or another folder"
+        )
+    return seconds
+
+
+def _add(seconds: dict[str, float], name: str, started: float) -> None:
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def _drawn_by_network(
+    denoiser: NetworkDenoiser,
+    calibration: Calibration,
+    path: Path,
+    n: int,
+    seed: int,
+    label: int | None,
+    progress: Callable[[str, StepProgress], None] | None,
+) -> list[Image]:
+    """What the network draws; samples that are there are read."""
+    folder = path / "network"
+    folder.mkdir(exist_ok=True)
+    remove_stale(folder)
+    files = [folder / f"{index:06d}.npy" for index in range(n)]
+    missing = [index for index in range(n) if not files[index].exists()]
+    for start in range(0, len(missing), _BATCH):
+        indices = missing[start : start + _BATCH]
+        clock = time.perf_counter()
+
+        def step_done(state: StepState, finished: int = start) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            if progress is not None:
+                count = len(state.indices)
+                done = n - len(missing) + finished
+                progress("network", StepProgress(done, state.step, None, count, now - clock))
+            clock = now
+
+        images = sample(
+            denoiser,
+            steps=calibration.steps,
+            seed=seed,
+            schedule=calibration.noise,
+            labels=label,
+            indices=indices,
+            callback=step_done,
+        )
+        for index, image in zip(indices, images.numpy(), strict=True):
+            write_png(files[index].with_suffix(".png"), panels(encode(image)))
+            with atomic_file(files[index]) as stream:
+                np.save(stream, image)
+    return [np.load(file, allow_pickle=False) for file in files]
+
+
+def _named(
+    progress: Callable[[str, StepProgress], None], name: str
+) -> Callable[[StepProgress], None]:
+    return lambda done: progress(name, done)
+
+
+def _write(path: Path, settings: Mapping[str, Any], n: int, evaluation: Evaluation) -> None:
+    summary = {
+        name: {figure: asdict(evaluation.spread(name, figure)) for figure in FIGURES}
+        for name in evaluation.predictions
+    }
+    shares = {}
+    if "IS" in evaluation.predictions:
+        shares = {
+            name: evaluation.share_above(name) for name in evaluation.predictions if name != "IS"
+        }
+    write_json(
+        path / "evaluation.json",
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "settings": settings,
+            "n": n,
+            "summary": summary,
+            "share_above_IS": shares,
+            "seconds": {name: round(value, 1) for name, value in evaluation.seconds.items()},
+            "made": {
+                "date": datetime.now(UTC).date().isoformat(),
+                "els-machine": package_version(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "processor": platform.machine(),
+            },
+            "samples": {
+                name: [asdict(prediction) for prediction in predictions]
+                for name, predictions in evaluation.predictions.items()
+            },
+        },
+    )
+
+
+def _draw_grid(
+    path: Path, seed: int, drawn: Sequence[Image], images: Mapping[Machine, Sequence[Image]]
+) -> None:
+    """Rows of noise, network, and each machine; the first samples side by side."""
+    count = min(len(drawn), _GRID_MOST)
+    noise: list[Image] = [
+        (initial_noise(seed, index, drawn[index].shape) / 3).float().numpy()
+        for index in range(count)
+    ]
+    rows: list[Sequence[Image]] = [
+        noise,
+        drawn[:count],
+        *(of_machine[:count] for of_machine in images.values()),
+    ]
+    tiles = [panels(encode(image)) for row in rows for image in row]
+    write_png(path, grid(tiles, columns=count))
+
+
+def _draw_scatter(path: Path, evaluation: Evaluation) -> None:
+    """R of every sample: local machines against the ideal score machine."""
+    from matplotlib.figure import Figure
+
+    if "IS" not in evaluation.predictions:
+        return
+    ideal = [prediction.r for prediction in evaluation.predictions["IS"]]
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    colours = {"bbELS": "#0072B2", "ELS": "#E69F00", "LS": "#009E73"}
+    lowest = min(ideal)
+    for name, predictions in evaluation.predictions.items():
+        if name == "IS":
+            continue
+        values = [prediction.r for prediction in predictions]
+        lowest = min(lowest, *values)
+        share = f"{100 * evaluation.share_above(name):.0f} % above"
+        axes.plot(ideal, values, "o", markersize=4, color=colours[name], label=f"{name}, {share}")
+    axes.plot([lowest, 1], [lowest, 1], color="0.6", linewidth=1)
+    axes.set(xlabel="r of the ideal score machine", ylabel="r of the local machine")
+    axes.set_aspect("equal")
+    axes.legend()
+    with atomic_file(path) as stream:
+        figure.savefig(stream, format="png", dpi=110)

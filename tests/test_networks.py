@@ -1,0 +1,354 @@
+"""Networks: what they can see, how they train, and what the adapters make of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from els.engine import ScoreMachine, sample
+from els.engine.sampler import initial_noise
+from els.engine.schedule import Cosine, Exponential, Linear, describe
+from els.index import PatchDatabase, decode
+
+pytest.importorskip("safetensors", reason="networks are stored with safetensors")
+
+from machine_network import MachineNetwork
+
+from els.networks.adapters import Network, NetworkDenoiser, open_network
+from els.networks.architecture import NetworkConfig
+from els.networks.folders import NetworkError, NetworkFolder, read_tensors
+from els.networks.training import TrainingProgress, TrainingSettings, build, load, train_network
+
+RNG = np.random.default_rng(21)
+DB = PatchDatabase.from_arrays(RNG.integers(0, 256, (5, 1, 8, 8), dtype=np.uint8), [0, 1, 2, 0, 1])
+
+
+def config(**changes) -> NetworkConfig:
+    values = {
+        "kind": "resnet",
+        "shape": (1, 8, 8),
+        "channels": 8,
+        "layers": 3,
+        "levels": 1,
+        "padding": "zeros",
+        "normalization": "none",
+        "num_classes": 0,
+        "prediction": "epsilon",
+        "schedule": describe(Cosine()),
+    }
+    return NetworkConfig(**{**values, **changes})
+
+
+def random_network(**changes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build(config(**changes)).eval().requires_grad_(False)
+
+
+def noisy(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+NETWORKS = [
+    pytest.param({"padding": "circular"}, 1, id="resnet"),
+    pytest.param({"padding": "circular", "prediction": "velocity"}, 1, id="velocity"),
+    pytest.param({"padding": "circular", "normalization": "group"}, 1, id="normalised"),
+    pytest.param({"padding": "circular", "kind": "unet", "levels": 3, "layers": 1}, 4, id="unet"),
+]
+
+
+@pytest.mark.parametrize(("changes", "period"), NETWORKS)
+def test_circular_networks_commute_with_shifts(changes, period) -> None:
+    network = random_network(shape=(2, 8, 16), **changes)
+    t, x = torch.tensor([0.3, 0.8]), noisy(2, 2, 8, 16)
+    for shift in ((period, 0), (0, 3 * period), (-period, 2 * period)):
+        moved = network(t, x.roll(shift, (2, 3)))
+        torch.testing.assert_close(moved, network(t, x).roll(shift, (2, 3)), rtol=0, atol=1e-5)
+    # The zeros beyond the border are seen: the test can fail.
+    broken = random_network(shape=(2, 8, 16), **{**changes, "padding": "zeros"})
+    moved, still = broken(t, x.roll(period, 2)), broken(t, x).roll(period, 2)
+    assert (moved - still).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_resnet_sees_twice_its_layers_plus_one(layers, padding) -> None:
+    network = random_network(shape=(1, 15, 17), layers=layers, padding=padding)
+    t, x = torch.tensor([0.5]), noisy(1, 1, 15, 17)
+    before = network(t, x)
+    moved = x.clone()
+    moved[0, 0, 7, 8] += 10.0
+    changed = (network(t, moved) - before).abs()[0, 0]
+    near = torch.zeros(15, 17, dtype=torch.bool)
+    near[7 - layers : 8 + layers, 8 - layers : 9 + layers] = True
+    assert changed[~near].max() <= 1e-5
+    assert changed[near].min() > 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"kind": "resnet", "channels": 16}, id="resnet"),
+        pytest.param(
+            {"kind": "unet", "layers": 1, "levels": 2, "prediction": "velocity"}, id="unet"
+        ),
+    ],
+)
+def test_a_tiny_network_overfits_one_image(tmp_path: Path, changes) -> None:
+    # With one image the noise is known: epsilon = (x - alpha * image) / sigma, and the loss is 0.
+    image = np.zeros((1, 8, 8), dtype=np.uint8)
+    image[:, 2:6, 3:] = 255
+    db = PatchDatabase.from_arrays(image)
+    settings = TrainingSettings(steps=300, batch_size=8, learning_rate=1e-2, warm_up=20)
+    made = train_network(db, tmp_path / "net", config(**changes), settings)
+    network, manifest = load(made)
+    assert manifest["trained"]["step"] == "300"
+    clean, t = torch.from_numpy(decode(db.images)), torch.linspace(0.3, 0.9, 13)
+    alpha, sigma = (
+        torch.tensor([scale(time) for time in t.tolist()]).reshape(-1, 1, 1, 1)
+        for scale in (Cosine().alpha, Cosine().sigma)
+    )
+    noise = noisy(13, 1, 8, 8)
+    loss = (network(t, alpha * clean + sigma * noise) - noise).square().mean()
+    # Without the image, the best linear guess of the noise is x * sigma.
+    blind = (sigma * (alpha * clean + sigma * noise) - noise).square().mean()
+    assert loss < 0.3 * blind
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 3}], ids=["plain", "conditional"])
+def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, changes) -> None:
+    settings = TrainingSettings(steps=9, batch_size=3)
+    whole = train_network(DB, tmp_path / "whole", config(**changes), settings)
+
+    def stop(done: TrainingProgress) -> None:
+        if done.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train_network(
+            DB, tmp_path / "cut", config(**changes), settings, progress=stop, checkpoint_seconds=0
+        )
+    assert "4 steps are safe" in stopped.value.__notes__[0]
+    assert load(NetworkFolder(tmp_path / "cut"))[1]["trained"]["step"] == "4"
+    steps: list[int] = []
+    cut = train_network(
+        DB,
+        tmp_path / "cut",
+        config(**changes),
+        settings,
+        progress=lambda done: steps.append(done.step),
+    )
+    assert steps == [5, 6, 7, 8, 9]
+    ours, theirs = read_tensors(cut.training)[0], read_tensors(whole.training)[0]
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    # Finished: nothing is done again, even if what training needed was removed.
+    cut.training.unlink()
+    before = cut.weights.read_bytes()
+    train_network(DB, cut.path, config(**changes), settings)
+    assert cut.weights.read_bytes() == before
+
+
+def test_every_image_is_taken_before_any_is_taken_again(tmp_path: Path, monkeypatch) -> None:
+    from els.networks import training
+
+    seen: list[int] = []
+    image = training._Training._image
+
+    def watched(self, place: int) -> int:
+        seen.append(image(self, place))
+        return seen[-1]
+
+    monkeypatch.setattr(training._Training, "_image", watched)
+    train_network(DB, tmp_path / "net", config(), TrainingSettings(steps=5, batch_size=3))
+    for epoch in range(3):
+        assert sorted(seen[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
+    assert seen[:5] != seen[5:10]
+
+
+def test_other_settings_foreign_folders_and_damage_are_refused(tmp_path: Path) -> None:
+    settings = TrainingSettings(steps=2, batch_size=2)
+    made = train_network(DB, tmp_path / "net", config(), settings)
+    with pytest.raises(NetworkError, match="layers is 3 there, 4 here"):
+        train_network(DB, made.path, config(layers=4), settings)
+    with pytest.raises(NetworkError, match="seed is 0 there, 1 here"):
+        train_network(DB, made.path, config(), TrainingSettings(steps=2, batch_size=2, seed=1))
+    other = PatchDatabase.from_arrays(DB.images[:2])
+    with pytest.raises(NetworkError, match="content_hash"):
+        train_network(other, made.path, config(), settings)
+    with pytest.raises(ValueError, match="shape"):
+        train_network(DB, tmp_path / "new", config(shape=(1, 8, 9)), settings)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    with pytest.raises(NetworkError, match=r"letter\.txt"):
+        train_network(DB, tmp_path / "full", config(), settings)
+    with pytest.raises(NetworkError, match="is not a network"):
+        load(NetworkFolder(tmp_path / "nothing"))
+    data = made.weights.read_bytes()
+    made.weights.write_bytes(data[:-7])
+    with pytest.raises(NetworkError, match="damaged"):
+        load(made)
+    made.weights.write_bytes(data)
+    manifest = json.loads(made.manifest.read_bytes())
+    manifest["network"]["channels"] = 9
+    made.manifest.write_text(json.dumps(manifest))
+    with pytest.raises(NetworkError, match="does not fit"):
+        load(made)
+
+
+def test_training_that_diverges_says_so(tmp_path: Path, monkeypatch) -> None:
+    from els.networks import training
+
+    def broken(self, *arguments):
+        return torch.full((2, 1, 8, 8), float("nan")).requires_grad_()
+
+    monkeypatch.setattr(training.ResNet, "output", broken)
+    with pytest.raises(RuntimeError, match=r"nan at step 1; .* learning rate below 0\.002"):
+        train_network(DB, tmp_path / "net", config(), TrainingSettings(steps=3, batch_size=2))
+
+
+def test_without_safetensors_nothing_is_begun(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(RuntimeError, match=r"els-machine\[networks\]"):
+        train_network(DB, tmp_path / "net", config(), TrainingSettings(steps=3, batch_size=2))
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        pytest.param({"kind": "transformer"}, "attention-unet", id="kind"),
+        pytest.param({"channels": 0}, "channels=0", id="channels"),
+        pytest.param({"layers": 1}, "at least 2", id="layers"),
+        pytest.param({"kind": "unet", "levels": 5}, "fewer levels", id="levels"),
+        pytest.param({"kind": "attention-unet", "levels": 2}, "normalization", id="attention"),
+        pytest.param({"padding": "mirror"}, "circular", id="padding"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused(changes, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"steps": 0}, id="steps"),
+        pytest.param({"learning_rate": 0.0}, id="learning_rate"),
+        pytest.param({"decay": 1.5}, id="decay"),
+        pytest.param({"average": -0.1}, id="average"),
+        pytest.param({"precision": "float8"}, id="precision"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        TrainingSettings(**changes)
+
+
+def test_the_rate_rises_and_then_decays() -> None:
+    settings = TrainingSettings(steps=100, learning_rate=1e-2, decay=0.01, warm_up=9)
+    rates = [settings.rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-3)
+    assert rates[9] == pytest.approx(1e-2 * 0.01**0.09)
+    assert rates[100] == pytest.approx(1e-4)
+    assert np.all(np.diff(rates[9:]) < 0)
+
+
+def test_classes_are_told() -> None:
+    network = random_network(num_classes=3)
+    t, x = torch.tensor([0.5, 0.5]), noisy(1, 1, 8, 8).expand(2, -1, -1, -1)
+    answers = network(t, x, torch.tensor([0, 2]))
+    assert (answers[0] - answers[1]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="3 classes"):
+        network(t, x)
+    with pytest.raises(ValueError, match="0 classes"):
+        random_network()(t, x, torch.tensor([0, 2]))
+    denoiser = NetworkDenoiser(Network.of(network, num_classes=3), DB, device="cpu")
+    with pytest.raises(ValueError, match="labels are missing"):
+        sample(denoiser, n=1, steps=2)
+    assert sample(denoiser, n=1, steps=2, labels=1).isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Linear(), Exponential()], ids=lambda s: s.name)
+def test_a_network_goes_through_the_papers_update(schedule) -> None:
+    """Against the update as published: x * sqrt(a'/a) + (sqrt(b') - sqrt(a'/a) sqrt(b)) * eps."""
+    module = random_network(schedule=describe(schedule))
+    denoiser = NetworkDenoiser(Network.of(module, schedule=schedule), DB, device="cpu")
+    drawn = sample(denoiser, n=2, steps=5, seed=4, schedule=schedule)
+    for index in range(2):
+        x = initial_noise(4, index, DB.shape)
+        for step in range(5, 0, -1):
+            t, before = step / 5, (step - 1) / 5
+            eps = module(torch.tensor([t]), x[None].float())[0].double()
+            a, b = schedule.alpha(t) ** 2, schedule.beta(t)
+            a_next, b_next = schedule.alpha(before) ** 2, schedule.beta(before)
+            if step == 1:
+                a_next, b_next = 1.0, 0.0
+            x = x * (a_next / a) ** 0.5 + (b_next**0.5 - (a_next / a * b) ** 0.5) * eps
+        # The network's float32 error, magnified by 1 / alpha at t = 1.
+        tolerance = 1e-5 * float(x.abs().max()) / schedule.alpha(1.0)
+        torch.testing.assert_close(drawn[index].double(), x, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_machine_as_a_network_draws_what_the_machine_draws(clip: bool) -> None:
+    machine = ScoreMachine(DB, "ELS", "zeros", backend="torch")
+    network = Network.of(MachineNetwork(machine, [3, 3, 5, 5]))
+    denoiser = NetworkDenoiser(network, DB, clip=clip, device="cpu")
+    ours = sample(denoiser, n=2, steps=4)
+    theirs = sample(machine, n=2, steps=4, patch_sizes=[3, 3, 5, 5])
+    # Epsilon in float32, magnified by 1 / alpha = 80 at t = 1.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_noise_that_does_not_preserve_variance_is_scaled() -> None:
+    machine = ScoreMachine(DB, "IS", backend="torch")
+    network = Network.of(MachineNetwork(machine, [1]))
+    denoiser = NetworkDenoiser(network, DB, device="cpu")
+    clean = torch.from_numpy(decode(DB.images[:2]))
+    x = clean + 0.7 * noisy(*clean.shape)
+    ours = denoiser.posterior(x, alpha=1.0, sigma=0.7).mean
+    theirs = machine.posterior(x, alpha=1.0, sigma=0.7).mean
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=1e-5)
+
+
+def make_module() -> torch.nn.Module:
+    return random_network()
+
+
+def make_nothing() -> str:
+    return "nothing"
+
+
+def test_networks_are_opened_by_name(tmp_path: Path, monkeypatch) -> None:
+    made = train_network(DB, tmp_path / "net", config(), TrainingSettings(steps=1, batch_size=2))
+    ours = open_network(made.path)
+    assert (ours.padding, ours.content_hash) == ("zeros", DB.content_hash)
+    assert ours.fingerprint == open_network(str(made.path)).fingerprint
+    by_function = open_network(f"{__name__}:make_module")
+    assert by_function.schedule == Cosine()
+    assert by_function.fingerprint != ours.fingerprint
+    for name, words in (
+        (f"{__name__}:make_nothing", "returned a str"),
+        (f"{__name__}:nowhere", "nowhere"),
+        ("no_such_module:f", "no_such_module"),
+        (tmp_path / "nothing", "els train"),
+        ("embedded:nothing", "not in the package"),
+    ):
+        with pytest.raises(NetworkError, match=words):
+            open_network(name)
+
+
+def test_what_a_denoiser_refuses() -> None:
+    class Wrong(torch.nn.Module):
+        def forward(self, t, x, label=None):
+            return x[:, :, :-1]
+
+    denoiser = NetworkDenoiser(Network.of(Wrong()), DB, device="cpu")
+    with pytest.raises(ValueError, match="same shape"):
+        denoiser.posterior(noisy(1, 1, 8, 8), alpha=0.5, sigma=0.5)
+    with pytest.raises(ValueError, match="must be > 0"):
+        denoiser.posterior(noisy(1, 1, 8, 8), alpha=0.0, sigma=1.0)
