@@ -584,7 +584,7 @@ def _images_needed(error: float, aim: float, images: int, total: int, power: flo
 
     Errors are taken to fall as ``(1 / n - 1 / N) ** power``: power 1 / 2 for means of many alike.
     """
-    inverse = (aim / error) ** (1 / power) * (1 / images - 1 / total) + 1 / total
+    inverse = math.pow(aim / error, 1 / power) * (1 / images - 1 / total) + 1 / total
     return math.ceil(1 / inverse)
 
 
