@@ -17,7 +17,6 @@ keeps the folder, and whoever computes samples writes them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import platform
@@ -52,7 +51,7 @@ from els.engine.sampler import (
 from els.engine.schedule import Cosine, Schedule, describe, described
 from els.engine.shards import DEFAULT_SHARD_SIZE, RunError, Samples, ShardFolder, missing, united
 from els.index import encode
-from els.index.files import atomic_file, remove_stale, write_json
+from els.index.files import atomic_file, remove_stale, take_lock, write_json
 
 FORMAT = "els-run"
 VERSION = 1
@@ -620,19 +619,13 @@ def _claimed(run: RunFolder) -> Iterator[None]:
     if run.path.exists() and not run.path.is_dir():
         raise RunError(f"{run.path} is a file; give a folder for the run")
     run.path.mkdir(parents=True, exist_ok=True)
-    with run.lock.open("ab") as lock:
-        until = time.monotonic() + _LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > until:
-                    raise RunError(
-                        f"another process is sampling into {run.path}; wait for it, or give "
-                        "another folder"
-                    ) from error
-                time.sleep(0.02)
+    try:
+        lock = take_lock(run.lock, _LOCK_PATIENCE)
+    except BlockingIOError as error:
+        raise RunError(
+            f"another process is sampling into {run.path}; wait for it, or give another folder"
+        ) from error
+    with lock:
         yield
 
 

@@ -13,11 +13,13 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+_BETWEEN_TRIES = 0.02  # seconds
 _PREFIX, _SUFFIX = ".els-", ".partial"
 # EFBIG: past a file size limit (ulimit -f, or FAT), which calls for the same remedy.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -32,6 +34,29 @@ class DiskFullError(OSError):
             f"(df -h {path.parent}) or choose another place, then start again"
         )
         self.errno = code
+
+
+def take_lock(path: Path, patience: float = 0.0) -> IO[bytes]:
+    """The lock file at a path, made and locked for as long as it is open.
+
+    Args:
+        path: of the lock file; its folder is there.
+        patience: seconds to wait for another process to let go.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    until = time.monotonic() + patience
+    lock = path.open("ab")
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                lock.close()
+                raise
+        time.sleep(_BETWEEN_TRIES)
 
 
 @contextmanager

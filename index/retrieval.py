@@ -12,7 +12,6 @@ While it is built, ``indices/patch-PPP.partial`` holds what is finished: the tra
 and shards of added patches, each written whole or not at all. The next build goes on from there.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -813,13 +812,13 @@ def _shard(work: Path, number: int) -> Path:
 def _claimed(work: Path) -> Iterator[None]:
     """Makes the folder of checkpoints and keeps other processes out of it until the end."""
     work.mkdir(parents=True, exist_ok=True)
-    with (work / _LOCK).open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DatabaseError(
-                f"another process is building the index in {work}; wait for it to finish"
-            ) from error
+    try:
+        lock = files.take_lock(work / _LOCK)
+    except BlockingIOError as error:
+        raise DatabaseError(
+            f"another process is building the index in {work}; wait for it to finish"
+        ) from error
+    with lock:
         files.remove_stale(work)
         try:
             yield

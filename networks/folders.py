@@ -13,7 +13,6 @@ Each file appears whole or not at all, and any weights fit any ``network.json`` 
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from els.index.files import atomic_file, write_json
+from els.index.files import atomic_file, take_lock, write_json
 
 FORMAT = "els-network"
 VERSION = 1
@@ -170,13 +169,13 @@ def claimed(path: Path, doing: str) -> Iterator[None]:
     if path.exists() and not path.is_dir():
         raise NetworkError(f"{path} is a file; give a folder")
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise NetworkError(
-                f"another process is {doing} {path}; wait for it, or give another folder"
-            ) from error
+    try:
+        lock = take_lock(path / ".lock")
+    except BlockingIOError as error:
+        raise NetworkError(
+            f"another process is {doing} {path}; wait for it, or give another folder"
+        ) from error
+    with lock:
         yield
 
 

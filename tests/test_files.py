@@ -194,3 +194,9 @@ def test_a_small_disk(small_disk: Path) -> None:
         files.write_bytes(small_disk / "file", bytes(2_000_000))
     assert everything_in(small_disk) == ["file"]
     assert (small_disk / "file").read_text() == "old"
+
+
+def test_a_lock_is_held_until_it_is_let_go(tmp_path: Path) -> None:
+    with files.take_lock(tmp_path / "lock"), pytest.raises(BlockingIOError):
+        files.take_lock(tmp_path / "lock", patience=0.05)
+    files.take_lock(tmp_path / "lock").close()
