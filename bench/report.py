@@ -471,8 +471,13 @@ def index_units_table() -> str:
     rows = []
     for case in _by_size(_load("index-growth-cpu")):
         built = case["extra"]["build"]
-        few, many = (_searches(case, effort=effort)[0] for effort in (32, 128))
-        code = (many["cpu_seconds"] - few["cpu_seconds"]) / (many["codes"] - few["codes"])
+        few = _searches(case, effort=32)[0]
+        spent, codes = (
+            sum(row[key] for row in _searches(case, effort=128))
+            - sum(row[key] for row in _searches(case, effort=32))
+            for key in ("cpu_seconds", "codes")
+        )
+        code = spent / codes
         adding = built["cpu_seconds"]["adding"] / built["patches"]
         training = built["cpu_seconds"]["training"] / (10 * 64 * built["lists"] ** 2)
         rows.append(
