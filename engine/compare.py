@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,8 @@ from els.index.files import atomic_file, write_json
 _SUBSETS = (256, 1024, 4096)
 _HEADS = (64, 256, 1024)
 _NEAREST = 256
+_MARKERS = "osD^vP*X"
+_LEAST_SHOWN = 1e-6  # an error in a picture with logarithmic axes
 # Of one baseline and one query: about a minute in chunked torch on two cores.
 _MOST_PAIRS = 1 << 32
 
@@ -230,23 +233,54 @@ def write_comparison(
     from matplotlib.figure import Figure
 
     noise = list(dict.fromkeys((row.beta, row.patch_size) for row in rows))
-    figure = Figure(figsize=(4 * len(noise), 4), layout="constrained")
-    for axes, (beta, patch_size) in zip(
-        figure.subplots(1, len(noise), squeeze=False)[0], noise, strict=True
-    ):
-        for row in rows:
-            if (row.beta, row.patch_size) == (beta, patch_size):
-                axes.plot(row.seconds, max(row.mean_error, 1e-6), "o")
-                axes.annotate(row.method, (row.seconds, max(row.mean_error, 1e-6)), fontsize=7)
+    kinds = list(dict.fromkeys(_kind(row.method) for row in rows if row.method != "exact"))
+    figure = Figure(figsize=(4 * len(noise), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(noise), squeeze=False)[0]
+    for axes, level in zip(panels, noise, strict=True):
+        here = [row for row in rows if (row.beta, row.patch_size) == level]
+        for row in here:
+            if row.method == "exact":
+                axes.axvline(row.seconds, color="0.5", linestyle=":", label="exact")
+                continue
+            kind = _kind(row.method)
+            place = (row.seconds, max(row.mean_error, _LEAST_SHOWN))
+            marker, colour = _MARKERS[kinds.index(kind) % len(_MARKERS)], f"C{kinds.index(kind)}"
+            axes.plot(*place, marker, color=colour, label=kind)
+            size = row.method.removeprefix(kind).strip()
+            axes.annotate(size, place, (4, 4), textcoords="offset points", fontsize=7)
+        front = _front([row for row in here if row.method != "exact"])
+        times, errors = [time for time, _ in front], [error for _, error in front]
+        axes.step(times, errors, where="post", color="0.8", zorder=0)
         axes.set(
             xscale="log",
             yscale="log",
             xlabel="seconds per image-step",
-            ylabel="mean absolute error of the mean",
-            title=f"beta {beta}, P {patch_size}",
+            title=f"beta {level[0]:g}, P {level[1]}",
         )
+    panels[0].set_ylabel("mean absolute error of the mean")
+    labelled = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=6)
     with atomic_file(folder / "pareto.png") as stream:
         figure.savefig(stream, format="png", dpi=120)
+
+
+def _kind(method: str) -> str:
+    """A method without its sizes."""
+    return re.split(r",? \d", method)[0]
+
+
+def _front(rows: Sequence[Comparison]) -> list[tuple[float, float]]:
+    """Seconds and errors of the rows that no other beats in both, fastest first."""
+    front: list[tuple[float, float]] = []
+    for row in sorted(rows, key=lambda row: (row.seconds, row.mean_error)):
+        error = max(row.mean_error, _LEAST_SHOWN)
+        if not front or error < front[-1][1]:
+            front.append((row.seconds, error))
+    return front
 
 
 @dataclass(frozen=True)

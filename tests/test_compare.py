@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 
 from els.engine import ScoreMachine, by_hand, compare
 from els.engine.cli import app
-from els.engine.compare import Comparison, compare_posteriors, compare_samples, held_out
+from els.engine.compare import (
+    Comparison,
+    _front,
+    _kind,
+    compare_posteriors,
+    compare_samples,
+    held_out,
+)
 from els.engine.posterior import Boundary
 from els.index import PatchDatabase, decode
 
@@ -192,3 +199,26 @@ def test_the_recall_of_one_query_at_a_time(db: PatchDatabase) -> None:
     with pytest.raises(ValueError, match="x has 2 images"):
         machine.recall(x, alpha=1.0, sigma=0.3, patch_size=3, k=4)
     assert machine.recall(x[:1], alpha=1.0, sigma=0.3, patch_size=3, k=4) == 1
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    def row(method: str, seconds: float, error: float) -> Comparison:
+        return Comparison(0.1, 3, method, seconds, None, error, error, None, None, None)
+
+    rows = [row("b", 2, 0.1), row("a", 1, 0.3), row("slow", 3, 0.2), row("c", 4, 0.05)]
+    assert _front(rows) == [(1, 0.3), (2, 0.1), (4, 0.05)]
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("subset 256", "subset"),
+        ("topk+subset 256 1024", "topk+subset"),
+        ("auto 0.01", "auto"),
+        ("FAISS flat 256, 1,000 images", "FAISS flat"),
+        ("chunked torch, 128 images", "chunked torch"),
+        ("torch backend", "torch backend"),
+    ],
+)
+def test_a_method_without_its_sizes(method: str, kind: str) -> None:
+    assert _kind(method) == kind
