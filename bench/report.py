@@ -550,8 +550,7 @@ def processes_table() -> str:
         f"{extra['images']:,} images {shape}, P = {extra['patch_size']}, "
         f"{extra['samples']} samples in batches of {extra['batch']}; speed-up over 1 process with "
         f"2 threads. Largest difference of a pixel between the settings: "
-        f"{extra['largest_difference']:.1e}. The "
-        f"machine was shared (load average {extra['load_average']:.0f} on 2 cores)."
+        f"{extra['largest_difference']:.1e}. Load average {extra['load_average']:.0f} on 2 cores."
     )
     return _table(header, rows) + f"\n{note} {_provenance(_load('processes-cpu'))}\n"
 
@@ -620,8 +619,8 @@ def many_samples_table() -> str:
     header = ["of the run", "samples/s", "samples per processor second", "memory"]
     note = (
         f"{extra['samples']:,} samples of 8 x 8, {extra['steps']} steps, LS over "
-        f"{extra['images']} images, batches of {extra['batch']}, one thread; the machine was "
-        f"shared (load average {extra['load_average']:.0f} on 2 cores)."
+        f"{extra['images']} images, batches of {extra['batch']}, one thread; load "
+        f"average {extra['load_average']:.0f} on 2 cores."
     )
     return _table(header, rows) + f"\n{note} {_provenance(_load('processes-cpu'))}\n"
 
