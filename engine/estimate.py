@@ -174,7 +174,7 @@ class Estimator:
         while error > aim:
             needed = _images_needed(error, aim, len(tail), total, power)
             if pilot is not None:
-                best = pilot.cheapest(effort, min(needed, most), error, aim, result, tail)
+                best = pilot.cheapest(effort, min(needed, most), error, aim, result[1], tail)
                 if best != effort:
                     head, effort, power = self.head(k, effort=best), best, _HEAD_POWER
                     result, error = self._judged(head, tail, interior, pilot)
@@ -214,7 +214,7 @@ class Estimator:
         while (error := _typical_error(result[1], border)) > aim:
             needed = max(_images_needed(error, aim, len(tail), total, _HEAD_POWER), 2 * len(tail))
             if needed > _MOST_SHARE * total:
-                state = moved(self._backend.state(self._db.images, query), "cpu")
+                state = self._exact_border()
                 return state, Error.none(state.mass)
             tail = self._tail(needed, tail, query)
             result = self.combined(None, tail)
@@ -308,10 +308,12 @@ class Estimator:
         """The head's state, and the exact one of the pixels that the index does not serve."""
         if bool(head.served.all()):
             return head.state
-        border = moved(
-            self._backend.state(self._db.images, replace(self._query, border_only=True)), "cpu"
-        )
-        return _choose(head.served, head.state, border)
+        return _choose(head.served, head.state, self._exact_border())
+
+    def _exact_border(self) -> PosteriorState:
+        """The state of the border's pixels; others have anything."""
+        query = replace(self._query, border_only=True)
+        return moved(self._backend.state(self._db.images, query), "cpu")
 
     def _tail(
         self, images: int, before: _Tail | None = None, query: PosteriorQuery | None = None
@@ -436,6 +438,8 @@ class _Pilot:
         self._k = k
         self._pixels = estimator.pilot_pixels(interior)
         self._heads: dict[int, _Head] = {}
+        self._tail: _Tail | None = None
+        self._with_tail: dict[int, tuple[PosteriorState, Error]] = {}
 
     def doubt(self, result: tuple[PosteriorState, Error], tail: _Tail) -> float:
         """How much larger the error is than it seems, at least 1.
@@ -447,33 +451,27 @@ class _Pilot:
         return max(1.0, self._error(result, tail) / max(seems, 1e-30))
 
     def cheapest(
-        self,
-        effort: int,
-        needed: int,
-        error: float,
-        aim: float,
-        result: tuple[PosteriorState, Error],
-        tail: _Tail,
+        self, effort: int, needed: int, error: float, aim: float, doubted: Error, tail: _Tail
     ) -> int:
         """The effort to go on with, ``effort`` or a larger one, by what is still to be paid.
 
         Args:
             effort: of the head that there is; 0 without one.
             needed: size of the tail that would do with it, or at which everything is cheaper.
-            error: of what there is.
+            error: of what there is, over the interior.
             aim: at which error.
-            result: what there is.
-            tail: its tail.
+            doubted: the same, pixel by pixel, enlarged by :meth:`doubt`.
+            tail: what there is.
         """
         best, least = effort, needed - len(tail)
-        now = self._error(result, tail)
+        now = _typical_error(doubted, self._pixels)
         total = self._estimator.images
         for more in (each for each in _EFFORTS if each > effort):
             cost = math.ceil(self._estimator.head_cost(more))
             if cost >= least:
                 break
-            there = self._estimator.combined(self._head(more), tail)
-            expected = error * self._error(there, tail) / max(now, 1e-30)
+            there = self._error(self._answer(more, tail), tail)
+            expected = error * there / max(now, 1e-30)
             images = _images_needed(expected, aim, len(tail), total, _HEAD_POWER)
             cost += max(images - len(tail), 0)
             if cost < least:
@@ -482,14 +480,19 @@ class _Pilot:
 
     def _error(self, result: tuple[PosteriorState, Error], tail: _Tail) -> float:
         """By the spread, or by the difference that the largest head makes, if that is more."""
-        reference = self._estimator.combined(self._head(_EFFORTS[-1]), tail)[0]
+        reference = self._answer(_EFFORTS[-1], tail)[0]
         difference = (_mean(result[0]) - _mean(reference)).abs().mean(0)[self._pixels]
         return max(_typical_error(result[1], self._pixels), float(difference.mean()))
 
-    def _head(self, effort: int) -> _Head:
+    def _answer(self, effort: int, tail: _Tail) -> tuple[PosteriorState, Error]:
+        """The pilot pixels' head of an effort with a tail, made once for each tail."""
+        if tail is not self._tail:
+            self._tail, self._with_tail = tail, {}
         if effort not in self._heads:
             self._heads[effort] = self._estimator.head(self._k, self._pixels, effort)
-        return self._heads[effort]
+        if effort not in self._with_tail:
+            self._with_tail[effort] = self._estimator.combined(self._heads[effort], tail)
+        return self._with_tail[effort]
 
 
 @dataclass(frozen=True, eq=False)
