@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.progress import TaskID, TextColumn
 from rich.table import Table
 
-from els.engine.console import print_table, progress_bar, reported
+from els.engine.console import BoundaryOption, ScheduleOption, print_table, progress_bar, reported
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
@@ -52,17 +52,6 @@ class _Machine(StrEnum):
     ES = "ES"
     LS = "LS"
     ELS = "ELS"
-
-
-class _Boundary(StrEnum):
-    ZEROS = "zeros"
-    CIRCULAR = "circular"
-
-
-class _Schedule(StrEnum):
-    COSINE = "cosine"
-    LINEAR = "linear"
-    EXPONENTIAL = "exponential"
 
 
 class _Backend(StrEnum):
@@ -216,9 +205,9 @@ def sample(
         ),
     ] = _Machine.ELS,
     boundary: Annotated[
-        _Boundary,
+        BoundaryOption,
         typer.Option(case_sensitive=False, help="What a patch reads beyond the border."),
-    ] = _Boundary.ZEROS,
+    ] = BoundaryOption.ZEROS,
     sizes: Annotated[
         str | None,
         typer.Option(
@@ -232,8 +221,8 @@ def sample(
         int | None, typer.Option(help="Draw only on training images of this class.")
     ] = None,
     schedule: Annotated[
-        _Schedule, typer.Option(case_sensitive=False, help="Noise over time.")
-    ] = _Schedule.COSINE,
+        ScheduleOption, typer.Option(case_sensitive=False, help="Noise over time.")
+    ] = ScheduleOption.COSINE,
     eta: Annotated[
         float, typer.Option(help="0 (DDIM, deterministic) to 1 (fresh noise in every step).")
     ] = 0.0,
@@ -424,8 +413,8 @@ def bench(
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Number of queries.")] = 2,
     boundary: Annotated[
-        _Boundary, typer.Option(case_sensitive=False, help="As of els sample.")
-    ] = _Boundary.ZEROS,
+        BoundaryOption, typer.Option(case_sensitive=False, help="As of els sample.")
+    ] = BoundaryOption.ZEROS,
     tolerance: Annotated[float, typer.Option(help="Of the automatic choice.")] = 0.01,
     with_torch: Annotated[
         bool, typer.Option("--torch", help="Also time the torch backend, which takes long.")

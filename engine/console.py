@@ -1,4 +1,4 @@
-"""What the commands of ``els`` share: errors as one message, tables, progress bars."""
+"""What the commands of ``els`` share: choices, errors as one message, tables, progress bars."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from functools import wraps
 from typing import ParamSpec
 
@@ -22,6 +23,21 @@ from rich.progress import (
 from rich.table import Table
 
 _Arguments = ParamSpec("_Arguments")
+
+
+class BoundaryOption(StrEnum):
+    """What is read beyond an image's border, by a machine or a convolution."""
+
+    ZEROS = "zeros"
+    CIRCULAR = "circular"
+
+
+class ScheduleOption(StrEnum):
+    """Noise over time."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    EXPONENTIAL = "exponential"
 
 
 def reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:

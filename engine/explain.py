@@ -15,7 +15,7 @@ from torch import Tensor
 from els.engine.machines import MAX_TOP, ScoreMachine
 from els.engine.posterior import Boundary, Kind, LocalPosterior
 from els.engine.runs import RunError, RunFolder, RunSettings, read_settings
-from els.engine.sampler import SamplePlan, StepState, sample
+from els.engine.sampler import SamplePlan, StepState, sample_plan
 from els.index import PatchDatabase
 
 DEFAULT_TOP = 16
@@ -386,18 +386,7 @@ def _drawn_again(
         if progress is not None:
             progress(state)
 
-    images = sample(
-        recorder,
-        steps=plan.steps,
-        patch_sizes=plan.patch_sizes,
-        seed=plan.seed,
-        schedule=plan.schedule,
-        eta=plan.eta,
-        tolerance=plan.tolerance,
-        labels=label,
-        callback=observe,
-        indices=[index],
-    )
+    images = sample_plan(recorder, plan, [index], label=label, callback=observe)
     return images[0].numpy(), states, recorder.answers
 
 

@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm, hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure, SubFigure
 
 from els.engine.explain import Contributor, Explanation
-from els.engine.pictures import colours
+from els.engine.pictures import colours, require_suffix
 from els.index import PatchDatabase, encode
 from els.index.files import atomic_file
 
@@ -50,8 +50,7 @@ def require_picture(path: str | Path) -> None:
     Raises:
         ValueError: naming the suffixes that are.
     """
-    if Path(path).suffix.lower() not in _FORMATS:
-        raise ValueError(f"{path} must end in one of {', '.join(_FORMATS)}")
+    require_suffix(path, _FORMATS)
 
 
 def write_explanation(explanation: Explanation, db: PatchDatabase, path: str | Path) -> Path:

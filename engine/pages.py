@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from els.engine.explain import Walkthrough
-from els.engine.pictures import Pixels, colours
+from els.engine.pictures import Pixels, colours, require_suffix
 from els.index import PatchDatabase, encode
 from els.index.files import atomic_file
 
@@ -35,8 +35,7 @@ def require_page(path: str | Path) -> None:
     Raises:
         ValueError: naming the suffixes that are.
     """
-    if Path(path).suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
+    require_suffix(path, _SUFFIXES)
 
 
 def write_page(walkthrough: Walkthrough, db: PatchDatabase, path: str | Path) -> None:

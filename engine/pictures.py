@@ -18,6 +18,16 @@ _ENLARGED_SIDE = 512
 _MOST_ENLARGED = 8
 
 
+def require_suffix(path: str | Path, suffixes: Sequence[str]) -> None:
+    """Refuse a path that ends otherwise.
+
+    Raises:
+        ValueError: naming the suffixes that serve.
+    """
+    if Path(path).suffix.lower() not in suffixes:
+        raise ValueError(f"{path} must end in one of {', '.join(suffixes)}")
+
+
 def panels(image: Pixels) -> Pixels:
     """All values of an image, whatever its channels, in a form that a PNG viewer shows.
 

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any, final
@@ -46,12 +45,13 @@ from els.engine.sampler import (
     StepState,
     plan_sampling,
     require_count,
-    sample,
+    sample_plan,
 )
 from els.engine.schedule import Cosine, Schedule, describe, described
 from els.engine.shards import DEFAULT_SHARD_SIZE, RunError, Samples, ShardFolder, missing, united
 from els.index import encode
-from els.index.files import atomic_file, remove_stale, take_lock, write_json
+from els.index.files import atomic_file, remove_stale, take_lock, visible_names, write_json
+from els.index.manifests import package_version
 
 FORMAT = "els-run"
 VERSION = 1
@@ -496,18 +496,8 @@ def _compute(
         indices = batches[number]
         finished = settings.n - work.count + task.add("finished", 0)
         watch = _Watch(finished, keep_states=settings.trajectory, progress=progress)
-        images = sample(
-            machine,
-            steps=plan.steps,
-            patch_sizes=plan.patch_sizes,
-            seed=plan.seed,
-            schedule=plan.schedule,
-            eta=plan.eta,
-            labels=settings.label,
-            callback=watch,
-            batch_size=batch_size,
-            indices=indices,
-            tolerance=plan.tolerance,
+        images = sample_plan(
+            machine, plan, indices, label=settings.label, callback=watch, batch_size=batch_size
         )
         if mesh.leads:
             writer.write(indices, images.numpy(), watch.states)
@@ -650,10 +640,10 @@ def _there(run: RunFolder) -> tuple[RunSettings | None, list[dict[str, Any]]]:
     if run.manifest.exists():
         manifest = _read_manifest(run)
         return _settings_of(run, manifest), manifest["sessions"]
-    foreign = [path.name for path in run.path.iterdir() if not path.name.startswith(".")]
+    foreign = visible_names(run.path)
     if foreign:
         raise RunError(
-            f"{run.path} is not empty and not a run (it has {sorted(foreign)[0]!r}, but no "
+            f"{run.path} is not empty and not a run (it has {foreign[0]!r}, but no "
             f"{_MANIFEST}); give another folder"
         )
     return None, []
@@ -762,16 +752,12 @@ def _write_manifest(
 
 
 def _surroundings(machine: ScoreMachine, mesh: ProcessMesh) -> dict[str, Any]:
-    try:
-        ours = metadata.version("els-machine")
-    except metadata.PackageNotFoundError:
-        ours = "not installed"
     return {
         "backend": machine.backend,
         "processes": mesh.world_size,
         "database_shards": mesh.database_shards,
         "versions": {
-            "els-machine": ours,
+            "els-machine": package_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),

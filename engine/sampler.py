@@ -210,6 +210,31 @@ def sample(
     return images
 
 
+def sample_plan(
+    machine: Denoiser,
+    plan: SamplePlan,
+    indices: Sequence[int],
+    *,
+    label: int | None = None,
+    callback: Callable[[StepState], None] | None = None,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Draw some samples of a plan; arguments, result and errors are those of :func:`sample`."""
+    return sample(
+        machine,
+        steps=plan.steps,
+        patch_sizes=plan.patch_sizes,
+        seed=plan.seed,
+        schedule=plan.schedule,
+        eta=plan.eta,
+        labels=label,
+        callback=callback,
+        batch_size=batch_size,
+        indices=indices,
+        tolerance=plan.tolerance,
+    )
+
+
 def _ddim(
     machine: Denoiser, plan: SamplePlan, indices: tuple[int, ...], labels: Tensor | None
 ) -> Iterator[StepState]:

@@ -59,6 +59,11 @@ def take_lock(path: Path, patience: float = 0.0) -> IO[bytes]:
         time.sleep(_BETWEEN_TRIES)
 
 
+def visible_names(folder: Path) -> list[str]:
+    """What is in a folder but for hidden entries, such as locks and what is being written."""
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     """Opens a file for writing that appears at `path`, replacing any old one, on a clean exit.

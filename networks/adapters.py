@@ -24,7 +24,7 @@ from els.engine.schedule import Cosine, Linear, Schedule
 from els.index import PatchDatabase
 from els.networks.architecture import Padding
 from els.networks.folders import EMBEDDED, NetworkError, network_folder
-from els.networks.training import load
+from els.networks.training import device_named, load
 from els.networks.unet import unet2d_model
 
 _MANIFEST, _DIFFUSERS = "network.json", "config.json"
@@ -124,8 +124,7 @@ class NetworkDenoiser:
         device: str | None = None,
     ) -> None:
         self.network, self.db, self.clip = network, db, clip
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = torch.device(chosen)
+        self.device = device_named(device)
         network.module.to(self.device)
 
     def posterior(

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, final, get_args
 import torch
 from torch import Tensor, nn
 
-from els.engine.schedule import Schedule, describe, described
+from els.engine.schedule import Schedule, described
 
 Kind: TypeAlias = Literal["resnet", "unet", "attention-unet"]
 Padding: TypeAlias = Literal["zeros", "circular"]
@@ -124,9 +124,14 @@ class NetworkConfig:
         return described(self.schedule)
 
 
-def schedule_description(schedule: Schedule) -> dict[str, str | float]:
-    """A schedule as a config holds it."""
-    return describe(schedule)
+def noise_scales(schedule: Schedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Alpha and sigma of times ``[B]``, each ``[B, 1, 1, 1]``, in the dtype and place of ``x``."""
+    times = t.tolist()
+    alpha, sigma = (
+        torch.tensor([scale(time) for time in times], dtype=x.dtype, device=x.device)
+        for scale in (schedule.alpha, schedule.sigma)
+    )
+    return alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
 
 
 class EpsilonNetwork(nn.Module, ABC):
@@ -163,13 +168,7 @@ class EpsilonNetwork(nn.Module, ABC):
         output = self.output(t, x, label).float()
         if self.config.prediction == "epsilon":
             return output
-        times = t.tolist()
-        alpha, sigma = (
-            torch.tensor([scale(time) for time in times], dtype=x.dtype, device=x.device).reshape(
-                -1, 1, 1, 1
-            )
-            for scale in (self._schedule.alpha, self._schedule.sigma)
-        )
+        alpha, sigma = noise_scales(self._schedule, t, x)
         return sigma * x + alpha * output
 
     @abstractmethod

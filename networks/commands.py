@@ -12,7 +12,7 @@ import typer
 from rich.progress import TaskID, TextColumn
 from rich.table import Table
 
-from els.engine.console import print_table, progress_bar, reported
+from els.engine.console import BoundaryOption, ScheduleOption, print_table, progress_bar, reported
 
 # As in els.engine.cli: commands import what they use, help none of it.
 if TYPE_CHECKING:
@@ -26,11 +26,6 @@ class _Network(StrEnum):
     RESNET = "resnet"
     UNET = "unet"
     ATTENTION_UNET = "attention-unet"
-
-
-class _Padding(StrEnum):
-    ZEROS = "zeros"
-    CIRCULAR = "circular"
 
 
 class _Normalization(StrEnum):
@@ -56,12 +51,6 @@ class _Metric(StrEnum):
 class _Search(StrEnum):
     NEIGHBOURS = "neighbours"
     ALL = "all"
-
-
-class _Schedule(StrEnum):
-    COSINE = "cosine"
-    LINEAR = "linear"
-    EXPONENTIAL = "exponential"
 
 
 class _Precision(StrEnum):
@@ -103,8 +92,8 @@ def train(
     ] = None,
     levels: Annotated[int, typer.Option(help="Resolutions of a UNet.")] = 3,
     padding: Annotated[
-        _Padding, typer.Option(help="What a convolution reads beyond the border.")
-    ] = _Padding.ZEROS,
+        BoundaryOption, typer.Option(help="What a convolution reads beyond the border.")
+    ] = BoundaryOption.ZEROS,
     normalization: Annotated[
         _Normalization | None,
         typer.Option(help="none if not given, as in the paper; group for attention-unet."),
@@ -119,7 +108,9 @@ def train(
             "noise is made: exact where there is little but noise."
         ),
     ] = _Prediction.EPSILON,
-    schedule: Annotated[_Schedule, typer.Option(help="Noise over time.")] = _Schedule.COSINE,
+    schedule: Annotated[
+        ScheduleOption, typer.Option(help="Noise over time.")
+    ] = ScheduleOption.COSINE,
     steps: Annotated[int, typer.Option(help="Batches in all.")] = 20_000,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="AdamW's, at the start.")] = 2e-3,
@@ -224,7 +215,8 @@ def calibrate(
         _Local, typer.Option(case_sensitive=False, help="What is compared with the network.")
     ] = _Local.ELS,
     boundary: Annotated[
-        _Padding | None, typer.Option(help="Of the machine; that of the network if not given.")
+        BoundaryOption | None,
+        typer.Option(help="Of the machine; that of the network if not given."),
     ] = None,
     sizes: Annotated[
         str | None, typer.Option(help="Odd sizes to compare, such as 3,5,7; all if not given.")

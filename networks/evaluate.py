@@ -41,7 +41,7 @@ from els.engine.posterior import Boundary, Kind
 from els.engine.runs import StepProgress, sample_run
 from els.engine.sampler import StepState, initial_noise, require_count, sample
 from els.index import PatchDatabase, encode
-from els.index.files import atomic_file, remove_stale, write_json
+from els.index.files import atomic_file, remove_stale, visible_names, write_json
 from els.index.manifests import package_version
 from els.networks.adapters import NetworkDenoiser
 from els.networks.calibrate import Calibration
@@ -242,10 +242,10 @@ def _seconds_of(path: Path, settings: Mapping[str, Any]) -> dict[str, float]:
     manifest = path / "evaluation.json"
     remove_stale(path)
     if not manifest.exists():
-        foreign = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+        foreign = visible_names(path)
         if foreign:
             raise NetworkError(
-                f"{path} is not empty and not an evaluation (it has {sorted(foreign)[0]!r}); give "
+                f"{path} is not empty and not an evaluation (it has {foreign[0]!r}); give "
                 "another folder"
             )
         write_json(manifest, {"format": FORMAT, "version": VERSION, "settings": settings})

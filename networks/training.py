@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from els.engine.sampler import require_count
 from els.index import PatchDatabase, decode
-from els.index.files import atomic_file, remove_stale
+from els.index.files import atomic_file, remove_stale, visible_names
 from els.index.manifests import package_version
-from els.networks.architecture import EpsilonNetwork, NetworkConfig
+from els.networks.architecture import EpsilonNetwork, NetworkConfig, noise_scales
 from els.networks.folders import (
     NetworkError,
     NetworkFolder,
@@ -166,7 +166,7 @@ def train_network(
         _start(network, db, config, settings)
         if not _is_finished(network, settings):
             with _explained(network):
-                training = _Training(db, network, config, settings, _device(device))
+                training = _Training(db, network, config, settings, device_named(device))
                 training.run(progress, checkpoint_seconds)
     return network
 
@@ -206,10 +206,10 @@ def _start(
     )
     remove_stale(folder.path)
     if not folder.manifest.exists():
-        foreign = [path.name for path in folder.path.iterdir() if not path.name.startswith(".")]
+        foreign = visible_names(folder.path)
         if foreign:
             raise NetworkError(
-                f"{folder.path} is not empty and not a network (it has {sorted(foreign)[0]!r}); "
+                f"{folder.path} is not empty and not a network (it has {foreign[0]!r}); "
                 "give another folder"
             )
         versions = {"els-machine": package_version(), "torch": torch.__version__}
@@ -328,12 +328,7 @@ class _Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.rate(step)
         clean, t, noise, label = self._batch(step)
-        alpha, sigma = (
-            torch.tensor([scale(time) for time in t.tolist()], device=self.device).reshape(
-                -1, 1, 1, 1
-            )
-            for scale in (self.schedule.alpha, self.schedule.sigma)
-        )
+        alpha, sigma = noise_scales(self.schedule, t, clean)
         x = (alpha * clean + sigma * noise).contiguous(memory_format=torch.channels_last)
         self.optimiser.zero_grad()
         with torch.autocast(
@@ -387,7 +382,8 @@ def _seed(seed: int, *key: int) -> int:
     return int(stream.generate_state(1, np.uint64)[0] >> 1)
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """That device; a GPU, if there is one, for None."""
     if name is not None:
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
