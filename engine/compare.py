@@ -29,6 +29,7 @@ from els.index.files import atomic_file, write_json
 
 _SUBSETS = (256, 1024, 4096)
 _HEADS = (64, 256, 1024)
+_SHARES = (0.002, 0.01, 0.05)
 _NEAREST = 256
 _MARKERS = "osD^vP*X"
 _LEAST_SHOWN = 1e-6  # an error in a picture with logarithmic axes
@@ -149,6 +150,8 @@ def compare_posteriors(
             for k in _HEADS:
                 methods.append((f"topk {k}", {"mode": "topk", "k": k}))
             methods.append(("topk+subset 256 1024", {"mode": "topk+subset"}))
+            for share in _SHARES if machine.has_lists(patch_size, alpha, sigma) else ():
+                methods.append((f"lists {share:g}", {"mode": "lists", "share": share}))
         methods.append((f"auto {tolerance:g}", {"mode": "auto", "tolerance": tolerance}))
         exact: _Answers | None = None
         for name, options in methods:

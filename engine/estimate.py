@@ -5,6 +5,9 @@ else, estimated from a random subset of the images, whose sums are scaled by N /
 already counts is left out. The error of a tail is measured and not assumed: the subset is dealt
 into groups, and the means without each of them in turn (the jackknife) spread as the error does,
 also where one group holds most of the mass.
+
+Where the index's lists can be read whole (`els.engine.scan`), sampling them takes the place of
+both: all patches are drawn from, the heavier the more densely.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from els.engine.posterior import (
     merge,
     moved,
 )
+from els.engine.scan import can_scan, is_precise, scan
 from els.index import PatchDatabase, PatchIndex
 
 Members = npt.NDArray[np.int64]
@@ -47,6 +51,14 @@ _CODE_PAIRS, _BYTE_PAIRS = 9.0, 1 / 3
 # How errors fall with the size of a subset at first, without and with a head, and how far a subset
 # grows before that is looked at again.
 _TAIL_POWER, _HEAD_POWER, _GROWTH = 0.35, 0.45, 4
+# What lists cost, likewise: ranking one for a pixel, and weighing a code.
+_LIST_PAIRS, _READ_PAIRS = 15.0, 4.0
+# How their errors fall with the share that is read.
+_SCAN_POWER = 0.8
+# Shares of the tolerance that may be the interior's, and what a pair of the border's costs.
+_SPLITS, _BORDER_PAIRS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9), 2.0
+# Where they cost so few first looks, lists need none.
+_PLAIN = 8
 # A subset that is so large a part of the images is not worth its error.
 _MOST_SHARE = 0.6
 # Aim below the tolerance: its measure is itself uncertain.
@@ -70,12 +82,14 @@ class Approximation:
         tolerance: of ``auto``: mean absolute error of the posterior mean over an image's pixels.
         k: size of the head.
         images: size of the subset.
+        share: of the codes of an index, that a pixel reads of its lists.
     """
 
     mode: Mode = "exact"
     tolerance: float | None = None
     k: int = 256
     images: int = 1024
+    share: float = 1 / 128
 
 
 @final
@@ -105,6 +119,7 @@ class Estimator:
         self._query = replace(query, entropy=True, top=0)
         self._rng = np.random.default_rng(list(seed))
         self._order = _stratified(query.members, db.labels, self._rng)
+        self._list_seed = int(self._rng.integers(1 << 63))
 
     def state(self, approximation: Approximation) -> tuple[PosteriorState, Error]:
         """The estimated state of the whole posterior, and its error."""
@@ -117,6 +132,8 @@ class Estimator:
                 tail = self._tail(max(approximation.images, 2 * _GROUPS))
                 with_head = approximation.mode == "topk+subset"
                 return self.combined(self.head(approximation.k) if with_head else None, tail)
+            case "lists":
+                return self._with_lists(approximation.share)
             case "auto":
                 assert approximation.tolerance is not None
                 return self._automatic(approximation.k, approximation.tolerance)
@@ -149,30 +166,81 @@ class Estimator:
         """
         if len(self._order) <= 2 * _PILOT_IMAGES:
             return self._exact()
-        aim = _MARGIN * tolerance
-        tail = self._tail(_PILOT_IMAGES)
-        interior = self._interior()
-        result = self._interior_to(aim, k, tail, interior)
+        aim, interior = _MARGIN * tolerance, self._interior()
+        has_border, scans = not bool(interior.all()), self._can_scan
+        tail, result = None, None
+        if not scans or self._scan_cost(self._first_share) > _PLAIN * _PILOT_IMAGES:
+            tail = self._tail(_PILOT_IMAGES)
+            result = self._interior_to(aim, k, tail, interior)
+        if result is None and scans:
+            start, interior_aim = self._lists(self._first_share, interior), aim
+            if has_border:
+                border_only = replace(self._query, border_only=True)
+                tail = tail or self._tail(_PILOT_IMAGES, query=border_only)
+                interior_aim = self._interior_aim(aim, start, tail, interior)
+            result = self._lists_to(interior_aim, start)
         if result is None:
             return self._exact()
-        if bool(interior.all()):
+        if not has_border:
             return result
-        return _chosen(interior, result, self._border_to(aim, tail, ~interior))
+        assert tail is not None
+        # What the interior leaves of the tolerance is the border's.
+        inside = float(interior.double().mean())
+        left = aim - inside * _typical_error(result[1], interior)
+        return _chosen(interior, result, self._border_to(left / (1 - inside), tail, ~interior))
+
+    def _interior_aim(
+        self, aim: float, start: tuple[PosteriorState, Error], tail: _Tail, interior: Tensor
+    ) -> float:
+        """How wrong the interior may be, so that it and the border together cost least.
+
+        Args:
+            aim: for the mean over all pixels.
+            start: the interior from the first share of the lists.
+            tail: a subset for the border's pixels.
+            interior: the others.
+        """
+        inside, total = float(interior.double().mean()), len(self._order)
+        error = inside * _typical_error(start[1], interior)
+        border = (1 - inside) * _typical_error(self.combined(None, tail)[1], ~interior)
+        costs = {}
+        for part in _SPLITS:
+            cost = 0.0
+            if error > part * aim:
+                share = self._first_share * (error / (part * aim)) ** (1 / _SCAN_POWER)
+                cost = self._scan_cost(share)
+            images = _images_needed(border, (1 - part) * aim, len(tail), total, _HEAD_POWER)
+            costs[part] = cost + self._border_cost * (
+                total if images > _MOST_SHARE * total else images
+            )
+        return min(costs, key=costs.__getitem__) * aim / inside
+
+    @property
+    def _border_cost(self) -> float:
+        """Of an image for the border's pixels, in images of the exact kernel for the others."""
+        _, _, height, width = self._query.x.shape
+        around = self._query.patch_size - 1
+        inside = (height - around) * (width - around)
+        edges = around * ((height - around) ** 2 + (width - around) ** 2) + around**2
+        return _BORDER_PAIRS * edges / inside**2
 
     def _interior_to(
         self, aim: float, k: int, tail: _Tail, interior: Tensor
     ) -> tuple[PosteriorState, Error] | None:
-        """Head and tail, enlarged until the error is met; None where everything is cheaper.
+        """Head and tail, enlarged until the error is met; None where all or lists are cheaper.
 
         What is cheapest is judged anew after every step: a few heavy patches hide from small
         subsets, so that errors fall more slowly than the root of their size.
         """
-        pilot = _Pilot(self, k, interior) if self._can_search else None
+        scans = self._can_scan
+        pilot = _Pilot(self, k, interior) if self._can_search and not scans else None
         total, most = len(self._order), math.floor(_MOST_SHARE * len(self._order))
         head, effort, power = None, 0, _TAIL_POWER
         result, error = self._judged(head, tail, interior, pilot)
         while error > aim:
             needed = _images_needed(error, aim, len(tail), total, power)
+            if scans:
+                most = min(most, len(tail) + math.ceil(self._scan_cost(self._first_share)))
             if pilot is not None:
                 best = pilot.cheapest(effort, min(needed, most), error, aim, result[1], tail)
                 if best != effort:
@@ -206,6 +274,99 @@ class Estimator:
         """Whether there is an index, pixels that it serves, and a signal to search for."""
         has_pixels = bool(self._is_served().any())
         return self._index is not None and has_pixels and bool(self._query.alpha[0] > 0)
+
+    @property
+    def _can_scan(self) -> bool:
+        """Whether the index has lists that tell the posterior well enough at this noise."""
+        if not self._can_search or not can_scan():
+            return False
+        assert self._index is not None
+        lists = self._index.inverted
+        alpha, sigma = float(self._query.alpha[0]), float(self._query.sigma[0])
+        return lists is not None and is_precise(lists, alpha, sigma)
+
+    def _scan_cost(self, share: float) -> float:
+        """What reading so much of the lists costs, in images of the exact kernel."""
+        assert self._index is not None
+        _, _, height, width = self._query.x.shape
+        reach = self._query.patch_size - 1
+        pairs_per_image = (height - reach) * (width - reach)
+        read = _LIST_PAIRS * self._index.lists + _READ_PAIRS * share * self._index.count
+        return read / pairs_per_image
+
+    def _lists_to(
+        self, aim: float, result: tuple[PosteriorState, Error]
+    ) -> tuple[PosteriorState, Error] | None:
+        """The interior from lists, read until the error is met; None where all is cheaper.
+
+        Args:
+            aim: of the error.
+            result: of the first share of the lists.
+        """
+        served, share = self._is_served(), self._first_share
+        while (error := _typical_error(result[1], served)) > aim:
+            share *= min(max((error / aim) ** (1 / _SCAN_POWER), 3 / 2), 8)
+            if self._scan_cost(share) > _MOST_SHARE * len(self._order):
+                return None
+            result = self._lists(share, served)
+        return result
+
+    @property
+    def _first_share(self) -> float:
+        """The share that is read at first: lists of long codes say less about their patches."""
+        assert self._index is not None
+        _, size = self._index.codes_read()
+        return min(max(size, 64) / (64 * 256), 1 / 64)
+
+    def _with_lists(self, share: float) -> tuple[PosteriorState, Error]:
+        """The lists' posterior, and the exact one of the pixels that the index does not serve."""
+        served = self._is_served()
+        state, error = self._lists(share, served)
+        if bool(served.all()):
+            return state, error
+        exact = self._exact_border()
+        return _chosen(served, (state, error), (exact, Error.none(exact.mass)))
+
+    def _lists(self, share: float, served: Tensor) -> tuple[PosteriorState, Error]:
+        """Of some of the interior's pixels; others have anything."""
+        index, query = self._index, self._query
+        assert index is not None
+        lists = index.inverted
+        assert lists is not None
+        y, rest = index.components(self._patches(served))
+        height, width = query.x.shape[2:]
+        allowed = None
+        if len(self._order) < len(self._db):
+            allowed = np.zeros(len(self._db), dtype=np.uint8)
+            allowed[self._order] = 1
+        sums = scan(
+            lists,
+            y,
+            rest,
+            alpha=float(query.alpha[0]),
+            sigma=float(query.sigma[0]),
+            share=share,
+            seed=self._list_seed,
+            allowed=allowed,
+            pixels=height * width,
+            threads=self._backend.workers if self._backend.device.type == "cpu" else None,
+        )
+
+        def placed(values: npt.NDArray[np.float64], elsewhere: float) -> Tensor:
+            room = torch.full((*served.shape, *values.shape[1:]), elsewhere, dtype=torch.float64)
+            room[served] = torch.from_numpy(values)
+            return room.movedim(-1, 0).unsqueeze(0) if values.ndim == 2 else room.unsqueeze(0)
+
+        state = PosteriorState(
+            placed(sums.maximum, -math.inf),
+            placed(sums.mass, 0.0),
+            placed(sums.centre, 0.0),
+            placed(sums.tilt, 0.0),
+        )
+        omitted = placed(1 - sums.seen / sums.mass, 0.0).clamp(0, 1)
+        deviation = placed(sums.deviation * _doubt(sums.effective)[:, None], 0.0)
+        worst, typical = deviation.amax(1), deviation.mean(1)
+        return state, Error(omitted, worst, "estimate", "lists", 0, typical)
 
     def _border_to(self, aim: float, tail: _Tail, border: Tensor) -> tuple[PosteriorState, Error]:
         """The border's pixels from a growing subset of the images, or all of them."""
@@ -552,6 +713,15 @@ class _Tail:
 
     def __len__(self) -> int:
         return int(self.counts.sum())
+
+
+def _doubt(effective: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How much larger errors are than the spread of what was read, for so many effective patches.
+
+    A spread does not tell of heavy patches that were not met, and the fewer patches share a pixel,
+    the more that matters. As measured (docs/retrieval.md).
+    """
+    return 1 + 1 / (1 + (effective / 1000) ** 0.4)
 
 
 def _stratified(

@@ -26,6 +26,7 @@ from els.engine.posterior import (
     stack,
     take,
 )
+from els.engine.scan import can_scan, is_precise
 from els.index import PatchDatabase, PatchIndex
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class ScoreMachine:
         tolerance: float | None = None,
         k: int = 256,
         subset: int = 1024,
+        share: float = 1 / 128,
         seed: int | Sequence[int] = 0,
     ) -> LocalPosterior:
         """Local posterior of every pixel's clean value (design, section 1).
@@ -150,13 +152,15 @@ class ScoreMachine:
                 ``mode="exact"``.
             mode: what to compute (docs/retrieval.md). ``"exact"``: everything. ``"topk"``: the k
                 nearest patches that the database's index finds, weighed exactly. ``"subset"``: a
-                random subset of the images, extrapolated. ``"topk+subset"``: both. ``"auto"``: the
-                cheapest that meets ``tolerance``.
+                random subset of the images, extrapolated. ``"topk+subset"``: both. ``"lists"``: a
+                random part of the index's patches, the nearer the denser, extrapolated.
+                ``"auto"``: the cheapest that meets ``tolerance``.
             tolerance: of ``"auto"``: mean absolute error of the posterior mean over the pixels of
                 an image, > 0.
             k: how many patches the index is asked for per pixel, >= 1.
             subset: how many images are in a subset, >= 32.
-            seed: of the subset: of image b of the batch, (seed, b); or one for each image.
+            share: of the patches of the index, that a pixel reads of its lists, 0 to 1; 1 for all.
+            seed: of what is drawn: of image b of the batch, (seed, b); or one for each image.
 
         Raises:
             TypeError: for an argument of the wrong type or dtype.
@@ -168,7 +172,7 @@ class ScoreMachine:
         label = self._label_tensor(labels, x.shape[0])
         if mode == "exact":
             return finish(self._state(query, label), x.dtype)
-        approximation = self._approximation(query, mode, tolerance, k, subset)
+        approximation = self._approximation(query, mode, tolerance, k, subset, share)
         return self._estimated(query, label, approximation, _seeds(seed, x.shape[0]))
 
     def score(
@@ -225,13 +229,31 @@ class ScoreMachine:
         query = self._validated(x, alpha, sigma, patch_size, entropy=False, top=0)
         if len(x) != 1:
             raise ValueError(f"x has {len(x)} images; the recall is of one at a time")
-        self._approximation(query, "topk", None, k, 32)
+        self._approximation(query, "topk", None, k, 32, 1.0)
         query = replace(query, members=np.arange(len(self.db), dtype=np.int64))
         index = self._index(query.patch_size)
         return Estimator(self._backend, self.db, index, query, (0,)).recall(k)
 
+    def has_lists(self, patch_size: int, alpha: float, sigma: float) -> bool:
+        """Whether ``mode="lists"`` works for a patch size and noise; see :meth:`posterior`."""
+        index = self._index(patch_size)
+        return (
+            can_scan()
+            and self.kind == "ELS"
+            and index is not None
+            and index.inverted is not None
+            and alpha > 0
+            and is_precise(index.inverted, alpha, sigma)
+        )
+
     def _approximation(
-        self, query: PosteriorQuery, mode: Mode, tolerance: float | None, k: int, subset: int
+        self,
+        query: PosteriorQuery,
+        mode: Mode,
+        tolerance: float | None,
+        k: int,
+        subset: int,
+        share: float,
     ) -> Approximation:
         _require_choice("mode", mode, get_args(Mode))
         if query.top:
@@ -240,7 +262,9 @@ class ScoreMachine:
             require_tolerance(tolerance)
         elif tolerance is not None:
             raise ValueError(f"tolerance={tolerance!r} is of mode='auto' only, got mode={mode!r}")
-        if mode in ("topk", "topk+subset"):
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"share={share!r} must be > 0 and at most 1")
+        if mode in ("topk", "topk+subset", "lists"):
             if self.kind != "ELS":
                 raise ValueError(
                     f"mode={mode!r} needs kind='ELS', whose patches an index holds; this machine "
@@ -252,12 +276,38 @@ class ScoreMachine:
                 )
             if self._index(query.patch_size) is None:
                 self.db.open_index(query.patch_size)  # says what is missing
+        if mode == "lists":
+            self._require_lists(query)
         return Approximation(
             mode,
             None if tolerance is None else float(tolerance),
             _count("k", k, MAX_TOP, least=1),
             _count("subset", subset, 1 << 62, least=32),
+            float(share),
         )
+
+    def _require_lists(self, query: PosteriorQuery) -> None:
+        """Whether the index's lists can be read at this noise."""
+        index = self._index(query.patch_size)
+        assert index is not None
+        if index.inverted is None:
+            raise ValueError(
+                f"mode='lists' needs an index with codes of one byte per component; "
+                f"{index.factory!r} has none: use mode='topk+subset', or build one such as "
+                "IVF1024,SQ8_direct"
+            )
+        if not can_scan():
+            raise ValueError(
+                "mode='lists' needs the compiled extension; reinstall els-machine where a C++17 "
+                "compiler is found, or use mode='topk+subset'"
+            )
+        for alpha, sigma in zip(query.alpha.tolist(), query.sigma.tolist(), strict=True):
+            if not is_precise(index.inverted, alpha, sigma):
+                raise ValueError(
+                    f"mode='lists' with sigma={sigma:g}, alpha={alpha:g}: codes of "
+                    f"{index.factory!r} do not tell weights well enough at so little noise; use "
+                    "mode='topk+subset', or an index with larger codes"
+                )
 
     def _estimated(
         self,

@@ -45,13 +45,8 @@ class NativeBackend:
     """
 
     def __init__(self, threads: int | None = None, instruction_set: str | None = None) -> None:
-        available = instruction_sets()
-        chosen = instruction_set or available[-1]
-        if chosen not in available:
-            raise RuntimeError(
-                f"instruction set {chosen!r} cannot run here; available: {', '.join(available)}"
-            )
-        self._kernel = _module(chosen)
+        chosen = instruction_set or instruction_sets()[-1]
+        self._kernel = kernel_module(chosen)
         self._threads = threads or available_cores()
         self.name = f"native ({chosen}, {self._threads} threads)"
         self.device = torch.device("cpu")
@@ -155,6 +150,21 @@ def instruction_sets() -> tuple[str, ...]:
     """
     supported: list[str] = _module("baseline").instruction_sets()
     return tuple(name for name in supported if importlib.util.find_spec(_qualified(name)))
+
+
+def kernel_module(instruction_set: str | None = None) -> ModuleType:
+    """The compiled kernels of an instruction set, None for the best of :func:`instruction_sets`.
+
+    Raises:
+        RuntimeError: if they were not compiled, or the processor lacks the set.
+    """
+    available = instruction_sets()
+    chosen = instruction_set or available[-1]
+    if chosen not in available:
+        raise RuntimeError(
+            f"instruction set {chosen!r} cannot run here; available: {', '.join(available)}"
+        )
+    return _module(chosen)
 
 
 def _module(instruction_set: str) -> ModuleType:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 Kind: TypeAlias = Literal["IS", "ES", "LS", "ELS"]
 Boundary: TypeAlias = Literal["zeros", "circular"]
-Mode: TypeAlias = Literal["exact", "topk", "subset", "topk+subset", "auto"]
+Mode: TypeAlias = Literal["exact", "topk", "subset", "topk+subset", "lists", "auto"]
 ErrorKind: TypeAlias = Literal["exact", "bound", "estimate"]
 
 

@@ -2,8 +2,11 @@
 
 ``argmin_k ||x - alpha k|| = argmin_k ||x / alpha - k||``, so clean patches are indexed and queries
 are divided by alpha. An index lives inside its database, as ``indices/patch-PPP/{manifest.json,
-index.faiss}``. It holds every patch that lies wholly inside its training image; patches that reach
-over the border are few and are the exact backends' work.
+index.faiss, ...}``. It holds every patch that lies wholly inside its training image; patches that
+reach over the border are few and are the exact backends' work.
+
+Beside it lie tables that let its lists be read whole (`els.index.lists`), where its codes are of
+one byte per component.
 
 Inside FAISS a pixel is its stored level 0..255, not ``v / 127.5 - 1``: the nearest neighbours are
 the same, and one byte per pixel then stores a patch without loss. `PatchIndex` converts.
@@ -21,7 +24,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -30,15 +33,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import files
 from .database import DatabaseError, PatchDatabase
+from .lists import TABLES, InvertedLists, can_read, open_tables, transforms, write_tables
 from .manifests import checksum, package_version, sealed
 
 IndexProgress = Callable[[str, int, int], object]
-"""Called with (stage, done, in all); stages are training, adding, merging and writing."""
+"""Called with (stage, done, in all): training, adding, merging, writing, tabulating."""
 
 DEFAULT_EFFORT = 32
 
 _FORMAT = "els-patch-index"
-_VERSION = 1
+_VERSION = 2
 _FOLDER, _INDEX, _MANIFEST = "indices", "index.faiss", "manifest.json"
 _PLAN, _TRAINED, _LOCK = "plan.json", "trained.faiss", "lock"
 _SEED = 0
@@ -46,7 +50,8 @@ _SHARD_PATCHES = 1 << 21
 _BLOCK_BYTES = 1 << 25
 _FLAT_MOST = 1 << 17
 _REDUCED_MOST = 64
-_VARIANCE = 0.99
+_VARIANCE = 0.9995
+_REDUCED_SHARE = 0.75
 _LISTS_MOST = 1 << 16
 _PER_LIST, _PER_LIST_LEAST = 64, 32
 _HNSW_FROM, _HNSW_LINKS = 4096, 32
@@ -84,7 +89,7 @@ class PatchIndex:
     path: Path
     _db: PatchDatabase
     _index: Any
-    _sha256: str
+    _sha256: dict[str, str]
 
     def __repr__(self) -> str:
         return (
@@ -155,10 +160,11 @@ class PatchIndex:
         Raises:
             DatabaseError: it is not what was built.
         """
-        with _readable(self.path), (self.path / _INDEX).open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != self._sha256:
-            raise _damaged(self.path, f"its SHA-256 is {found}, built as {self._sha256}")
+        for name, built in self._sha256.items():
+            with _readable(self.path), (self.path / name).open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != built:
+                raise _damaged(self.path, f"the SHA-256 of {name} is {found}, built as {built}")
 
     def codes_read(self, effort: int = DEFAULT_EFFORT) -> tuple[int, int]:
         """How many codes a query reads at most at an effort, and of how many bytes each."""
@@ -166,6 +172,30 @@ class PatchIndex:
         if ivf is None:
             return self.count, 4 * self._index.d
         return math.ceil(2 * min(effort, self.lists) * self.count / self.lists), int(ivf.code_size)
+
+    @cached_property
+    def inverted(self) -> InvertedLists | None:
+        """The lists, to be read whole; None where codes are not one byte per component."""
+        if len(self._sha256) == 1:
+            return None
+        return InvertedLists.of(_faiss(), self._index, open_tables(self.path))
+
+    def components(self, queries: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Noisy patches as the codes of :attr:`inverted` see them.
+
+        Args:
+            queries: as for `search`.
+
+        Returns:
+            Components, float32 [Q, D], and the squared distance from what they can say, float64
+            [Q], both in stored levels.
+
+        Raises:
+            TypeError, ValueError: as `search`.
+        """
+        inverted = self.inverted
+        assert inverted is not None
+        return inverted.components(self._check_queries(queries))
 
     def list_sizes(self) -> NDArray[np.int64]:
         """Patches in each inverted list, int64 [lists]: how evenly the index is divided."""
@@ -274,16 +304,17 @@ def choose_factory(
     - Up to 64 dimensions ``SQ8_direct``: one byte per pixel, which is what a pixel is, so that
       nothing is lost; smaller and faster than floats. Zeros fill the code up to an odd multiple
       of 8 bytes (``Pad``): FAISS reads such codes with whole vectors, two to three times as fast.
-    - Above, PCA first, since neighbouring pixels say much the same, then one byte (``SQ8``) per
-      component: five times as fast as all pixels of a 9 x 9 patch, for a loss that is felt among
-      the 100 nearest more than among the 10. If that exceeds the memory, product codes (``PQ``)
-      of 2, 4 or 8 components per byte: the fewest that fit.
+    - Above, PCA first where that drops a quarter of the components, since neighbouring pixels say
+      much the same, then one byte (``SQ8``) per component; else again all pixels. Codes must tell
+      what a patch weighs, and not only which are near: what PCA drops is noise in every logit. If
+      that exceeds the memory, the first 64 components, then product codes (``PQ``) of 2, 4 or 8
+      components per byte: the fewest that fit.
 
     Args:
         count: number of patches.
         dimension: C * P * P.
         distinct: number of distinct patches to train on.
-        reduced: components that explain 99 % of the variance, at most 64.
+        reduced: components that explain 99.95 % of the variance.
         memory: bytes that the build may take, the index in memory included.
 
     Returns:
@@ -317,13 +348,16 @@ def _code_choices(
     """(prefix, components, code, bytes per code), from the best to the smallest."""
     # PCA and PQ (256 centroids a byte) cannot be trained on fewer.
     trainable = distinct >= max(256, dimension)
-    if dimension <= _REDUCED_MOST or not trainable:
+    components = math.ceil(reduced / 8) * 8
+    if dimension <= _REDUCED_MOST or not trainable or components > _REDUCED_SHARE * dimension:
         padded = _padded(dimension)
         prefix = "" if padded == dimension else f"Pad{padded},"
         yield prefix, dimension, "SQ8_direct", padded
+    elif components > _REDUCED_MOST:
+        yield f"PCA{components},", components, "SQ8", components
     if not trainable:
         return
-    components = max(8, math.ceil(min(reduced, dimension, _REDUCED_MOST) / 8) * 8)
+    components = min(components, _REDUCED_MOST)
     if components > dimension:
         components = 8
     if components > dimension:
@@ -426,12 +460,16 @@ def build_index(
             ivf = faiss.try_extract_index_ivf(index)
             report("writing", 0, 1)
             size, sha256 = _write_index(folder / _INDEX, index)
+            written = {_INDEX: {"size": size, "sha256": sha256}}
+            if can_read(faiss, index):
+                report_lists = partial(report, "tabulating")
+                written |= write_tables(faiss, db, patch_size, index, folder, report_lists)
             manifest = {
                 "format": _FORMAT,
                 "version": _VERSION,
                 **plan.described,
                 "lists": 0 if ivf is None else ivf.nlist,
-                "files": {_INDEX: {"size": size, "sha256": sha256}},
+                "files": written,
             }
             files.write_json(folder / _MANIFEST, sealed(manifest))
             report("writing", 1, 1)
@@ -461,11 +499,11 @@ def open_index(db: PatchDatabase, patch_size: int) -> PatchIndex:
     patches = _Patches.of(db, patch_size)
     path = index_folder(db, patch_size)
     manifest = _read_manifest(path, patches)
-    stored = manifest["files"][_INDEX]
-    with _readable(path):
-        size = (path / _INDEX).stat().st_size
-    if size != stored["size"]:
-        raise _damaged(path, f"{_INDEX} has {size:,} bytes, built with {stored['size']:,}")
+    for name, stored in manifest["files"].items():
+        with _readable(path):
+            size = (path / name).stat().st_size
+        if size != stored["size"]:
+            raise _damaged(path, f"{name} has {size:,} bytes, built with {stored['size']:,}")
     index = _read_index(path / _INDEX, faiss.IO_FLAG_MMAP)
     if (index.d, index.ntotal) != (patches.dimension, patches.count):
         raise _damaged(
@@ -484,11 +522,11 @@ def open_index(db: PatchDatabase, patch_size: int) -> PatchIndex:
         is_exact=not manifest["lists"],
         count=patches.count,
         lists=manifest["lists"],
-        size_bytes=size,
+        size_bytes=sum(stored["size"] for stored in manifest["files"].values()),
         path=path.absolute(),
         _db=db,
         _index=index,
-        _sha256=stored["sha256"],
+        _sha256={name: stored["sha256"] for name, stored in manifest["files"].items()},
     )
 
 
@@ -631,7 +669,7 @@ class _Plan:
         index, sample = self.empty, self.sample.astype(np.float32)
         ivf = faiss.try_extract_index_ivf(index)
         try:
-            for transform in _transforms(index):
+            for transform in transforms(faiss, index):
                 transform.train(sample)
                 sample = transform.apply(sample)
             if ivf is not None:
@@ -645,15 +683,6 @@ class _Plan:
             ) from error
         report("training", _ITERATIONS, _ITERATIONS)
         return index
-
-
-def _transforms(index: Any) -> list[Any]:
-    """What is applied to vectors, in order, before they reach the inverted lists."""
-    faiss = _faiss()
-    if not isinstance(index, faiss.IndexPreTransform):
-        return []
-    chain = index.chain
-    return [faiss.downcast_VectorTransform(chain.at(step)) for step in range(chain.size())]
 
 
 def _train_lists(ivf: Any, sample: NDArray[np.float32], report: IndexProgress) -> None:
@@ -705,7 +734,7 @@ def _adder(index: Any) -> Callable[[NDArray[np.float32], NDArray[np.int64]], obj
     assigner.add(ivf.quantizer.reconstruct_n(0, ivf.nlist))
 
     def add_assigned(levels: NDArray[np.float32], addresses: NDArray[np.int64]) -> None:
-        for transform in _transforms(index):
+        for transform in transforms(faiss, index):
             levels = transform.apply(levels)
         _, lists = assigner.search(levels, 1)
         pointers = map(faiss.swig_ptr, (levels, addresses, lists))
@@ -765,7 +794,9 @@ def _empty_index(factory: str, dimension: int, distinct: int) -> Any:
         )
     if isinstance(inner, faiss.IndexIVFScalarQuantizer):
         direct = inner.sq.qtype == faiss.ScalarQuantizer.QT_8bit_direct
-        pads = all(type(step) is faiss.RemapDimensionsTransform for step in _transforms(index))
+        pads = all(
+            type(step) is faiss.RemapDimensionsTransform for step in transforms(faiss, index)
+        )
         if direct and not pads:
             raise ValueError(
                 f"factory {factory!r} stores transformed pixels as bytes unscaled; take SQ8 after "
@@ -783,15 +814,14 @@ def _empty_index(factory: str, dimension: int, distinct: int) -> Any:
 
 
 def _explaining(sample: NDArray[np.uint8]) -> int:
-    """Principal components that explain most of the variance, 1.._REDUCED_MOST."""
+    """Principal components that explain nearly all of the variance, 1 to the dimension."""
     _, dimension = sample.shape
     if dimension <= _REDUCED_MOST or len(sample) < 2:
-        return min(int(dimension), _REDUCED_MOST)
+        return int(dimension)
     # 2^16 patches tell the spectrum; the rest would only cost time.
     covariance = np.cov(sample[: 1 << 16].astype(np.float64), rowvar=False)
-    spectrum = np.linalg.eigvalsh(covariance)[::-1].clip(0)
-    explained = np.cumsum(spectrum)
-    return min(_REDUCED_MOST, 1 + int(np.searchsorted(explained, _VARIANCE * explained[-1])))
+    explained = np.cumsum(np.linalg.eigvalsh(covariance)[::-1].clip(0))
+    return min(int(dimension), 1 + int(np.searchsorted(explained, _VARIANCE * explained[-1])))
 
 
 def index_folder(db: PatchDatabase, patch_size: int) -> Path:
@@ -918,8 +948,8 @@ def _read_manifest(path: Path, patches: _Patches) -> dict[str, Any]:
             "count": int(count),
             "factory": str(),
             "lists": int(),
-            "files": {"index.faiss": {"size": int(), "sha256": str()}},
-        }:
+            "files": {"index.faiss": {"size": int(), "sha256": str()}} as stored,
+        } if stored.keys() in ({_INDEX}, {_INDEX, *TABLES}):
             found = (content, size, count)
         case _:
             raise _damaged(path, f"the fields of {_MANIFEST} are not those of a patch index")

@@ -17,6 +17,7 @@
 
 #include "given.h"
 #include "posterior.h"
+#include "scan.h"
 
 namespace py = pybind11;
 
@@ -25,11 +26,18 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
+// What is only read: memory maps are.
 template <typename T>
-T* checked(Array<T>& array, std::vector<py::ssize_t> shape, const char* name) {
+const T* constant(const Array<T>& array, std::vector<py::ssize_t> shape, const char* name) {
   if (std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) != shape) {
     throw std::invalid_argument(std::string(name) + " has the wrong shape");
   }
+  return array.data();
+}
+
+template <typename T>
+T* checked(Array<T>& array, std::vector<py::ssize_t> shape, const char* name) {
+  constant(array, shape, name);
   return array.mutable_data();
 }
 
@@ -210,6 +218,141 @@ void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<fl
   run(problem, threads);
 }
 
+template <int C, bool kNoisy, typename Products>
+void scan_parts(els::ScanPlan& plan, const std::vector<std::int64_t>& bounds,
+                std::atomic<std::int64_t>& next, const std::atomic<bool>& cancelled) {
+  els::flush_denormals();
+  els::Scanner<C, kNoisy, Products> scanner(plan);
+  for (;;) {
+    const std::int64_t part = next.fetch_add(1);
+    if (part >= plan.scan.parts || cancelled.load()) return;
+    scanner.run(static_cast<int>(part), bounds[part], bounds[part + 1], cancelled);
+  }
+}
+
+template <int C, bool kNoisy>
+void scan_with(els::ScanPlan& plan, const std::vector<std::int64_t>& bounds,
+               std::atomic<std::int64_t>& next, const std::atomic<bool>& cancelled) {
+#if defined(ELS_HAS_TILES)
+  if (plan.scan.tiles) {
+    return scan_parts<C, kNoisy, els::TileProducts>(plan, bounds, next, cancelled);
+  }
+#endif
+  scan_parts<C, kNoisy, els::FloatProducts>(plan, bounds, next, cancelled);
+}
+
+template <int C>
+void scan_channels(els::ScanPlan& plan, const std::vector<std::int64_t>& bounds,
+                   std::atomic<std::int64_t>& next, const std::atomic<bool>& cancelled) {
+  if (plan.scan.noise != nullptr) return scan_with<C, true>(plan, bounds, next, cancelled);
+  scan_with<C, false>(plan, bounds, next, cancelled);
+}
+
+void run_scan(const els::Scan& scan, int threads) {
+  els::ScanPlan plan(scan);
+  // Parts of about as many codes, a list counting as some, too.
+  constexpr std::int64_t kListCodes = 256;
+  const std::int64_t last = scan.lists - 1;
+  const std::int64_t all = scan.offsets[last] + scan.sizes[last] + kListCodes * scan.lists;
+  std::vector<std::int64_t> bounds(scan.parts + 1, scan.lists);
+  std::int64_t list = 0;
+  for (int part = 0; part < scan.parts; ++part) {
+    while (list < scan.lists && scan.offsets[list] + kListCodes * list < all / scan.parts * part) {
+      ++list;
+    }
+    bounds[part] = list;
+  }
+  bounds[0] = 0;
+  const auto deal = [&](std::int64_t count, std::int64_t step, const auto& work) {
+    std::atomic<std::int64_t> next{0};
+    on_threads(threads, [&](std::atomic<bool>& cancelled) {
+      for (;;) {
+        const std::int64_t first = next.fetch_add(step);
+        if (first >= count || cancelled.load()) return;
+        work(first, std::min(first + step, count));
+      }
+    });
+  };
+  deal(scan.lists, 64, [&](std::int64_t a, std::int64_t b) { plan.rank(a, b); });
+  deal(scan.queries, 64, [&](std::int64_t a, std::int64_t b) {
+    plan.spend(static_cast<int>(a), static_cast<int>(b));
+  });
+  std::atomic<std::int64_t> next{0};
+  on_threads(threads, [&](std::atomic<bool>& cancelled) {
+    switch (scan.channels) {
+      case 1:
+        return scan_channels<1>(plan, bounds, next, cancelled);
+      case 2:
+        return scan_channels<2>(plan, bounds, next, cancelled);
+      case 3:
+        return scan_channels<3>(plan, bounds, next, cancelled);
+      case 4:
+        return scan_channels<4>(plan, bounds, next, cancelled);
+    }
+    throw std::invalid_argument("images must have 1 to 4 channels");
+  });
+}
+
+bool can_use_tiles() {
+#if defined(ELS_HAS_TILES)
+  static const bool can = els::can_use_tiles();
+  return can;
+#else
+  return false;
+#endif
+}
+
+void scan(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<std::int64_t> sizes,
+          Array<std::int64_t> offsets, Array<float> centroids, Array<float> norms,
+          Array<std::uint8_t> centres, Array<float> unit, Array<float> zero, bool residual,
+          std::optional<Array<float>> noise, std::optional<Array<std::uint8_t>> allowed,
+          std::int64_t pixels, Array<float> y, double precision, double blur, double budget,
+          std::int64_t most_read, int coarsest, std::uint64_t seed, bool tiles, int threads,
+          Array<double> results) {
+  if (centroids.ndim() != 2 || centres.ndim() != 2 || y.ndim() != 2 || results.ndim() != 3) {
+    throw std::invalid_argument("centroids, centres and y must have 2 dimensions, results 3");
+  }
+  const py::ssize_t lists = centroids.shape(0), size = centroids.shape(1), queries = y.shape(0),
+                    count = centres.shape(0), channels = centres.shape(1);
+  if (lists < 1 || size < 1 || queries < 1) throw std::invalid_argument("nothing to scan");
+  if (coarsest < 0 || coarsest >= els::kMostLevels) {
+    throw std::invalid_argument("coarsest must be 0 to 15");
+  }
+  if (tiles && !can_use_tiles()) throw std::invalid_argument("there is no matrix unit");
+  els::Scan scan{};
+  scan.lists = lists;
+  scan.codes = constant(codes, {lists}, "codes");
+  scan.ids = constant(ids, {lists}, "ids");
+  scan.sizes = constant(sizes, {lists}, "sizes");
+  scan.offsets = constant(offsets, {lists}, "offsets");
+  if (scan.offsets[lists - 1] + scan.sizes[lists - 1] != count) {
+    throw std::invalid_argument("the lists' sizes and centres differ");
+  }
+  scan.code_size = static_cast<int>(size);
+  scan.centroids = centroids.data();
+  scan.norms = constant(norms, {count}, "norms");
+  scan.centres = centres.data();
+  scan.channels = static_cast<int>(channels);
+  scan.unit = constant(unit, {size}, "unit");
+  scan.zero = constant(zero, {size}, "zero");
+  scan.residual = residual;
+  scan.noise = noise ? constant(*noise, {lists}, "noise") : nullptr;
+  scan.allowed = allowed ? allowed->data() : nullptr;
+  scan.pixels = pixels;
+  scan.y = constant(y, {queries, size}, "y");
+  scan.queries = static_cast<int>(queries);
+  scan.precision = precision;
+  scan.blur = blur;
+  scan.budget = budget;
+  scan.most_read = most_read;
+  scan.coarsest = coarsest;
+  scan.seed = seed;
+  scan.tiles = tiles;
+  scan.parts = static_cast<int>(results.shape(0));
+  scan.results = checked(results, {results.shape(0), scan.fields(), queries}, "results");
+  run_scan(scan, threads);
+}
+
 // The sets this processor can run, worst first. Asked of the baseline module only: merely loading
 // another could already execute an instruction that is not there.
 std::vector<std::string> instruction_sets() {
@@ -240,5 +383,15 @@ PYBIND11_MODULE(ELS_MODULE, module) {
              py::arg("alpha").noconvert(), py::arg("sigma").noconvert(), py::arg("patch_size"),
              py::arg("circular"), py::arg("threads"), py::arg("addresses").noconvert(),
              py::arg("logits").noconvert(), py::arg("centres").noconvert());
+  module.def("scan", &scan, py::arg("codes").noconvert(), py::arg("ids").noconvert(),
+             py::arg("sizes").noconvert(), py::arg("offsets").noconvert(),
+             py::arg("centroids").noconvert(), py::arg("norms").noconvert(),
+             py::arg("centres").noconvert(), py::arg("unit").noconvert(),
+             py::arg("zero").noconvert(), py::arg("residual"), py::arg("noise").noconvert(),
+             py::arg("allowed").noconvert(), py::arg("pixels"), py::arg("y").noconvert(),
+             py::arg("precision"), py::arg("blur"), py::arg("budget"), py::arg("most_read"),
+             py::arg("coarsest"), py::arg("seed"), py::arg("tiles"), py::arg("threads"),
+             py::arg("results").noconvert());
+  module.def("can_use_tiles", &can_use_tiles);
   module.def("instruction_sets", &instruction_sets);
 }

@@ -144,12 +144,15 @@ inline std::vector<Sweep> plan_sweeps(const Problem& problem) {
         sweeps.back().row_begin[0] = row;
         sweeps.back().row_end[0] = row + r;
       }
-      for (int dy = 1 - middle_rows; dy < middle_rows; ++dy) {
-        if (dy == 0) continue;
-        detail::add_sweep(problem, sweeps, dy, 0, 1);
-        sweeps.back().column_begin = column;
-        sweeps.back().column_end = column + r;
-      }
+      const auto slide = [&](int dy_begin, int dy_end) {
+        for (int dy = dy_begin; dy < dy_end; dy += kMostDisplacements) {
+          detail::add_sweep(problem, sweeps, dy, 0, std::min(kMostDisplacements, dy_end - dy));
+          sweeps.back().column_begin = column;
+          sweeps.back().column_end = column + r;
+        }
+      };
+      slide(1 - middle_rows, 0);
+      slide(1, middle_rows);
     }
     return sweeps;
   }

@@ -23,9 +23,16 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef std::int32_t IntVec __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
+typedef std::uint16_t ShortVec __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
 typedef std::uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
 inline Vec splat(float value) { return value - Vec{}; }
+
+inline Vec load(const float* from) {
+  Vec vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
 
 inline Vec min(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -36,6 +43,29 @@ inline Vec min(Vec a, Vec b) {
       _mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #else
   return a < b ? a : b;
+#endif
+}
+
+inline Vec max(Vec a, Vec b) { return -min(-a, -b); }
+
+// Lane i is values[places[i]].
+inline Vec gather(const float* values, const std::int32_t* places) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_i32gather_ps(_mm512_loadu_si512(places), values, 4));
+#else
+  Vec found;
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = values[places[lane]];
+  return found;
+#endif
+}
+
+// The first so many lanes, to places of which no two are the same.
+inline void scatter(Vec a, float* values, const std::int32_t* places, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_i32scatter_ps(values, static_cast<__mmask16>((1u << count) - 1),
+                            _mm512_loadu_si512(places), reinterpret_cast<__m512>(a), 4);
+#else
+  for (int lane = 0; lane < count; ++lane) values[places[lane]] = a[lane];
 #endif
 }
 

@@ -1,0 +1,678 @@
+// Posteriors over the inverted lists of a patch index, each list read as densely as it matters.
+//
+// A query reads 2^-j of a list, in random blocks of kRows codes, where j grows with the distance of
+// the list's centroid; what it reads is weighed 2^j fold. So sums over all codes are estimated
+// without bias, and the spread of the blocks tells the error. Lists are the outer loop: a block of
+// codes serves all queries that read it, and distances are products of small matrices.
+//
+// Lanes are queries. All exponents are to base 2: that of a code z for a query y is
+// precision * (2 y.z - |z|^2), the logit less what depends on the query alone.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "posterior.h"
+#include "tiles.h"
+#include "vector.h"
+
+namespace els {
+
+constexpr int kRows = 16;  // codes of a block
+constexpr int kMostChannels = 4;
+constexpr int kMostLevels = 16;  // of density
+// Exponents of what does not count, and of the reference before anything does.
+constexpr float kNever = -1e30f, kNothing = -1e29f;
+
+struct Scan {
+  // The lists: addresses of their codes uint8 [size, code_size] and of their int64 ids.
+  std::int64_t lists;
+  const std::uint64_t* codes;
+  const std::uint64_t* ids;
+  const std::int64_t* sizes;
+  const std::int64_t* offsets;  // of a list's first code in norms and centres
+  int code_size;
+  const float* centroids;       // [lists, code_size]
+  const float* norms;           // [count], of |z|^2
+  const std::uint8_t* centres;  // [count, C]
+  int channels;
+  // Component d of a code's z is unit[d] * byte + zero[d], plus the centroid's if `residual`.
+  const float* unit;
+  const float* zero;
+  bool residual;
+  // Which images are candidates, by id / pixels; null for all.
+  const std::uint8_t* allowed;
+  std::int64_t pixels;
+  // Queries float32 [Q, code_size].
+  const float* y;
+  int queries;
+  double precision;        // log2(e) alpha^2 / (2 sigma^2), in units of a code's component
+  double blur;             // the same, widened by the spread of a list around its centroid
+  double budget;           // codes that a query may read
+  std::int64_t most_read;  // of one list
+  int coarsest;            // the largest j
+  std::uint64_t seed;
+  // Of each list, the variance of a weight over its square, where codes are not whole patches;
+  // null where they are.
+  const float* noise;
+  bool tiles;  // whether to use the matrix unit
+  // Fixed by the input alone, so that results do not depend on the number of threads.
+  int parts;
+  double* results;  // [parts, fields, Q]
+
+  int fields() const { return 5 + 3 * channels; }
+};
+
+namespace detail {
+
+inline std::uint64_t mixed(std::uint64_t x) {  // splitmix64
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+}  // namespace detail
+
+// What all threads share: the queries in lanes, and how densely each reads each list.
+class ScanPlan {
+ public:
+  explicit ScanPlan(const Scan& scan)
+      : scan(scan),
+        groups((scan.queries + kLanes - 1) / kLanes),
+        padded(groups * kLanes),
+        ranks(static_cast<std::size_t>(scan.lists) * padded),
+        nearest(padded, 0xffff),
+        base(padded, 0) {
+    const int size = scan.code_size;
+    lanes_.resize(static_cast<std::size_t>(padded) * size);
+    powers_.resize(groups);
+    for (int p = 0; p < scan.queries; ++p) {
+      float power = 0.0f;
+      for (int d = 0; d < size; ++d) {
+        const float value = scan.y[static_cast<std::size_t>(p) * size + d];
+        lanes_[(static_cast<std::size_t>(p / kLanes) * size + d) * kLanes + p % kLanes] = value;
+        power += value * value;
+      }
+      powers_[p / kLanes][p % kLanes] = power;
+    }
+  }
+
+  // Ranks lists first..last: distances in quarters of a power of two of the weight.
+  void rank(std::int64_t first, std::int64_t last) {
+    constexpr int kTogether = 4;  // lists that share the loads of a query
+    const int size = scan.code_size;
+    const Vec scale = splat(static_cast<float>(4.0 * scan.blur));
+    for (std::int64_t list = first; list < last; list += kTogether) {
+      const float* centroids[kTogether];
+      float powers[kTogether] = {};
+      for (int i = 0; i < kTogether; ++i) {
+        centroids[i] = scan.centroids + std::min(list + i, last - 1) * size;
+        for (int d = 0; d < size; ++d) powers[i] += centroids[i][d] * centroids[i][d];
+      }
+      for (int group = 0; group < groups; ++group) {
+        const float* const lanes = lanes_.data() + static_cast<std::size_t>(group) * size * kLanes;
+        Vec products[kTogether] = {};
+        for (int d = 0; d < size; ++d) {
+          const Vec query = load(lanes + d * kLanes);
+          for (int i = 0; i < kTogether; ++i) products[i] += query * centroids[i][d];
+        }
+        for (int i = 0; i < kTogether && list + i < last; ++i) {
+          const Vec distance = powers_[group] + powers[i] - 2.0f * products[i];
+          const Vec rank = min(max(scale * distance, Vec{}), splat(65535.0f));
+          const ShortVec rounded =
+              __builtin_convertvector(__builtin_convertvector(rank, IntVec), ShortVec);
+          std::memcpy(ranks.data() + (list + i) * padded + group * kLanes, &rounded,
+                      sizeof(rounded));
+        }
+      }
+    }
+  }
+
+  // Finds from which rank on queries first..last read less than everything, within the budget.
+  void spend(int first, int last) {
+    constexpr int kBins = 256;
+    const int count = last - first;
+    for (std::int64_t list = 0; list < scan.lists; ++list) {
+      if (scan.sizes[list] == 0) continue;
+      const std::uint16_t* const row = ranks.data() + list * padded + first;
+      for (int i = 0; i < count; ++i) nearest[first + i] = std::min(nearest[first + i], row[i]);
+    }
+    std::vector<std::int64_t> bins(static_cast<std::size_t>(count) * kBins);
+    // What is read need not be known exactly: some thousand lists tell.
+    const std::int64_t stride = std::max<std::int64_t>(1, scan.lists / 4096);
+    for (std::int64_t list = 0; list < scan.lists; list += stride) {
+      const std::int64_t size = stride * std::min(scan.sizes[list], scan.most_read);
+      const std::uint16_t* const row = ranks.data() + list * padded + first;
+      for (int i = 0; i < count; ++i) {
+        bins[i * kBins + std::min(row[i] - nearest[first + i], kBins - 1)] += size;
+      }
+    }
+    for (int i = 0; i < count; ++i) {
+      const auto reads = [&](int from) {
+        double codes = 0.0;
+        for (int bin = 0; bin < kBins; ++bin) {
+          const int level = std::min(std::max((bin - from + 3) >> 2, 0), scan.coarsest);
+          codes += std::ldexp(static_cast<double>(bins[i * kBins + bin]), -level);
+        }
+        return codes;
+      };
+      int low = -4 * scan.coarsest, high = kBins;  // reads(low) is the least there is
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (reads(middle) <= scan.budget ? low : high) = middle;
+      }
+      // Where the budget is everything, so is what is read.
+      base[first + i] = nearest[first + i] + (reads(high) <= scan.budget ? 0x10000 : low);
+    }
+  }
+
+  const Scan& scan;
+  const int groups, padded;
+  std::vector<std::uint16_t> ranks;    // [lists, padded]
+  std::vector<std::uint16_t> nearest;  // [padded]
+  std::vector<std::int32_t> base;      // [padded]: the rank up to which a query reads everything
+
+ private:
+  std::vector<float> lanes_;  // [groups, code_size, lane]
+  Buffer<Vec> powers_;        // [groups]
+};
+
+// Products of a block of codes with the queries of a group, in float.
+class FloatProducts {
+ public:
+  explicit FloatProducts(const ScanPlan& plan) : scan_(plan.scan) {
+    queries_.resize(static_cast<std::size_t>(plan.padded) * scan_.code_size);
+    for (int p = 0; p < scan_.queries; ++p) {
+      for (int d = 0; d < scan_.code_size; ++d) {
+        const std::size_t at = static_cast<std::size_t>(p) * scan_.code_size + d;
+        queries_[at] = scan_.y[at] * scan_.unit[d];
+      }
+    }
+    lanes_.resize(static_cast<std::size_t>(scan_.code_size) * kLanes);
+  }
+
+  void choose(const std::int32_t* members) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float* const query =
+          queries_.data() + static_cast<std::size_t>(members[lane]) * scan_.code_size;
+      for (int d = 0; d < scan_.code_size; ++d) lanes_[d * kLanes + lane] = query[d];
+    }
+  }
+
+  // `codes` has kRows of them.
+  void multiply(const std::uint8_t* codes, Vec (&products)[kRows]) const {
+    const int size = scan_.code_size;
+    for (int row = 0; row < kRows; row += 4) {
+      Vec sums[4] = {};
+      for (int d = 0; d < size; ++d) {
+        const Vec query = load(lanes_.data() + d * kLanes);
+        for (int i = 0; i < 4; ++i) {
+          sums[i] += query * static_cast<float>(codes[(row + i) * size + d]);
+        }
+      }
+      for (int i = 0; i < 4; ++i) products[row + i] = sums[i];
+    }
+  }
+
+ private:
+  const Scan& scan_;
+  std::vector<float> queries_;  // [padded, code_size], times the codes' units
+  std::vector<float> lanes_;    // of the chosen: [code_size, lane]
+};
+
+#if defined(ELS_HAS_TILES)
+// The same on the matrix unit: queries are rounded to 16 bits, high and low byte.
+class TileProducts {
+ public:
+  static constexpr int kTileBytes = 64;
+
+  explicit TileProducts(const ScanPlan& plan)
+      : scan_(plan.scan), words_((scan_.code_size + 3) / 4), tiles_((words_ + kRows - 1) / kRows) {
+    const int size = scan_.code_size;
+    high_.resize(static_cast<std::size_t>(plan.padded) * words_ * 4);
+    low_.resize(static_cast<std::size_t>(plan.padded) * words_ * 4);
+    step_.resize(plan.padded);
+    for (int p = 0; p < scan_.queries; ++p) {
+      const float* const y = scan_.y + static_cast<std::size_t>(p) * size;
+      float largest = 1e-30f;
+      for (int d = 0; d < size; ++d) largest = std::max(largest, std::abs(y[d] * scan_.unit[d]));
+      step_[p] = largest / 32512.0f;
+      for (int d = 0; d < size; ++d) {
+        const int value = static_cast<int>(std::lrint(y[d] * scan_.unit[d] / step_[p]));
+        const int low = static_cast<std::int8_t>(value & 0xff);
+        const std::size_t at = static_cast<std::size_t>(p) * words_ * 4 + d;
+        low_[at] = static_cast<std::int8_t>(low);
+        high_[at] = static_cast<std::int8_t>((value - low) >> 8);
+      }
+    }
+    chosen_.resize(static_cast<std::size_t>(tiles_) * 2 * kRows * kTileBytes);
+    block_.resize(static_cast<std::size_t>(kRows) * words_ * 4);
+    TileShapes shapes;
+    const int last = words_ - (tiles_ - 1) * kRows;
+    // 0, 1: sums of high and low; 2, 3, 4: whole tiles of codes, high and low; 5, 6, 7: the last.
+    for (int tile = 0; tile < 8; ++tile) {
+      const bool is_codes = tile == 2 || tile == 5, is_last = tile >= 5;
+      shapes.row_bytes[tile] =
+          static_cast<std::uint16_t>(is_codes && is_last ? 4 * last : kTileBytes);
+      shapes.rows[tile] = static_cast<std::uint8_t>(!is_codes && is_last ? last : kRows);
+    }
+    load_shapes(shapes);
+  }
+
+  TileProducts(const TileProducts&) = delete;
+  TileProducts& operator=(const TileProducts&) = delete;
+  ~TileProducts() { release_tiles(); }
+
+  void choose(const std::int32_t* members) {
+    const __m512i rows = _mm512_mullo_epi32(_mm512_loadu_si512(members), _mm512_set1_epi32(words_));
+    for (int word = 0; word < words_; ++word) {
+      const __m512i at = _mm512_add_epi32(rows, _mm512_set1_epi32(word));
+      std::uint8_t* const out =
+          chosen_.data() + (word / kRows * 2 * kRows + word % kRows) * kTileBytes;
+      _mm512_store_si512(out, _mm512_i32gather_epi32(at, high_.data(), 4));
+      _mm512_store_si512(out + kRows * kTileBytes, _mm512_i32gather_epi32(at, low_.data(), 4));
+    }
+    for (int lane = 0; lane < kLanes; ++lane) steps_[lane] = step_[members[lane]];
+    // What fits stays in its tiles for all blocks.
+    const std::uint8_t* const last = chosen_.data() + (tiles_ - 1) * 2 * kRows * kTileBytes;
+    load_tile<6>(last, kTileBytes);
+    load_tile<7>(last + kRows * kTileBytes, kTileBytes);
+    if (tiles_ == 2) {
+      load_tile<3>(chosen_.data(), kTileBytes);
+      load_tile<4>(chosen_.data() + kRows * kTileBytes, kTileBytes);
+    }
+  }
+
+  void multiply(const std::uint8_t* codes, Vec (&products)[kRows]) {
+    long stride = scan_.code_size;
+    if (scan_.code_size % 4 != 0) {
+      for (int row = 0; row < kRows; ++row) {
+        std::memcpy(block_.data() + row * words_ * 4, codes + row * stride, stride);
+      }
+      codes = block_.data();
+      stride = 4 * words_;
+    }
+    clear_tile<0>();
+    clear_tile<1>();
+    for (int tile = 0; tile + 1 < tiles_; ++tile) {
+      if (tiles_ > 2) {
+        const std::uint8_t* const queries = chosen_.data() + tile * 2 * kRows * kTileBytes;
+        load_tile<3>(queries, kTileBytes);
+        load_tile<4>(queries + kRows * kTileBytes, kTileBytes);
+      }
+      load_tile<2>(codes + tile * kTileBytes, stride);
+      multiply_tiles<0, 2, 3>();
+      multiply_tiles<1, 2, 4>();
+    }
+    load_tile<5>(codes + (tiles_ - 1) * kTileBytes, stride);
+    multiply_tiles<0, 5, 6>();
+    multiply_tiles<1, 5, 7>();
+    store_tile<0>(sums_, kTileBytes);
+    store_tile<1>(sums_ + kRows * kLanes, kTileBytes);
+    const __m512 step = reinterpret_cast<__m512>(steps_);
+    const __m512 big = _mm512_mul_ps(step, _mm512_set1_ps(256.0f));
+    for (int row = 0; row < kRows; ++row) {
+      const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(sums_ + row * kLanes));
+      const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums_ + (kRows + row) * kLanes));
+      products[row] = reinterpret_cast<Vec>(_mm512_fmadd_ps(high, big, _mm512_mul_ps(low, step)));
+    }
+  }
+
+ private:
+  const Scan& scan_;
+  const int words_, tiles_;         // of a code: 4 bytes, and up to 64 bytes
+  Buffer<std::int8_t> high_, low_;  // [padded, words * 4]
+  std::vector<float> step_;
+  Vec steps_ = {};
+  Buffer<std::uint8_t> chosen_;  // [tile][high, low][word][lane * 4]
+  Buffer<std::uint8_t> block_;
+  alignas(64) std::int32_t sums_[2 * kRows * kLanes];
+};
+#endif
+
+// One thread's work: parts of the lists, one after another.
+template <int C, bool kNoisy, typename Products>
+class Scanner {
+ public:
+  explicit Scanner(ScanPlan& plan) : plan_(plan), scan_(plan.scan), products_(plan) {
+    sums_.resize(static_cast<std::size_t>(kFields) * plan.padded);
+    origin_.resize(scan_.code_size);
+    level_.resize(plan.padded);
+    found_.resize(plan.padded + kLanes);
+    sorted_.resize(plan.padded + kLanes);
+    padded_block_.resize(static_cast<std::size_t>(kRows) * scan_.code_size);
+    threshold_ =
+        static_cast<float>(22.0 + std::log2(static_cast<double>(scan_.offsets[scan_.lists - 1] +
+                                                                scan_.sizes[scan_.lists - 1]) +
+                                            1.0));
+  }
+
+  void run(int part, std::int64_t first, std::int64_t last, const std::atomic<bool>& cancelled) {
+    std::fill_n(sums_.data(), static_cast<std::size_t>(kFields) * plan_.padded, 0.0f);
+    std::fill_n(sums_.data(), plan_.padded, kNothing);
+    for (std::int64_t list = first; list < last; ++list) {
+      if (cancelled.load(std::memory_order_relaxed)) return;
+      if (scan_.sizes[list] > 0) read(list);
+    }
+    double* out = scan_.results + static_cast<std::size_t>(part) * kFields * scan_.queries;
+    for (int field = 0; field < kFields; ++field, out += scan_.queries) {
+      std::copy_n(sums_.data() + static_cast<std::size_t>(field) * plan_.padded, scan_.queries,
+                  out);
+    }
+  }
+
+ private:
+  // Of every query: reference exponent, then sums relative to it: mass, the part of it that was
+  // read, tilt, centres; and for the variance of a mean, of blocks, squares of mass, mass times
+  // centre, and squares of centre.
+  static constexpr int kReference = 0, kMass = 1, kSeen = 2, kTilt = 3, kCentre = 4,
+                       kSquares = 4 + C, kFields = kSquares + 1 + 2 * C;
+
+  static constexpr int kLikely = 4, kChecked = 32;
+
+  struct Block {
+    std::int64_t number;
+    int level;  // the coarsest that reads it
+  };
+
+  void read(std::int64_t list) {
+    list_ = list;
+    const std::int64_t size = scan_.sizes[list];
+    int finest = 0;
+    while ((size >> finest) > scan_.most_read) ++finest;
+    const int coarsest = std::max(finest, scan_.coarsest);
+    choose_blocks(size, finest);
+    if (blocks_.empty()) return;
+    if (kNoisy || scan_.residual) {
+      const float* const centroid = scan_.centroids + list * scan_.code_size;
+      for (int d = 0; d < scan_.code_size; ++d) {
+        origin_[d] = scan_.zero[d] + (scan_.residual ? centroid[d] : 0.0f);
+      }
+    }
+    // Those that are likely to be read, while queries are sorted.
+    for (const Block& block : blocks_) {
+      if (block.level >= kLikely) prefetch(block);
+    }
+    sort(finest, coarsest);
+    for (int at = 0; at < many_; at += kLanes) {
+      const int count = std::min(kLanes, many_ - at);
+      for (int lane = count; lane < kLanes; ++lane) sorted_[at + lane] = sorted_[at];
+      take(sorted_.data() + at, count);
+      const int least = level_[sorted_[at]];
+      const Block* next = blocks_.data();
+      const Block* const end = next + blocks_.size();
+      const auto find = [&] {
+        while (next != end && next->level < least) ++next;
+      };
+      find();
+      if (next == end) continue;
+      open();
+      while (next != end) {
+        const Block& block = *next++;
+        find();
+        if (next != end) prefetch(*next);
+        weigh(block);
+      }
+      close();
+    }
+    // Queries for which the list is of the coarsest level, in the order in which they are.
+    bool any = false;
+    for (const Block& block : blocks_) any = any || block.level >= coarsest;
+    if (!any || many_ == scan_.queries) return;
+    for (int group = 0; group < plan_.groups; ++group) {
+      std::int32_t members[kLanes];
+      bool serves = false;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        members[lane] = group * kLanes + lane;
+        serves = serves || (members[lane] < scan_.queries && level_[members[lane]] == coarsest);
+      }
+      if (!serves) continue;
+      take(members, std::min(kLanes, scan_.queries - group * kLanes));
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (level_[members[lane]] != coarsest) levels_[lane] = kMostLevels * 4;
+      }
+      open();
+      for (const Block& block : blocks_) {
+        if (block.level >= coarsest) weigh(block);
+      }
+      close();
+    }
+  }
+
+  // Queries that read more than the coarsest level does, those that read most first.
+  void sort(int finest, int coarsest) {
+    const std::uint16_t* const __restrict ranks =
+        plan_.ranks.data() + static_cast<std::size_t>(list_) * plan_.padded;
+    const std::int32_t* const __restrict base = plan_.base.data();
+    std::uint8_t* const __restrict level = level_.data();
+    const int padded = plan_.padded, queries = scan_.queries;
+    for (int p = 0; p < padded; ++p) {
+      const std::int32_t step = (ranks[p] - base[p] + 3) >> 2;
+      level[p] = static_cast<std::uint8_t>(std::min(std::max(step, finest), coarsest));
+    }
+    many_ = 0;
+    // Where nothing is left out, the order is that of the queries.
+    if (coarsest == finest) return;
+    std::int32_t* const __restrict found = found_.data();
+    int many = 0;
+    for (int start = 0; start < queries; start += kChecked) {
+      const int stop = std::min(start + kChecked, queries);
+      bool any = false;
+      for (int p = start; p < stop; ++p) any |= level[p] < coarsest;
+      if (!any) continue;
+      for (int p = start; p < stop; ++p) {  // without a branch
+        found[many] = p;
+        many += level[p] < coarsest;
+      }
+    }
+    many_ = many;
+    int counts[kMostLevels * 4] = {};
+    for (int i = 0; i < many_; ++i) ++counts[level[found_[i]]];
+    for (int j = 0, at = 0; j < coarsest; ++j) {
+      const int count = counts[j];
+      counts[j] = at;
+      at += count;
+    }
+    for (int i = 0; i < many_; ++i) sorted_[counts[level[found_[i]]]++] = found_[i];
+  }
+
+  // Blocks that anyone reads. Level j reads those whose number has j leading zeros: 2^-j of them,
+  // evenly spread over the list, those of level j + 1 among them.
+  void choose_blocks(std::int64_t size, int finest) {
+    blocks_.clear();
+    const std::uint32_t start =
+        static_cast<std::uint32_t>(detail::mixed(scan_.seed ^ detail::mixed(list_)) >> 32);
+    for (std::int64_t number = 0; number * kRows < size; ++number) {
+      const std::uint32_t place = start + static_cast<std::uint32_t>(number) * 2654435769u;
+      const int level = place == 0 ? 32 : __builtin_clz(place);
+      if (level >= finest) blocks_.push_back({number, level});
+    }
+  }
+
+  void take(const std::int32_t* members, int count) {
+    std::copy_n(members, kLanes, members_);
+    count_ = count;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      levels_[lane] = lane < count ? level_[members[lane]] : kMostLevels * 4;
+    }
+  }
+
+  // Brings the sums of the queries in hand into place.
+  void open() {
+    products_.choose(members_);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int level = std::min(levels_[lane], 32);
+      shift_[lane] = static_cast<float>(level);
+      // What varies between samples of the blocks; nothing where all are read.
+      varies_[lane] = 1.0f - std::ldexp(1.0f, -level);
+    }
+    parts_ = splat(1.0f) - varies_;
+    base_ = shift_;
+    if (kNoisy || scan_.residual) {
+      const float precision = static_cast<float>(2.0 * scan_.precision);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int query = std::min(members_[lane], scan_.queries - 1);
+        const float* const y = scan_.y + static_cast<std::size_t>(query) * scan_.code_size;
+        base_[lane] += precision * product_with(y);
+      }
+    }
+    for (int field = 0; field < kFields; ++field) {
+      state_[field] =
+          gather(sums_.data() + static_cast<std::size_t>(field) * plan_.padded, members_);
+    }
+  }
+
+  // Of a query with the point that the bytes of this list's codes are relative to.
+  float product_with(const float* y) const {
+    Vec sums = {};
+    int d = 0;
+    for (; d + kLanes <= scan_.code_size; d += kLanes) {
+      sums += load(y + d) * load(origin_.data() + d);
+    }
+    float rest = 0.0f;
+    for (; d < scan_.code_size; ++d) rest += y[d] * origin_[d];
+    // In pairs, as far apart as they go.
+    float lanes[kLanes];
+    std::memcpy(lanes, &sums, sizeof(lanes));
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0] + rest;
+  }
+
+  void close() {
+    for (int field = 0; field < kFields; ++field) {
+      scatter(state_[field], sums_.data() + static_cast<std::size_t>(field) * plan_.padded,
+              members_, count_);
+    }
+  }
+
+  // Memory is far away, and where the next block is no pattern.
+  void prefetch(const Block& block) const {
+    const std::int64_t begin = block.number * kRows, place = scan_.offsets[list_] + begin;
+    const char* const codes =
+        reinterpret_cast<const char*>(scan_.codes[list_]) + begin * scan_.code_size;
+    for (int at = 0; at < kRows * scan_.code_size; at += 64) __builtin_prefetch(codes + at);
+    __builtin_prefetch(scan_.norms + place);
+    __builtin_prefetch(scan_.centres + place * C);
+  }
+
+  void weigh(const Block& block) {
+    const std::int64_t size = scan_.sizes[list_], begin = block.number * kRows;
+    const int rows = static_cast<int>(std::min<std::int64_t>(kRows, size - begin));
+    const std::uint8_t* codes =
+        reinterpret_cast<const std::uint8_t*>(scan_.codes[list_]) + begin * scan_.code_size;
+    if (rows < kRows) {  // beyond the last code memory may end
+      std::memcpy(padded_block_.data(), codes, static_cast<std::size_t>(rows) * scan_.code_size);
+      codes = padded_block_.data();
+    }
+    Vec exponents[kRows];
+    products_.multiply(codes, exponents);
+    const float scale = static_cast<float>(2.0 * scan_.precision);
+    const float minus = static_cast<float>(-scan_.precision);
+    const std::int64_t place = scan_.offsets[list_] + begin;
+    Vec base = base_;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (levels_[lane] > block.level) base[lane] = kNever;
+    }
+    Vec most = splat(kNever);
+    for (int row = 0; row < kRows; ++row) {
+      const bool counts = row < rows && is_allowed(begin + row);
+      const float norm = counts ? minus * scan_.norms[place + row] : kNever;
+      exponents[row] = exponents[row] * scale + (base + norm);
+      most = max(most, exponents[row]);
+    }
+    Vec& reference = state_[kReference];
+    if (mask_less(reference - threshold_, most) == 0) return;
+    if (mask_less(reference + 8.0f, most) != 0) lower(max(reference, most));
+    Vec mass = {}, tilt = {}, centre[C] = {}, single[1 + 2 * C] = {};
+    const std::uint8_t* bytes = scan_.centres + place * C;
+    for (int row = 0; row < rows; row += 4) {
+      Vec below[4], weight[4];
+      for (int i = 0; i < 4; ++i) below[i] = exponents[row + i] - reference;
+      exp2_nonpositive(below, weight);
+      for (int i = 0; i < 4 && row + i < rows; ++i, bytes += C) {
+        mass += weight[i];
+        tilt += weight[i] * below[i];
+        const Vec square = weight[i] * weight[i];
+        if (kNoisy) single[0] += square;
+        for (int c = 0; c < C; ++c) {
+          const float level = static_cast<float>(bytes[c]);
+          centre[c] += weight[i] * level;
+          if (kNoisy) {
+            single[1 + c] += square * level;
+            single[1 + C + c] += square * (level * level);
+          }
+        }
+      }
+    }
+    state_[kMass] += mass;
+    state_[kSeen] += parts_ * mass;
+    // The entropy is of the weights, not of how many each of them stands for.
+    state_[kTilt] += tilt - shift_ * mass;
+    const Vec varying = varies_ * mass;
+    state_[kSquares] += varying * mass;
+    for (int c = 0; c < C; ++c) {
+      state_[kCentre + c] += centre[c];
+      state_[kSquares + 1 + c] += varying * centre[c];
+      state_[kSquares + 1 + C + c] += varies_ * centre[c] * centre[c];
+    }
+    if (kNoisy) {
+      for (int i = 0; i < 1 + 2 * C; ++i) state_[kSquares + i] += scan_.noise[list_] * single[i];
+    }
+  }
+
+  bool is_allowed(std::int64_t row) const {
+    if (scan_.allowed == nullptr) return true;
+    const auto* ids = reinterpret_cast<const std::int64_t*>(scan_.ids[list_]);
+    return scan_.allowed[ids[row] / scan_.pixels] != 0;
+  }
+
+  // Moves the sums in hand to nearer references.
+  void lower(Vec reference) {
+    const Vec shift[1] = {state_[kReference] - reference};
+    Vec factors[1];
+    exp2_nonpositive(shift, factors);
+    const Vec factor = factors[0], square = factor * factor;
+    const Vec mass = state_[kMass] * factor;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      // Before the first code the shift is as good as infinite, and there is no mass.
+      state_[kTilt][lane] = mass[lane] > 0.0f
+                                ? state_[kTilt][lane] * factor[lane] + shift[0][lane] * mass[lane]
+                                : 0.0f;
+    }
+    state_[kMass] = mass;
+    state_[kSeen] *= factor;
+    for (int c = 0; c < C; ++c) state_[kCentre + c] *= factor;
+    for (int field = kSquares; field < kFields; ++field) state_[field] *= square;
+    state_[kReference] = reference;
+  }
+
+  ScanPlan& plan_;
+  const Scan& scan_;
+  Products products_;
+  float threshold_;
+  Buffer<float> sums_;  // [field][padded]
+  std::vector<float> origin_;
+  std::vector<std::uint8_t> level_;  // of every query for the list in hand
+  std::vector<std::int32_t> found_, sorted_;
+  std::vector<Block> blocks_;
+  std::vector<std::uint8_t> padded_block_;
+  std::int64_t list_ = 0;
+  int many_ = 0;
+
+  // The queries in hand.
+  std::int32_t members_[kLanes];
+  int count_ = 0;
+  int levels_[kLanes];
+  Vec shift_ = {}, varies_ = {}, parts_ = {}, base_ = {};
+  Vec state_[kFields];
+};
+
+}  // namespace els

@@ -1,0 +1,59 @@
+// Byte products on the matrix unit (AMX) of recent x86 processors, by its six instructions.
+//
+// Written as assembly, since compilers give the intrinsics only to code that may not run elsewhere.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX512F__) && defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define ELS_HAS_TILES 1
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace els {
+
+// Whether the processor has the unit and the system lets this process use it.
+inline bool can_use_tiles() {
+  constexpr unsigned kTileBit = 1u << 24, kByteBit = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & kTileBit) == 0 || (d & kByteBit) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+struct alignas(64) TileShapes {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {};
+  std::uint8_t rows[16] = {};
+};
+
+inline void load_shapes(const TileShapes& shapes) { asm volatile("ldtilecfg %0" : : "m"(shapes)); }
+
+inline void release_tiles() { asm volatile("tilerelease"); }
+
+template <int kTile>
+inline void load_tile(const void* data, long stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(data), "r"(stride), "i"(kTile) : "memory");
+}
+
+template <int kTile>
+inline void store_tile(void* data, long stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(data), "r"(stride), "i"(kTile) : "memory");
+}
+
+template <int kTile>
+inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+
+// sums += bytes (unsigned) x others (signed)
+template <int kSums, int kBytes, int kOthers>
+inline void multiply_tiles() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kBytes), "i"(kOthers));
+}
+
+}  // namespace els
+#endif

@@ -1,0 +1,348 @@
+"""Posteriors from inverted lists: all of them against the oracle, parts of them against all."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from els.engine import ScoreMachine
+from els.engine.native import instruction_sets
+from els.engine.scan import ListSums, can_scan, has_tiles, is_precise, scan
+from els.index import DatabaseError, PatchDatabase, PatchIndex
+from els.index.manifests import sealed
+
+ALPHA = 0.9
+UNITS = [(name, tiles) for name in instruction_sets() for tiles in (False, True)]
+
+
+def smooth_images(count: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:
+    """Images whose neighbouring pixels are alike, uint8 ``[count, C, H, W]``."""
+    channels, height, width = shape
+    rng = np.random.default_rng(seed)
+    field = rng.standard_normal((count, channels, height + 2, width + 2)).cumsum(2).cumsum(3)
+    field = field[..., 2:, 2:] - field[..., 2:, :-2].mean((2, 3), keepdims=True)
+    return np.clip(128 + 30 * field, 0, 255).astype(np.uint8)
+
+
+def indexed(
+    folder: Path, shape: tuple[int, int, int], patch_size: int, factory: str, count: int = 60
+) -> tuple[PatchDatabase, PatchIndex]:
+    labels = np.arange(count) % 3
+    db = PatchDatabase.build(smooth_images(count, shape, 0), labels, path=folder / "db")
+    return db, db.build_index(patch_size, factory=factory)
+
+
+def noisy(db: PatchDatabase, sigma: float, seed: int = 1) -> np.ndarray:
+    """One held-out image with noise, float64 ``[C, H, W]``."""
+    clean = smooth_images(1, db.shape, 99)[0] / 127.5 - 1
+    return ALPHA * clean + sigma * np.random.default_rng(seed).standard_normal(clean.shape)
+
+
+def query_patches(x: np.ndarray, patch_size: int) -> np.ndarray:
+    """Patches inside the image, over alpha, float32 ``[Q, C, P, P]``."""
+    windows = np.lib.stride_tricks.sliding_window_view(x, (patch_size, patch_size), axis=(1, 2))
+    moved = windows.transpose(1, 2, 0, 3, 4)
+    return (moved / ALPHA).reshape(-1, *moved.shape[2:]).astype(np.float32)
+
+
+def read(
+    index: PatchIndex, x: np.ndarray, sigma: float, share: float, **options: object
+) -> ListSums:
+    assert index.inverted is not None
+    y, rest = index.components(query_patches(x, index.patch_size))
+    given = {"seed": 3, **options}
+    return scan(index.inverted, y, rest, alpha=ALPHA, sigma=sigma, share=share, **given)  # type: ignore[arg-type]
+
+
+def inside(values: np.ndarray, patch_size: int) -> np.ndarray:
+    """Of a map ``[..., H, W]``, the pixels whose patches are inside, ``[Q, ...]``."""
+    r = patch_size // 2
+    middle = values[..., r : values.shape[-2] - r, r : values.shape[-1] - r]
+    return np.moveaxis(middle.reshape(*middle.shape[:-2], -1), -1, 0)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: f"{unit[0]}{'-tiles' * unit[1]}")
+@pytest.mark.parametrize(
+    ("shape", "patch_size", "factory"),
+    [
+        pytest.param((1, 9, 12), 3, "IVF8,SQ8_direct", id="9 bytes"),
+        pytest.param((1, 8, 8), 1, "IVF4,SQ8_direct", id="1 byte"),
+        pytest.param((3, 10, 9), 3, "Pad40,IVF8_HNSW8,SQ8_direct", id="padded colour"),
+        pytest.param((3, 9, 9), 5, "Pad88,IVF6,SQ8_direct", id="two tiles"),
+        pytest.param((3, 9, 9), 7, "Pad152,IVF3,SQ8_direct", id="three tiles"),
+    ],
+)
+@pytest.mark.parametrize("sigma", [0.05, 0.4, 3.0, 1e3])
+def test_all_of_the_lists_are_the_posterior(
+    tmp_path: Path,
+    shape: tuple[int, int, int],
+    patch_size: int,
+    factory: str,
+    sigma: float,
+    unit: tuple[str, bool],
+) -> None:
+    name, tiles = unit
+    if tiles and not has_tiles(name):
+        pytest.skip("this processor has no matrix unit")
+    db, index = indexed(tmp_path, shape, patch_size, factory, count=12)
+    x = noisy(db, sigma)
+    sums = read(index, x, sigma, 1.0, instruction_set=name, tiles=tiles)
+    truth = oracle.posterior(
+        db.images,
+        x,
+        alpha=ALPHA,
+        sigma=sigma,
+        kind="ELS",
+        boundary="zeros",
+        patch_size=patch_size,
+    )
+    mean = sums.centre / sums.mass[:, None]
+    # Logits are sums of float32 numbers as large as the patches' norms over sigma^2.
+    rounding = 1e-5 + 3e-8 * 4 * shape[0] * patch_size**2 / sigma**2
+    expected = inside(truth.log_evidence, patch_size)
+    if tiles:
+        # Queries are rounded to 1 / 65024 of their largest value, which moves a logit by
+        # alpha^2 / sigma^2 times the rounding error times what is left of the distance.
+        step = np.abs(query_patches(x, patch_size) + 1).max() / 32512 / math.sqrt(12)
+        rounding += ALPHA / sigma * step * math.sqrt(2 * np.abs(expected).max())
+    np.testing.assert_allclose(mean, inside(truth.mean, patch_size), atol=5 * rounding)
+    evidence = sums.maximum + np.log(sums.mass)
+    np.testing.assert_allclose(evidence, expected, rtol=1e-5, atol=5 * rounding)
+    effective = inside(truth.effective_patches, patch_size)
+    np.testing.assert_allclose(sums.effective, effective, rtol=20 * rounding)
+    np.testing.assert_array_equal(sums.deviation, 0.0)
+    np.testing.assert_allclose(sums.seen, sums.mass, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[PatchDatabase, PatchIndex]:
+    folder = tmp_path_factory.mktemp("scan")
+    return indexed(folder, (1, 12, 11), 5, "Pad40,IVF64,SQ8_direct", count=900)
+
+
+@pytest.mark.parametrize("sigma", [0.2, 0.5, 2.0])
+def test_parts_estimate_the_whole_without_bias(
+    large: tuple[PatchDatabase, PatchIndex], sigma: float
+) -> None:
+    db, index = large
+    x = noisy(db, sigma)
+    whole = read(index, x, sigma, 1.0)
+    evidence = whole.maximum + np.log(whole.mass)
+    ratios = []
+    for seed in range(60):
+        part = read(index, x, sigma, 0.1, seed=seed)
+        ratios.append(np.exp(part.maximum + np.log(part.mass) - evidence))
+    # The mass is unbiased pixel by pixel; over seeds its mean is off by its standard error.
+    means, errors = np.mean(ratios, 0), np.std(ratios, 0) / math.sqrt(len(ratios))
+    assert np.abs(means - 1).max() <= 5 * errors.max()
+    assert np.mean(np.abs(means - 1) <= 2 * errors + 1e-6) >= 0.85
+
+
+# Where many blocks of a list are read they are more evenly spread than chance, and errors smaller
+# than claimed; where few patches share a pixel it is the other way (`estimate._doubt`).
+@pytest.mark.parametrize(
+    ("sigma", "least", "most"), [(0.5, 0.7, 1.6), (0.8, 0.6, 1.3), (2.0, 0.35, 1.1)]
+)
+def test_errors_are_what_they_claim(
+    large: tuple[PatchDatabase, PatchIndex], sigma: float, least: float, most: float
+) -> None:
+    db, index = large
+    x = noisy(db, sigma)
+    whole = read(index, x, sigma, 1.0)
+    shared = whole.effective > 200
+    errors, claims = [], []
+    for seed in range(20):
+        part = read(index, x, sigma, 0.1, seed=seed)
+        error = part.centre / part.mass[:, None] - whole.centre / whole.mass[:, None]
+        errors.append(error[shared])
+        claims.append(part.deviation[shared])
+    assert shared.mean() > 0.2
+    assert np.abs(errors).mean() > 1e-3
+    assert least <= math.sqrt(np.square(errors).mean() / np.square(claims).mean()) <= most
+
+
+def test_more_is_nearer(large: tuple[PatchDatabase, PatchIndex]) -> None:
+    db, index = large
+    x = noisy(db, 0.5)
+    whole = read(index, x, 0.5, 1.0)
+    errors = []
+    for share in (0.02, 0.1, 0.5):
+        part = read(index, x, 0.5, share)
+        means = part.centre / part.mass[:, None], whole.centre / whole.mass[:, None]
+        errors.append(np.abs(means[0] - means[1]).mean())
+    assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
+
+
+@pytest.mark.parametrize("share", [0.03, 1.0])
+def test_threads_change_no_bit(large: tuple[PatchDatabase, PatchIndex], share: float) -> None:
+    db, index = large
+    x = noisy(db, 0.4)
+    one, three = (read(index, x, 0.4, share, threads=threads) for threads in (1, 3))
+    for name in ("maximum", "mass", "centre", "tilt", "seen", "deviation"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(three, name))
+
+
+@pytest.mark.parametrize("factory", ["PCA60,IVF8,SQ8", "IVF8,SQ8"])
+def test_codes_that_lose_little_err_little(tmp_path: Path, factory: str) -> None:
+    sigma = 1.5
+    db, index = indexed(tmp_path, (3, 10, 10), 5, factory, count=80)
+    x = noisy(db, sigma)
+    lists = index.inverted
+    assert lists is not None
+    assert not lists.is_lossless
+    assert is_precise(lists, ALPHA, sigma)
+    sums = read(index, x, sigma, 1.0)
+    machine = ScoreMachine(db, "ELS", "zeros")
+    exact = machine.posterior(
+        torch.from_numpy(x)[None].float(), alpha=ALPHA, sigma=sigma, patch_size=5
+    )
+    error = sums.centre / sums.mass[:, None] - inside(exact.mean[0].numpy(), 5)
+    assert np.sqrt(np.square(error).mean()) <= 1.5 * np.sqrt(np.square(sums.deviation).mean())
+    evidence = inside(exact.log_evidence[0].double().numpy(), 5)
+    np.testing.assert_allclose(sums.maximum + np.log(sums.mass), evidence, atol=0.25)
+
+
+def test_tables_are_of_the_codes(tmp_path: Path) -> None:
+    db, index = indexed(tmp_path, (3, 8, 9), 3, "Pad40,IVF8,SQ8_direct")
+    lists = index.inverted
+    assert lists is not None
+    _, found = index.search(np.zeros((1, 3, 3, 3), np.float32), index.count, effort=8)
+    assert sorted(found[0]) == sorted({*found[0]})
+    patches = np.lib.stride_tricks.sliding_window_view(db.images, (3, 3), axis=(2, 3))
+    levels = patches.transpose(0, 2, 3, 1, 4, 5).reshape(index.count, -1).astype(np.float64)
+    assert np.sort(lists.norms) == pytest.approx(np.sort(np.square(levels).sum(1)))
+    for c in range(3):
+        middle = db.images[:, c, 1:-1, 1:-1].ravel()
+        np.testing.assert_array_equal(np.sort(lists.centres[:, c]), np.sort(middle))
+    assert lists.sizes.sum() == index.count
+    assert (lists.misfits == 0).all()
+    nearest = np.square(levels[:, None] - lists.centroids[None, :, :27]).sum(2).min(1)
+    within = np.average(lists.spread, weights=lists.sizes)
+    assert within == pytest.approx(nearest.mean(), rel=1e-3)
+
+
+def machine_of(large: tuple[PatchDatabase, PatchIndex], boundary: str = "zeros") -> ScoreMachine:
+    return ScoreMachine(large[0], "ELS", boundary)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+def test_the_mode(large: tuple[PatchDatabase, PatchIndex], boundary: str) -> None:
+    db, _ = large
+    machine = machine_of(large, boundary)
+    x = torch.from_numpy(noisy(db, 0.5))[None].float()
+    arguments = {"alpha": ALPHA, "sigma": 0.5, "patch_size": 5}
+    exact = machine.posterior(x, **arguments)
+    some = machine.posterior(x, **arguments, mode="lists", share=0.1)
+    assert some.modes == ("lists",)
+    assert some.error_kinds == ("estimate",)
+    assert 0.01 < some.omitted_mass[0, 5, 5] < 1
+    error = (some.mean - exact.mean).abs()
+    assert error.mean() <= 2 * some.mean_error.mean()
+    whole = machine.posterior(x, **arguments, mode="lists", share=1)
+    torch.testing.assert_close(whole.mean, exact.mean, rtol=0, atol=2e-4)
+    torch.testing.assert_close(whole.log_evidence, exact.log_evidence, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        whole.effective_patches, exact.effective_patches, rtol=2e-3, atol=1e-3
+    )
+    if boundary == "zeros":
+        border = torch.ones(x.shape[2:], dtype=torch.bool)
+        border[2:-2, 2:-2] = False
+        assert (some.mean_error[0][border] == 0).all()
+        torch.testing.assert_close(
+            some.mean[0, 0][border], exact.mean[0, 0][border], rtol=0, atol=2e-5
+        )
+
+
+def test_a_class_is_read_from_its_own_images(large: tuple[PatchDatabase, PatchIndex]) -> None:
+    machine = machine_of(large)
+    x = torch.from_numpy(noisy(large[0], 0.5))[None].float()
+    arguments = {"alpha": ALPHA, "sigma": 0.5, "patch_size": 5, "labels": 1}
+    exact = machine.posterior(x, **arguments)
+    whole = machine.posterior(x, **arguments, mode="lists", share=1)
+    torch.testing.assert_close(whole.mean, exact.mean, rtol=0, atol=2e-4)
+    some = machine.posterior(x, **arguments, mode="lists", share=0.3)
+    assert (some.mean - exact.mean).abs().mean() <= 2 * some.mean_error.mean()
+
+
+def test_results_repeat_and_the_batch_does_not_show(
+    large: tuple[PatchDatabase, PatchIndex],
+) -> None:
+    machine = machine_of(large)
+    x = torch.from_numpy(np.stack([noisy(large[0], 0.5, seed) for seed in (1, 2)])).float()
+    arguments = {"alpha": ALPHA, "sigma": 0.5, "patch_size": 5, "mode": "lists", "share": 0.05}
+    both = machine.posterior(x, **arguments, seed=[4, 5])
+    again = machine.posterior(x[1:], **arguments, seed=[5])
+    other = machine.posterior(x[1:], **arguments, seed=[6])
+    assert torch.equal(both.mean[1:], again.mean)
+    assert not torch.equal(both.mean[1:], other.mean)
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+def test_auto_reads_lists_where_they_are_cheapest(
+    large: tuple[PatchDatabase, PatchIndex], boundary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db, _ = large
+    # On so few images everything is cheaper than many short lists, but that is not the point here.
+    monkeypatch.setattr("els.engine.estimate._LIST_PAIRS", 1.0)
+    machine = machine_of(large, boundary)
+    x = torch.from_numpy(noisy(db, 0.4))[None].float()
+    arguments = {"alpha": ALPHA, "sigma": 0.4, "patch_size": 5}
+    exact = machine.posterior(x, **arguments)
+    near = machine.posterior(x, **arguments, mode="auto", tolerance=0.02)
+    assert near.modes == ("lists",)
+    assert (near.mean - exact.mean).abs().mean() <= 0.02
+    nothing = machine.posterior(x, **arguments, mode="auto", tolerance=1e-9)
+    assert nothing.modes == ("exact",)
+
+
+def test_what_is_wrong_is_said(
+    large: tuple[PatchDatabase, PatchIndex],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = machine_of(large)
+    x = torch.from_numpy(noisy(large[0], 0.5))[None].float()
+    arguments = {"alpha": ALPHA, "sigma": 0.5, "patch_size": 5, "mode": "lists"}
+    for share in (0, -1, 1.5, math.nan, "much"):
+        with pytest.raises(ValueError, match="share="):
+            machine.posterior(x, **arguments, share=share)
+    with pytest.raises(DatabaseError, match="no index of patch size 3"):
+        machine.posterior(x, **{**arguments, "patch_size": 3})
+    with pytest.raises(ValueError, match=r"sigma=0\.0001"):
+        machine.posterior(x, **{**arguments, "sigma": 1e-4})
+    with pytest.raises(ValueError, match="alpha=0"):
+        machine.posterior(x, **{**arguments, "alpha": 0.0})
+    with pytest.raises(ValueError, match="needs kind='ELS'"):
+        ScoreMachine(large[0], "LS").posterior(x, **arguments)
+    coded, _ = indexed(tmp_path, (1, 12, 11), 5, "PCA8,IVF4,PQ4x4", count=60)
+    with pytest.raises(ValueError, match="one byte per component"):
+        ScoreMachine(coded, "ELS").posterior(x, **arguments)
+    assert can_scan()
+    monkeypatch.setattr("els.engine.machines.can_scan", lambda: False)
+    with pytest.raises(ValueError, match="compiled extension"):
+        machine.posterior(x, **arguments)
+
+
+def test_damaged_tables_are_found(tmp_path: Path) -> None:
+    db, index = indexed(tmp_path, (1, 8, 8), 3, "IVF4,SQ8_direct")
+    index.verify()
+    norms = index.path / "norms.npy"
+    sound = norms.read_bytes()
+    norms.write_bytes(sound[:-4])
+    with pytest.raises(DatabaseError, match=r"norms\.npy has"):
+        db.open_index(3)
+    norms.write_bytes(sound[:-4] + b"\0\0\0\1")
+    with pytest.raises(DatabaseError, match=r"SHA-256 of norms\.npy"):
+        db.open_index(3).verify()
+    norms.unlink()
+    with pytest.raises(DatabaseError, match="cannot be read"):
+        db.open_index(3)
+    manifest = json.loads((index.path / "manifest.json").read_text())
+    del manifest["files"]["norms.npy"], manifest["checksum"]
+    (index.path / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(DatabaseError, match="fields"):
+        db.open_index(3)
