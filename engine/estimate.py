@@ -35,6 +35,7 @@ from els.engine.posterior import (
 )
 from els.engine.scan import can_scan, is_precise, scan
 from els.index import PatchDatabase, PatchIndex
+from els.index.retrieval import DEFAULT_EFFORT
 
 Members = npt.NDArray[np.int64]
 
@@ -313,10 +314,14 @@ class Estimator:
 
     @property
     def _first_share(self) -> float:
-        """The share that is read at first: lists of long codes say less about their patches."""
+        """The share that is read at first.
+
+        Lists of long codes say less about their patches. Where few patches share a pixel they must
+        be met, and that takes as many lists as a search would probe.
+        """
         assert self._index is not None
         _, size = self._index.codes_read()
-        return min(max(size, 64) / (64 * 256), 1 / 64)
+        return max(min(max(size, 64) / (64 * 192), 1 / 64), DEFAULT_EFFORT / self._index.lists)
 
     def _with_lists(self, share: float) -> tuple[PosteriorState, Error]:
         """The lists' posterior, and the exact one of the pixels that the index does not serve."""

@@ -124,6 +124,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[PatchDatabase, Patc
     return indexed(folder, (1, 12, 11), 5, "Pad40,IVF64,SQ8_direct", count=900)
 
 
+@pytest.fixture(scope="module")
+def many_lists(tmp_path_factory: pytest.TempPathFactory) -> PatchDatabase:
+    folder = tmp_path_factory.mktemp("many")
+    return indexed(folder, (1, 12, 11), 5, "Pad40,IVF1024,SQ8_direct", count=900)[0]
+
+
 @pytest.mark.parametrize("sigma", [0.2, 0.5, 2.0])
 def test_parts_estimate_the_whole_without_bias(
     large: tuple[PatchDatabase, PatchIndex], sigma: float
@@ -282,19 +288,24 @@ def test_results_repeat_and_the_batch_does_not_show(
 
 
 @pytest.mark.parametrize("boundary", ["zeros", "circular"])
+@pytest.mark.parametrize("sigma", [0.2, 0.4, 0.8])
 def test_auto_reads_lists_where_they_are_cheapest(
-    large: tuple[PatchDatabase, PatchIndex], boundary: str, monkeypatch: pytest.MonkeyPatch
+    many_lists: PatchDatabase, boundary: str, sigma: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    db, _ = large
     # On so few images everything is cheaper than many short lists, but that is not the point here.
     monkeypatch.setattr("els.engine.estimate._LIST_PAIRS", 1.0)
-    machine = machine_of(large, boundary)
-    x = torch.from_numpy(noisy(db, 0.4))[None].float()
-    arguments = {"alpha": ALPHA, "sigma": 0.4, "patch_size": 5}
+    machine = ScoreMachine(many_lists, "ELS", boundary)  # type: ignore[arg-type]
+    x = torch.from_numpy(noisy(many_lists, sigma))[None].float()
+    arguments = {"alpha": ALPHA, "sigma": sigma, "patch_size": 5}
     exact = machine.posterior(x, **arguments)
-    near = machine.posterior(x, **arguments, mode="auto", tolerance=0.02)
-    assert near.modes == ("lists",)
-    assert (near.mean - exact.mean).abs().mean() <= 0.02
+    errors, claims = [], []
+    for seed in range(6):
+        near = machine.posterior(x, **arguments, mode="auto", tolerance=0.03, seed=seed)
+        assert near.modes == ("lists",)
+        errors.append(float((near.mean - exact.mean).abs().mean()))
+        claims.append(0.8 * float(near.mean_error.mean()))
+    assert np.mean(errors) <= 0.03
+    assert np.mean(errors) <= 2.5 * np.mean(claims)
     nothing = machine.posterior(x, **arguments, mode="auto", tolerance=1e-9)
     assert nothing.modes == ("exact",)
 

@@ -592,18 +592,24 @@ class Scanner {
     if (mask_less(reference - threshold_, most) == 0) return;
     if (mask_less(reference + 8.0f, most) != 0) lower(max(reference, most));
     Vec mass = {}, tilt = {}, centre[C] = {}, single[1 + 2 * C] = {};
-    const std::uint8_t* bytes = scan_.centres + place * C;
+    std::uint8_t bytes[kRows * C] = {};
+    std::memcpy(bytes, scan_.centres + place * C, static_cast<std::size_t>(rows) * C);
+    float levels[kRows * C];
+    for (int i = 0; i < kRows * C; i += kLanes) {
+      const Vec converted = bytes_to_floats(bytes + i);
+      std::memcpy(levels + i, &converted, sizeof(converted));
+    }
     for (int row = 0; row < rows; row += 4) {
       Vec below[4], weight[4];
       for (int i = 0; i < 4; ++i) below[i] = exponents[row + i] - reference;
       exp2_nonpositive(below, weight);
-      for (int i = 0; i < 4 && row + i < rows; ++i, bytes += C) {
+      for (int i = 0; i < 4 && row + i < rows; ++i) {
         mass += weight[i];
         tilt += weight[i] * below[i];
         const Vec square = weight[i] * weight[i];
         if (kNoisy) single[0] += square;
         for (int c = 0; c < C; ++c) {
-          const float level = static_cast<float>(bytes[c]);
+          const float level = levels[(row + i) * C + c];
           centre[c] += weight[i] * level;
           if (kNoisy) {
             single[1 + c] += square * level;

@@ -46,7 +46,14 @@ inline Vec min(Vec a, Vec b) {
 #endif
 }
 
-inline Vec max(Vec a, Vec b) { return -min(-a, -b); }
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // Lane i is values[places[i]].
 inline Vec gather(const float* values, const std::int32_t* places) {
