@@ -33,7 +33,7 @@ from els.engine.posterior import (
     merge,
     moved,
 )
-from els.engine.scan import can_scan, is_precise, scan
+from els.engine.scan import COARSEST, can_scan, is_precise, scan
 from els.index import PatchDatabase, PatchIndex
 from els.index.retrieval import DEFAULT_EFFORT
 
@@ -59,7 +59,7 @@ _SCAN_POWER = 0.8
 # Shares of the tolerance that may be the interior's, and what a pair of the border's costs.
 _SPLITS, _BORDER_PAIRS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9), 2.0
 # Where they cost so few first looks, lists need none.
-_PLAIN = 8
+_PLAIN = 6
 # A subset that is so large a part of the images is not worth its error.
 _MOST_SHARE = 0.6
 # Aim below the tolerance: its measure is itself uncertain.
@@ -321,7 +321,8 @@ class Estimator:
         """
         assert self._index is not None
         _, size = self._index.codes_read()
-        return max(min(max(size, 64) / (64 * 192), 1 / 64), DEFAULT_EFFORT / self._index.lists)
+        by_search = 2 * DEFAULT_EFFORT / self._index.lists
+        return max(min((size / 64) ** 1.5 / 192, 1 / 32), by_search, 1.5 * 2.0**-COARSEST)
 
     def _with_lists(self, share: float) -> tuple[PosteriorState, Error]:
         """The lists' posterior, and the exact one of the pixels that the index does not serve."""

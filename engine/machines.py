@@ -160,6 +160,7 @@ class ScoreMachine:
             k: how many patches the index is asked for per pixel, >= 1.
             subset: how many images are in a subset, >= 32.
             share: of the patches of the index, that a pixel reads of its lists, 0 to 1; 1 for all.
+                2^-10 of all lists is the least that is read.
             seed: of what is drawn: of image b of the batch, (seed, b); or one for each image.
 
         Raises:

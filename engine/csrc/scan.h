@@ -138,27 +138,30 @@ class ScanPlan {
   void spend(int first, int last) {
     constexpr int kBins = 256;
     const int count = last - first;
+    std::uint16_t* const __restrict least = nearest.data() + first;
     for (std::int64_t list = 0; list < scan.lists; ++list) {
       if (scan.sizes[list] == 0) continue;
-      const std::uint16_t* const row = ranks.data() + list * padded + first;
-      for (int i = 0; i < count; ++i) nearest[first + i] = std::min(nearest[first + i], row[i]);
+      const std::uint16_t* const __restrict row = ranks.data() + list * padded + first;
+      for (int i = 0; i < count; ++i) least[i] = row[i] < least[i] ? row[i] : least[i];
     }
     std::vector<std::int64_t> bins(static_cast<std::size_t>(count) * kBins);
-    // What is read need not be known exactly: some thousand lists tell.
-    const std::int64_t stride = std::max<std::int64_t>(1, scan.lists / 4096);
+    // What is read need not be known exactly: some ten thousand lists tell.
+    const std::int64_t stride = std::max<std::int64_t>(1, scan.lists / 16384);
     for (std::int64_t list = 0; list < scan.lists; list += stride) {
       const std::int64_t size = stride * std::min(scan.sizes[list], scan.most_read);
       const std::uint16_t* const row = ranks.data() + list * padded + first;
       for (int i = 0; i < count; ++i) {
-        bins[i * kBins + std::min(row[i] - nearest[first + i], kBins - 1)] += size;
+        bins[i * kBins + std::min(row[i] - least[i], kBins - 1)] += size;
       }
     }
+    double parts[kMostLevels];
+    for (int level = 0; level < kMostLevels; ++level) parts[level] = std::ldexp(1.0, -level);
     for (int i = 0; i < count; ++i) {
       const auto reads = [&](int from) {
         double codes = 0.0;
         for (int bin = 0; bin < kBins; ++bin) {
           const int level = std::min(std::max((bin - from + 3) >> 2, 0), scan.coarsest);
-          codes += std::ldexp(static_cast<double>(bins[i * kBins + bin]), -level);
+          codes += parts[level] * static_cast<double>(bins[i * kBins + bin]);
         }
         return codes;
       };
@@ -168,7 +171,7 @@ class ScanPlan {
         (reads(middle) <= scan.budget ? low : high) = middle;
       }
       // Where the budget is everything, so is what is read.
-      base[first + i] = nearest[first + i] + (reads(high) <= scan.budget ? 0x10000 : low);
+      base[first + i] = least[i] + (reads(high) <= scan.budget ? 0x10000 : low);
     }
   }
 
@@ -374,7 +377,7 @@ class Scanner {
   static constexpr int kReference = 0, kMass = 1, kSeen = 2, kTilt = 3, kCentre = 4,
                        kSquares = 4 + C, kFields = kSquares + 1 + 2 * C;
 
-  static constexpr int kLikely = 4, kChecked = 32;
+  static constexpr int kChecked = 32;
 
   struct Block {
     std::int64_t number;
@@ -387,7 +390,8 @@ class Scanner {
     int finest = 0;
     while ((size >> finest) > scan_.most_read) ++finest;
     const int coarsest = std::max(finest, scan_.coarsest);
-    choose_blocks(size, finest);
+    sort(finest, coarsest);
+    choose_blocks(size, many_ > 0 ? level_[sorted_[0]] : coarsest);
     if (blocks_.empty()) return;
     if (kNoisy || scan_.residual) {
       const float* const centroid = scan_.centroids + list * scan_.code_size;
@@ -395,11 +399,6 @@ class Scanner {
         origin_[d] = scan_.zero[d] + (scan_.residual ? centroid[d] : 0.0f);
       }
     }
-    // Those that are likely to be read, while queries are sorted.
-    for (const Block& block : blocks_) {
-      if (block.level >= kLikely) prefetch(block);
-    }
-    sort(finest, coarsest);
     for (int at = 0; at < many_; at += kLanes) {
       const int count = std::min(kLanes, many_ - at);
       for (int lane = count; lane < kLanes; ++lane) sorted_[at + lane] = sorted_[at];
@@ -482,16 +481,17 @@ class Scanner {
     for (int i = 0; i < many_; ++i) sorted_[counts[level[found_[i]]]++] = found_[i];
   }
 
-  // Blocks that anyone reads. Level j reads those whose number has j leading zeros: 2^-j of them,
-  // evenly spread over the list, those of level j + 1 among them.
-  void choose_blocks(std::int64_t size, int finest) {
+  // Blocks that anyone reads, at the least level that there is. Level j reads those whose number
+  // has j leading zeros: 2^-j of them, evenly spread over the list, those of level j + 1 among
+  // them.
+  void choose_blocks(std::int64_t size, int least) {
     blocks_.clear();
     const std::uint32_t start =
         static_cast<std::uint32_t>(detail::mixed(scan_.seed ^ detail::mixed(list_)) >> 32);
     for (std::int64_t number = 0; number * kRows < size; ++number) {
       const std::uint32_t place = start + static_cast<std::uint32_t>(number) * 2654435769u;
       const int level = place == 0 ? 32 : __builtin_clz(place);
-      if (level >= finest) blocks_.push_back({number, level});
+      if (level >= least) blocks_.push_back({number, level});
     }
   }
 
