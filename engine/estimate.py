@@ -203,7 +203,8 @@ class Estimator:
         """
         inside, total = float(interior.double().mean()), len(self._order)
         error = inside * _typical_error(start[1], interior)
-        border = (1 - inside) * _typical_error(self.combined(None, tail)[1], ~interior)
+        around = _typical_error(self.combined(None, tail)[1], ~interior)
+        border = (1 - inside) * max(around, 1e-30)
         costs = {}
         for part in _SPLITS:
             cost = 0.0
@@ -220,9 +221,9 @@ class Estimator:
     def _border_cost(self) -> float:
         """Of an image for the border's pixels, in images of the exact kernel for the others."""
         _, _, height, width = self._query.x.shape
-        around = self._query.patch_size - 1
-        inside = (height - around) * (width - around)
-        edges = around * ((height - around) ** 2 + (width - around) ** 2) + around**2
+        reach = self._query.patch_size - 1
+        inside = (height - reach) * (width - reach)
+        edges = reach * ((height - reach) ** 2 + (width - reach) ** 2) + reach**2
         return _BORDER_PAIRS * edges / inside**2
 
     def _interior_to(
