@@ -682,7 +682,7 @@ def networks_settings_table() -> str:
         settings = result["settings"]
         network, sizes = settings["network"], settings["sizes"]
         config, training = network["network"], network["training"]
-        depth = f"{config['layers']} layers"
+        depth = f"{config['layers']} layer{'s' * (config['layers'] > 1)}"
         if config["levels"] > 1:
             depth = f"{config['levels']} levels of {depth}"
         steps = int(network["trained"]["step"])
