@@ -323,7 +323,8 @@ class Estimator:
         assert self._index is not None
         _, size = self._index.codes_read()
         by_search = 2 * DEFAULT_EFFORT / self._index.lists
-        return max(min((size / 64) ** 1.5 / 192, 1 / 32), by_search, 1.5 * 2.0**-COARSEST)
+        by_size = math.pow(size / 64, 1.5) / 192
+        return max(min(by_size, 1 / 32), by_search, 1.5 * 2.0**-COARSEST)
 
     def _with_lists(self, share: float) -> tuple[PosteriorState, Error]:
         """The lists' posterior, and the exact one of the pixels that the index does not serve."""
