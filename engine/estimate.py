@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from els.engine.backends import Backend
+from els.engine.border import border_states, can_multiply
 from els.engine.posterior import (
     Error,
     ErrorKind,
@@ -31,6 +32,7 @@ from els.engine.posterior import (
     PosteriorQuery,
     PosteriorState,
     merge,
+    merge_all,
     moved,
 )
 from els.engine.scan import COARSEST, can_scan, is_precise, scan
@@ -41,8 +43,9 @@ Members = npt.NDArray[np.int64]
 
 # Groups of images whose spread is the error.
 _GROUPS = 16
-# Images of the first look of mode="auto", and the pixels that a head is tried on.
-_PILOT_IMAGES, _PILOT_PIXELS = 256, 32
+# Images of the first look of mode="auto", at most of that at the border where products weigh it,
+# and the pixels that a head is tried on.
+_PILOT_IMAGES, _BORDER_IMAGES, _PILOT_PIXELS = 256, 2048, 32
 # Lists that a head may look into. The fewest are right where the tail does the work, the most where
 # few patches matter and they must be found.
 _EFFORTS = (4, 16, 32, 64)
@@ -50,16 +53,19 @@ _EFFORTS = (4, 16, 32, 64)
 # Fixed, so that what is chosen depends on the input and not on how busy the machine is.
 _CODE_PAIRS, _BYTE_PAIRS = 9.0, 1 / 3
 # How errors fall with the size of a subset at first, without and with a head, and how far a subset
-# grows before that is looked at again.
-_TAIL_POWER, _HEAD_POWER, _GROWTH = 0.35, 0.45, 4
+# grows before that is looked at again, at least and at most.
+_TAIL_POWER, _HEAD_POWER, _LEAST_GROWTH, _GROWTH = 0.35, 0.45, 1.5, 4
 # What lists cost, likewise: ranking one for a pixel, and weighing a code.
 _LIST_PAIRS, _READ_PAIRS = 15.0, 4.0
 # How their errors fall with the share that is read.
 _SCAN_POWER = 0.8
-# Shares of the tolerance that may be the interior's, and what a pair of the border's costs.
-_SPLITS, _BORDER_PAIRS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9), 2.0
+# Shares of the tolerance that may be the interior's, and what a pair of the border's costs, by the
+# exact kernel and by products.
+_SPLITS, _BORDER_PAIRS, _PRODUCT_PAIRS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9), 2.0, 0.8
 # Where they cost so few first looks, lists need none.
 _PLAIN = 6
+# Where so many patches of the first look share a pixel, no single one must be met.
+_MANY = 12.0
 # A subset that is so large a part of the images is not worth its error.
 _MOST_SHARE = 0.6
 # Aim below the tolerance: its measure is itself uncertain.
@@ -169,35 +175,51 @@ class Estimator:
             return self._exact()
         aim, interior = _MARGIN * tolerance, self._interior()
         has_border, scans = not bool(interior.all()), self._can_scan
-        tail, result = None, None
-        if not scans or self._scan_cost(self._first_share) > _PLAIN * _PILOT_IMAGES:
+        tail, result, border = None, None, None
+        if not scans or self._scan_cost(self._first_share()) > _PLAIN * _PILOT_IMAGES:
             tail = self._tail(_PILOT_IMAGES)
             result = self._interior_to(aim, k, tail, interior)
         if result is None and scans:
-            start, interior_aim = self._lists(self._first_share, interior), aim
+            share = self._first_share(tail)
+            start, interior_aim = self._lists(share, interior), aim
             if has_border:
-                border_only = replace(self._query, border_only=True)
-                tail = tail or self._tail(_PILOT_IMAGES, query=border_only)
-                interior_aim = self._interior_aim(aim, start, tail, interior)
-            result = self._lists_to(interior_aim, start)
+                tail = self._border_tail(tail)
+                border_aim = self._border_aim(aim, share, start, tail, interior)
+                border = self._border_to(border_aim, tail, ~interior)
+                interior_aim = _left(aim, border, ~interior)
+            result = self._lists_to(interior_aim, share, start)
         if result is None:
             return self._exact()
         if not has_border:
             return result
-        assert tail is not None
-        # What the interior leaves of the tolerance is the border's.
-        inside = float(interior.double().mean())
-        left = aim - inside * _typical_error(result[1], interior)
-        return _chosen(interior, result, self._border_to(left / (1 - inside), tail, ~interior))
+        if border is None:
+            assert tail is not None
+            border = self._border_to(_left(aim, result, interior), tail, ~interior)
+        return _chosen(interior, result, border)
 
-    def _interior_aim(
-        self, aim: float, start: tuple[PosteriorState, Error], tail: _Tail, interior: Tensor
+    def _border_tail(self, before: _Tail | None) -> _Tail:
+        """A first subset for the border's pixels, ``before`` in it."""
+        images = _PILOT_IMAGES
+        if self._multiplies:
+            images = max(images, min(_BORDER_IMAGES, len(self._order) // 8))
+        if before is not None and len(before) >= images:
+            return before
+        return self._tail(images, before, query=replace(self._query, border_only=True))
+
+    def _border_aim(
+        self,
+        aim: float,
+        share: float,
+        start: tuple[PosteriorState, Error],
+        tail: _Tail,
+        interior: Tensor,
     ) -> float:
-        """How wrong the interior may be, so that it and the border together cost least.
+        """How wrong the border may be, so that it and the interior together cost least.
 
         Args:
             aim: for the mean over all pixels.
-            start: the interior from the first share of the lists.
+            share: of the lists.
+            start: the interior from it.
             tail: a subset for the border's pixels.
             interior: the others.
         """
@@ -206,16 +228,14 @@ class Estimator:
         around = _typical_error(self.combined(None, tail)[1], ~interior)
         border = (1 - inside) * max(around, 1e-30)
         costs = {}
-        for part in _SPLITS:
+        for part in (*_SPLITS, min(error / aim, 1.0)):
             cost = 0.0
             if error > part * aim:
-                share = self._first_share * (error / (part * aim)) ** (1 / _SCAN_POWER)
-                cost = self._scan_cost(share)
-            images = _images_needed(border, (1 - part) * aim, len(tail), total, _HEAD_POWER)
-            costs[part] = cost + self._border_cost * (
-                total if images > _MOST_SHARE * total else images
-            )
-        return min(costs, key=costs.__getitem__) * aim / inside
+                cost = self._scan_cost(share * (error / (part * aim)) ** (1 / _SCAN_POWER))
+            left = max((1 - part) * aim, 1e-30)
+            images = _images_needed(border, left, len(tail), total, _HEAD_POWER)
+            costs[left] = cost + self._border_cost * (images - len(tail))
+        return min(costs, key=costs.__getitem__) / (1 - inside)
 
     @property
     def _border_cost(self) -> float:
@@ -224,7 +244,7 @@ class Estimator:
         reach = self._query.patch_size - 1
         inside = (height - reach) * (width - reach)
         edges = reach * ((height - reach) ** 2 + (width - reach) ** 2) + reach**2
-        return _BORDER_PAIRS * edges / inside**2
+        return (_PRODUCT_PAIRS if self._multiplies else _BORDER_PAIRS) * edges / inside**2
 
     def _interior_to(
         self, aim: float, k: int, tail: _Tail, interior: Tensor
@@ -242,7 +262,7 @@ class Estimator:
         while error > aim:
             needed = _images_needed(error, aim, len(tail), total, power)
             if scans:
-                most = min(most, len(tail) + math.ceil(self._scan_cost(self._first_share)))
+                most = min(most, len(tail) + math.ceil(self._scan_cost(self._first_share(tail))))
             if pilot is not None:
                 best = pilot.cheapest(effort, min(needed, most), error, aim, result[1], tail)
                 if best != effort:
@@ -297,15 +317,16 @@ class Estimator:
         return read / pairs_per_image
 
     def _lists_to(
-        self, aim: float, result: tuple[PosteriorState, Error]
+        self, aim: float, share: float, result: tuple[PosteriorState, Error]
     ) -> tuple[PosteriorState, Error] | None:
         """The interior from lists, read until the error is met; None where all is cheaper.
 
         Args:
             aim: of the error.
-            result: of the first share of the lists.
+            share: of the lists.
+            result: of it.
         """
-        served, share = self._is_served(), self._first_share
+        served = self._is_served()
         while (error := _typical_error(result[1], served)) > aim:
             share *= min(max((error / aim) ** (1 / _SCAN_POWER), 3 / 2), 8)
             if self._scan_cost(share) > _MOST_SHARE * len(self._order):
@@ -313,18 +334,25 @@ class Estimator:
             result = self._lists(share, served)
         return result
 
-    @property
-    def _first_share(self) -> float:
-        """The share that is read at first.
+    def _first_share(self, tail: _Tail | None = None) -> float:
+        """The share that is read at first, by what a subset tells if there is one.
 
-        Lists of long codes say less about their patches. Where few patches share a pixel they must
-        be met, and that takes as many lists as a search would probe.
+        Lists of long codes say less about their patches. Where the interior is a part of the image,
+        so is its error. Where few patches share a pixel they must be met, and that takes as many
+        lists as a search would probe.
         """
         assert self._index is not None
         _, size = self._index.codes_read()
-        by_search = 2 * DEFAULT_EFFORT / self._index.lists
-        by_size = math.pow(size / 64, 1.5) / 192
-        return max(min(by_size, 1 / 32), by_search, 1.5 * 2.0**-COARSEST)
+        interior = self._interior()
+        inside = float(interior.double().mean())
+        by_size = math.pow(size / 64, 1.5) * math.pow(inside, 1 / _SCAN_POWER) / 256
+        share = max(min(by_size, 1 / 32), 1.5 * 2.0**-COARSEST)
+        if tail is not None and tail.effective(interior) > _MANY:
+            return share
+        return max(
+            share,
+            DEFAULT_EFFORT / self._index.lists,
+        )
 
     def _with_lists(self, share: float) -> tuple[PosteriorState, Error]:
         """The lists' posterior, and the exact one of the pixels that the index does not serve."""
@@ -332,8 +360,7 @@ class Estimator:
         state, error = self._lists(share, served)
         if bool(served.all()):
             return state, error
-        exact = self._exact_border()
-        return _chosen(served, (state, error), (exact, Error.none(exact.mass)))
+        return _chosen(served, (state, error), self._whole_border())
 
     def _lists(self, share: float, served: Tensor) -> tuple[PosteriorState, Error]:
         """Of some of the interior's pixels; others have anything."""
@@ -372,20 +399,17 @@ class Estimator:
             placed(sums.tilt, 0.0),
         )
         omitted = placed(1 - sums.seen / sums.mass, 0.0).clamp(0, 1)
-        deviation = placed(sums.deviation * _doubt(sums.effective)[:, None], 0.0)
+        deviation = placed(sums.deviation * _doubt(sums.effective, lists.is_lossless)[:, None], 0.0)
         worst, typical = deviation.amax(1), deviation.mean(1)
         return state, Error(omitted, worst, "estimate", "lists", 0, typical)
 
     def _border_to(self, aim: float, tail: _Tail, border: Tensor) -> tuple[PosteriorState, Error]:
-        """The border's pixels from a growing subset of the images, or all of them."""
+        """The border's pixels from a growing subset of the images, in the end all of them."""
         total, query = len(self._order), replace(self._query, border_only=True)
         result = self.combined(None, tail)
-        while (error := _typical_error(result[1], border)) > aim:
-            needed = max(_images_needed(error, aim, len(tail), total, _HEAD_POWER), 2 * len(tail))
-            if needed > _MOST_SHARE * total:
-                state = self._exact_border()
-                return state, Error.none(state.mass)
-            tail = self._tail(needed, tail, query)
+        while (error := _typical_error(result[1], border)) > aim and len(tail) < total:
+            needed = _images_needed(error, aim, len(tail), total, _HEAD_POWER)
+            tail = self._tail(max(needed, math.ceil(_LEAST_GROWTH * len(tail))), tail, query)
             result = self.combined(None, tail)
         return result
 
@@ -484,6 +508,24 @@ class Estimator:
         query = replace(self._query, border_only=True)
         return moved(self._backend.state(self._db.images, query), "cpu")
 
+    def _whole_border(self) -> tuple[PosteriorState, Error]:
+        """The border's pixels from all images, by products where they can be."""
+        if not self._multiplies:
+            state = self._exact_border()
+            return state, Error.none(state.mass)
+        groups = np.array_split(self._query.members, _GROUPS)
+        state = merge_all(self._border_states(groups))
+        return state, Error.none(state.mass)
+
+    def _border_states(self, groups: Sequence[Members]) -> list[PosteriorState]:
+        workers = self._backend.workers
+        return border_states(self._db.images, self._query, groups, threads=workers)
+
+    @property
+    def _multiplies(self) -> bool:
+        """Whether the border's pixels are weighed by products on a matrix unit."""
+        return self._backend.device.type == "cpu" and can_multiply(self._query)
+
     def _tail(
         self, images: int, before: _Tail | None = None, query: PosteriorQuery | None = None
     ) -> _Tail:
@@ -492,17 +534,20 @@ class Estimator:
         seen = 0 if before is None else len(before)
         group_of = np.full(len(self._db), -1, dtype=np.int64)
         chosen = self._order[:images]
-        group_of[chosen] = np.arange(images) % _GROUPS
+        group_of[chosen] = np.arange(len(chosen)) % _GROUPS
         fresh = chosen[seen:]
+        groups = [np.sort(fresh[group_of[fresh] == group]) for group in range(_GROUPS)]
 
-        def weigh(group: int) -> PosteriorState:
-            members = np.sort(fresh[group_of[fresh] == group])
+        def weigh(members: Members) -> PosteriorState:
             return moved(
                 self._backend.state(self._db.images, replace(query, members=members)), "cpu"
             )
 
-        with ThreadPoolExecutor(self._backend.workers) as pool:
-            states = list(pool.map(weigh, range(_GROUPS)))
+        if query.border_only and self._multiplies:
+            states = self._border_states(groups)
+        else:
+            with ThreadPoolExecutor(self._backend.workers) as pool:
+                states = list(pool.map(weigh, groups))
         together = _Groups.of(states)
         if before is not None:
             together = together.merged(before.groups)
@@ -695,6 +740,19 @@ class _Groups:
             torch.cat(tilts),
         )
 
+    def together(self) -> PosteriorState:
+        """One state of all images."""
+        return merge_all(
+            PosteriorState(*group)
+            for group in zip(
+                self.maximum[:, None],
+                self.mass[:, None],
+                self.centre[:, None],
+                self.tilt[:, None],
+                strict=True,
+            )
+        )
+
     def merged(self, other: _Groups) -> _Groups:
         """Group by group, with the states of other images."""
         whole = merge(
@@ -722,14 +780,24 @@ class _Tail:
     def __len__(self) -> int:
         return int(self.counts.sum())
 
+    def effective(self, pixels: Tensor) -> float:
+        """Effective number of the subset's patches, median over some pixels."""
+        state = self.groups.together()
+        assert state.tilt is not None
+        entropy = state.mass.log() - state.tilt / state.mass
+        return float(entropy[0][pixels].median().exp())
 
-def _doubt(effective: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+
+def _doubt(effective: npt.NDArray[np.float64], is_lossless: bool) -> npt.NDArray[np.float64]:
     """How much larger errors are than the spread of what was read, for so many effective patches.
 
     A spread does not tell of heavy patches that were not met, and the fewer patches share a pixel,
-    the more that matters. As measured (docs/retrieval.md).
+    the more that matters. Where codes are not whole patches, what they leave unknown hides most of
+    that. As measured (docs/retrieval.md).
     """
-    return 1 + 1 / (1 + (effective / 1000) ** 0.4)
+    if not is_lossless:
+        return np.full_like(effective, 1.25)
+    return 1 + 3 / (1 + (effective / 60) ** 0.4)
 
 
 def _stratified(
@@ -747,6 +815,12 @@ def _stratified(
     size = np.empty(len(members))
     size[by_class] = np.repeat(counts, counts)
     return shuffled[np.argsort((rank + rng.random(len(members))) / size, kind="stable")]
+
+
+def _left(aim: float, done: tuple[PosteriorState, Error], where: Tensor) -> float:
+    """What some pixels leave of a mean error over all of them to each of the others."""
+    part = float(where.double().mean())
+    return (aim - part * _typical_error(done[1], where)) / (1 - part)
 
 
 def _typical_error(error: Error, pixels: Tensor | None = None) -> float:

@@ -36,7 +36,7 @@ _MOST_READ = 8192
 _PARTS = 64
 _RANK_BYTES = 128 << 20
 # Logits are float32 sums; what is not known to this is not asked (see :func:`is_precise`).
-_LOGIT_ERROR = 0.02
+LOGIT_ERROR = 0.02
 # Variance of a logit that codes may leave unknown, beyond which it is no small correction.
 _MISFIT = 0.1
 _LEVEL = 127.5
@@ -87,7 +87,7 @@ def is_precise(lists: InvertedLists, alpha: float, sigma: float) -> bool:
     """Whether float32 sums and the lists' codes tell logits well enough at this noise."""
     ratio = (alpha / sigma) ** 2 / _LEVEL**2
     rounding = ratio * lists.largest_norm * 2.0**-22
-    return rounding < _LOGIT_ERROR and ratio * lists.misfit < _MISFIT
+    return rounding < LOGIT_ERROR and ratio * lists.misfit < _MISFIT
 
 
 def scan(

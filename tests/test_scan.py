@@ -162,7 +162,7 @@ def test_errors_are_what_they_claim(
     shared = whole.effective > 200
     errors, claims = [], []
     for seed in range(20):
-        part = read(index, x, sigma, 0.1, seed=seed)
+        part = read(index, x, sigma, 0.05, seed=seed)
         error = part.centre / part.mass[:, None] - whole.centre / whole.mass[:, None]
         errors.append(error[shared])
         claims.append(part.deviation[shared])
@@ -242,7 +242,7 @@ def test_the_mode(large: tuple[PatchDatabase, PatchIndex], boundary: str) -> Non
     x = torch.from_numpy(noisy(db, 0.5))[None].float()
     arguments = {"alpha": ALPHA, "sigma": 0.5, "patch_size": 5}
     exact = machine.posterior(x, **arguments)
-    some = machine.posterior(x, **arguments, mode="lists", share=0.1)
+    some = machine.posterior(x, **arguments, mode="lists", share=0.03)
     assert some.modes == ("lists",)
     assert some.error_kinds == ("estimate",)
     assert 0.01 < some.omitted_mass[0, 5, 5] < 1
@@ -259,7 +259,7 @@ def test_the_mode(large: tuple[PatchDatabase, PatchIndex], boundary: str) -> Non
         border[2:-2, 2:-2] = False
         assert (some.mean_error[0][border] == 0).all()
         torch.testing.assert_close(
-            some.mean[0, 0][border], exact.mean[0, 0][border], rtol=0, atol=2e-5
+            some.mean[0, 0][border], exact.mean[0, 0][border], rtol=0, atol=2e-4
         )
 
 
@@ -305,7 +305,8 @@ def test_auto_reads_lists_where_they_are_cheapest(
         errors.append(float((near.mean - exact.mean).abs().mean()))
         claims.append(0.8 * float(near.mean_error.mean()))
     assert np.mean(errors) <= 0.03
-    assert np.mean(errors) <= 2.5 * np.mean(claims)
+    # Claims are of what was not read; queries of 16 bits and float32 sums err besides.
+    assert np.mean(errors) <= 2.5 * np.mean(claims) + 2e-5
     nothing = machine.posterior(x, **arguments, mode="auto", tolerance=1e-9)
     assert nothing.modes == ("exact",)
 

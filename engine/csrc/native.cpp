@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "border.h"
 #include "given.h"
 #include "posterior.h"
 #include "scan.h"
@@ -353,6 +354,82 @@ void scan(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<std::int64
   run_scan(scan, threads);
 }
 
+#if defined(ELS_HAS_TILES)
+template <int C>
+void work_on_border(const els::BorderPlan& plan, std::atomic<std::int64_t>& next,
+                    const std::atomic<bool>& cancelled) {
+  els::flush_denormals();
+  els::BorderWorker<C> worker(plan);
+  for (;;) {
+    const std::int64_t group = next.fetch_add(1);
+    if (group >= plan.border.groups || cancelled.load()) return;
+    worker.run(static_cast<int>(group), cancelled);
+  }
+}
+
+void run_border(const els::Border& border, int threads) {
+  const els::BorderPlan plan(border);
+  std::atomic<std::int64_t> next{0};
+  on_threads(threads, [&](std::atomic<bool>& cancelled) {
+    switch (border.channels) {
+      case 1:
+        return work_on_border<1>(plan, next, cancelled);
+      case 2:
+        return work_on_border<2>(plan, next, cancelled);
+      case 3:
+        return work_on_border<3>(plan, next, cancelled);
+      case 4:
+        return work_on_border<4>(plan, next, cancelled);
+    }
+    throw std::invalid_argument("images must have 1 to 4 channels");
+  });
+}
+
+void border(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::int64_t> starts,
+            Array<float> x, double alpha, double sigma, int patch_size, int threads,
+            Array<double> maximum, Array<double> mass, Array<double> centre, Array<double> tilt) {
+  if (images.ndim() != 4 || x.ndim() != 3 || members.ndim() != 1 || starts.ndim() != 1) {
+    throw std::invalid_argument("images must have 4 dimensions, x 3, members and starts 1");
+  }
+  const py::ssize_t groups = starts.size() - 1, channels = x.shape(0), height = x.shape(1),
+                    width = x.shape(2);
+  if (images.shape(1) != channels || images.shape(2) != height || images.shape(3) != width) {
+    throw std::invalid_argument("images and x differ in shape");
+  }
+  if (patch_size < 3 || patch_size % 2 == 0 || patch_size > std::min(height, width) ||
+      patch_size / 2 > els::kMostBorder) {
+    throw std::invalid_argument("patch_size must be odd, 3 to the image's shorter side or 33");
+  }
+  if (!can_use_tiles()) throw std::invalid_argument("there is no matrix unit");
+  if (groups < 1 || starts.data()[0] != 0 || starts.data()[groups] != members.size() ||
+      !std::is_sorted(starts.data(), starts.data() + groups + 1)) {
+    throw std::invalid_argument("starts must ascend from 0 to the number of members");
+  }
+  for (py::ssize_t i = 0; i < members.size(); ++i) {
+    if (members.data()[i] < 0 || members.data()[i] >= images.shape(0)) {
+      throw std::invalid_argument("members names an image that is not there");
+    }
+  }
+  els::Border problem{};
+  problem.images = images.data();
+  problem.members = members.data();
+  problem.starts = starts.data();
+  problem.groups = static_cast<int>(groups);
+  problem.channels = static_cast<int>(channels);
+  problem.height = static_cast<int>(height);
+  problem.width = static_cast<int>(width);
+  problem.x = x.data();
+  problem.alpha = alpha;
+  problem.sigma = sigma;
+  problem.patch_size = patch_size;
+  problem.maximum = checked(maximum, {groups, height, width}, "maximum");
+  problem.mass = checked(mass, {groups, height, width}, "mass");
+  problem.centre = checked(centre, {groups, channels, height, width}, "centre");
+  problem.tilt = checked(tilt, {groups, height, width}, "tilt");
+  run_border(problem, threads);
+}
+#endif
+
 // The sets this processor can run, worst first. Asked of the baseline module only: merely loading
 // another could already execute an instruction that is not there.
 std::vector<std::string> instruction_sets() {
@@ -392,6 +469,13 @@ PYBIND11_MODULE(ELS_MODULE, module) {
              py::arg("precision"), py::arg("blur"), py::arg("budget"), py::arg("most_read"),
              py::arg("coarsest"), py::arg("seed"), py::arg("tiles"), py::arg("threads"),
              py::arg("results").noconvert());
+#if defined(ELS_HAS_TILES)
+  module.def("border", &border, py::arg("images").noconvert(), py::arg("members").noconvert(),
+             py::arg("starts").noconvert(), py::arg("x").noconvert(), py::arg("alpha"),
+             py::arg("sigma"), py::arg("patch_size"), py::arg("threads"),
+             py::arg("maximum").noconvert(), py::arg("mass").noconvert(),
+             py::arg("centre").noconvert(), py::arg("tilt").noconvert());
+#endif
   module.def("can_use_tiles", &can_use_tiles);
   module.def("instruction_sets", &instruction_sets);
 }

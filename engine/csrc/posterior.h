@@ -29,6 +29,8 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr double kUnit = 1.0 / (1 << 24);  // unit roundoff of float32
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Exponents of what does not count, and of the reference before anything does.
+constexpr float kNever = -1e30f, kNothing = -1e29f;
 
 // Displacements that share the accumulators of a pixel row while it is in registers and L1.
 constexpr int kMostDisplacements = 4;

@@ -26,8 +26,6 @@ namespace els {
 constexpr int kRows = 16;  // codes of a block
 constexpr int kMostChannels = 4;
 constexpr int kMostLevels = 16;  // of density
-// Exponents of what does not count, and of the reference before anything does.
-constexpr float kNever = -1e30f, kNothing = -1e29f;
 
 struct Scan {
   // The lists: addresses of their codes uint8 [size, code_size] and of their int64 ids.
@@ -233,8 +231,6 @@ class FloatProducts {
 // The same on the matrix unit: queries are rounded to 16 bits, high and low byte.
 class TileProducts {
  public:
-  static constexpr int kTileBytes = 64;
-
   explicit TileProducts(const ScanPlan& plan)
       : scan_(plan.scan), words_((scan_.code_size + 3) / 4), tiles_((words_ + kRows - 1) / kRows) {
     const int size = scan_.code_size;
@@ -403,7 +399,9 @@ class Scanner {
       const int count = std::min(kLanes, many_ - at);
       for (int lane = count; lane < kLanes; ++lane) sorted_[at + lane] = sorted_[at];
       take(sorted_.data() + at, count);
+      // A block that one of them reads costs nothing more to the others.
       const int least = level_[sorted_[at]];
+      std::fill_n(levels_, count, least);
       const Block* next = blocks_.data();
       const Block* const end = next + blocks_.size();
       const auto find = [&] {

@@ -24,6 +24,8 @@ inline bool can_use_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+constexpr int kTileRows = 16, kTileBytes = 64;  // at most; bytes of a row
+
 struct alignas(64) TileShapes {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t row_bytes[16] = {};
