@@ -328,7 +328,7 @@ class Estimator:
         """
         served = self._is_served()
         while (error := _typical_error(result[1], served)) > aim:
-            share *= min(max((error / aim) ** (1 / _SCAN_POWER), 3 / 2), 8)
+            share *= min(max((error / aim) ** (1 / _SCAN_POWER), 5 / 4), 8)
             if self._scan_cost(share) > _MOST_SHARE * len(self._order):
                 return None
             result = self._lists(share, served)
