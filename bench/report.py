@@ -386,6 +386,7 @@ def whole_samples_table() -> str:
             str(case["extra"]["samples"]),
             f"{case['extra']['seconds'] * case['extra']['speed_up']:.1f}",
             f"{case['extra']['seconds']:.1f}",
+            f"{case['extra']['first_seconds']:.1f}",
             f"{case['extra']['speed_up']:.1f}",
             f"{case['extra']['r_squared']:.4f}",
             f"{case['extra']['psnr']:.1f}",
@@ -393,7 +394,15 @@ def whole_samples_table() -> str:
         ]
         for case in result["cases"]
     ]
-    header = ["data", "tolerance", "samples", "exact, s each", "to it, s", "times faster"]
+    header = [
+        "data",
+        "tolerance",
+        "samples",
+        "exact, s each",
+        "to it, s",
+        "first, s",
+        "times faster",
+    ]
     header += ["r^2, median", "PSNR, dB", "r^2 of moved exact ones"]
     return _table(header, rows) + f"\n{_provenance(result)}\n"
 

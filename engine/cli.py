@@ -629,7 +629,8 @@ def _print_comparison(rows: list[Comparison], samples: SampleComparison | None) 
         typer.echo(f"{method}: {note}")
     if samples is not None:
         typer.echo(
-            f"whole samples to {samples.tolerance:g}: {samples.seconds:.1f} s each, "
+            f"whole samples to {samples.tolerance:g}: {samples.seconds:.1f} s each "
+            f"({samples.first_seconds:.1f} s the first time), "
             f"{samples.speed_up:.1f} times faster, r^2 {samples.r_squared:.4f}, PSNR "
             f"{samples.psnr:.1f} dB; exact ones from noise moved by 0.001: r^2 "
             f"{samples.r_squared_of_moved:.4f}"
