@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "posterior.h"
@@ -145,12 +146,20 @@ class ScanPlan {
     std::vector<std::int64_t> bins(static_cast<std::size_t>(count) * kBins);
     // What is read need not be known exactly: some ten thousand lists tell.
     const std::int64_t stride = std::max<std::int64_t>(1, scan.lists / 16384);
+    std::int64_t total = 0;
     for (std::int64_t list = 0; list < scan.lists; list += stride) {
       const std::int64_t size = stride * std::min(scan.sizes[list], scan.most_read);
+      if (size == 0) continue;
       const std::uint16_t* const row = ranks.data() + list * padded + first;
+      total += size;
       for (int i = 0; i < count; ++i) {
-        bins[i * kBins + std::min(row[i] - least[i], kBins - 1)] += size;
+        const int bin = row[i] - least[i];
+        if (bin < kBins - 1) bins[i * kBins + bin] += size;  // few are
       }
+    }
+    for (int i = 0; i < count; ++i) {
+      std::int64_t* const of = bins.data() + i * kBins;
+      of[kBins - 1] = total - std::accumulate(of, of + kBins - 1, std::int64_t{0});
     }
     double parts[kMostLevels];
     for (int level = 0; level < kMostLevels; ++level) parts[level] = std::ldexp(1.0, -level);
