@@ -328,7 +328,7 @@ class Estimator:
         """
         served = self._is_served()
         while (error := _typical_error(result[1], served)) > aim:
-            share *= min(max((error / aim) ** (1 / _SCAN_POWER), 5 / 4), 8)
+            share *= min(max((error / aim) ** (1 / _SCAN_POWER), 3 / 2), 8)
             if self._scan_cost(share) > _MOST_SHARE * len(self._order):
                 return None
             result = self._lists(share, served)
@@ -345,7 +345,7 @@ class Estimator:
         _, size = self._index.codes_read()
         interior = self._interior()
         inside = float(interior.double().mean())
-        by_size = math.pow(size / 64, 1.5) * math.pow(inside, 1 / _SCAN_POWER) / 256
+        by_size = math.pow(size / 64, 1.5) * math.pow(inside, 1 / _SCAN_POWER) / 224
         share = max(min(by_size, 1 / 32), 1.5 * 2.0**-COARSEST)
         if tail is not None and tail.effective(interior) > _MANY:
             return share
