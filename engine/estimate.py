@@ -345,7 +345,7 @@ class Estimator:
         _, size = self._index.codes_read()
         interior = self._interior()
         inside = float(interior.double().mean())
-        by_size = math.pow(size / 64, 1.5) * math.pow(inside, 1 / _SCAN_POWER) / 224
+        by_size = math.pow(size / 64, 1.5) * math.pow(inside, 1 / _SCAN_POWER) / 256
         share = max(min(by_size, 1 / 32), 1.5 * 2.0**-COARSEST)
         if tail is not None and tail.effective(interior) > _MANY:
             return share
