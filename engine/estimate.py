@@ -7,7 +7,8 @@ into groups, and the means without each of them in turn (the jackknife) spread a
 also where one group holds most of the mass.
 
 Where the index's lists can be read whole (`els.engine.scan`), sampling them takes the place of
-both: all patches are drawn from, the heavier the more densely.
+both: all patches are drawn from, the heavier the more densely. Pixels near a border of zeros have
+candidates of their own, which no index holds: they are a subset's, or all of them are weighed.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Approximation:
         tolerance: of ``auto``: mean absolute error of the posterior mean over an image's pixels.
         k: size of the head.
         images: size of the subset.
-        share: of the codes of an index, that a pixel reads of its lists.
+        share: of the codes of an index, that a pixel reads of its lists at least.
     """
 
     mode: Mode = "exact"

@@ -3,6 +3,7 @@
 A list's centroid tells roughly what its patches weigh. A pixel reads all of the lists that matter
 most to it and 2^-j of others, in random blocks of 16 patches, j = 0, 1, ..., and what it reads
 counts 2^j fold: every sum over patches is estimated without bias (Horvitz and Thompson, 1952).
+Sixteen pixels share what the nearest of them reads of a list, since it is weighed for all anyway.
 The error of a mean v = a / l, with block sums a_b, l_b as they count, is the linearised
 
     se^2 = sum_b (1 - 2^-j) (a_b - v l_b)^2 / l^2,
@@ -113,7 +114,7 @@ def scan(
         rest: their squared distances from what components can say, float64 ``[Q]``.
         alpha: signal scale, > 0.
         sigma: noise, > 0.
-        share: of all codes, that a pixel reads, > 0; 1 or more for everything.
+        share: of all codes, that a pixel reads at least, > 0; 1 or more for everything.
         seed: of the blocks that are read, 0 to 2^64 - 1.
         allowed: by image, 1 for those whose patches count, uint8 ``[N]``; None for all.
         pixels: of an image.

@@ -3,7 +3,8 @@
 // A query reads 2^-j of a list, in random blocks of kRows codes, where j grows with the distance of
 // the list's centroid; what it reads is weighed 2^j fold. So sums over all codes are estimated
 // without bias, and the spread of the blocks tells the error. Lists are the outer loop: a block of
-// codes serves all queries that read it, and distances are products of small matrices.
+// codes serves all queries that read it, and distances are products of small matrices. A group of
+// kLanes queries reads what the nearest of them does.
 //
 // Lanes are queries. All exponents are to base 2: that of a code z for a query y is
 // precision * (2 y.z - |z|^2), the logit less what depends on the query alone.
