@@ -3,7 +3,7 @@
 A list's centroid tells roughly what its patches weigh. A pixel reads all of the lists that matter
 most to it and 2^-j of others, in random blocks of 16 patches, j = 0, 1, ..., and what it reads
 counts 2^j fold: every sum over patches is estimated without bias (Horvitz and Thompson, 1952).
-Sixteen pixels share what the nearest of them reads of a list, since it is weighed for all anyway.
+Pixels that are weighed together (16 with AVX-512) share what the nearest of them reads of a list.
 The error of a mean v = a / l, with block sums a_b, l_b as they count, is the linearised
 
     se^2 = sum_b (1 - 2^-j) (a_b - v l_b)^2 / l^2,
