@@ -12,6 +12,7 @@ import json
 import math
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -349,9 +350,9 @@ def growth_table() -> str:
     return _table(header, rows) + f"\n{_provenance(result)}\n"
 
 
-def speed_up_table() -> str:
+def speed_up_table(name: str = "speed-up-cpu") -> str:
     """Seconds per image-step of mode="auto" with indices, at the paper's noise levels."""
-    result = _load("speed-up-cpu")
+    result = _load(name)
     rows = []
     for case in result["cases"]:
         extra = case["extra"]
@@ -725,6 +726,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ceilings": ceilings_table,
     "gpu": gpu_table,
     "growth": growth_table,
+    "growth-indexed": partial(speed_up_table, "growth-indexed-cpu"),
     "index-growth": index_growth_table,
     "index-fit": index_fit_table,
     "index-units": index_units_table,

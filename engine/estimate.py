@@ -36,7 +36,7 @@ from els.engine.posterior import (
     merge_all,
     moved,
 )
-from els.engine.scan import COARSEST, can_scan, is_precise, scan
+from els.engine.scan import COARSEST, can_read, scan
 from els.index import PatchDatabase, PatchIndex
 from els.index.retrieval import DEFAULT_EFFORT
 
@@ -301,12 +301,11 @@ class Estimator:
     @property
     def _can_scan(self) -> bool:
         """Whether the index has lists that tell the posterior well enough at this noise."""
-        if not self._can_search or not can_scan():
+        if not self._can_search:
             return False
         assert self._index is not None
-        lists = self._index.inverted
         alpha, sigma = float(self._query.alpha[0]), float(self._query.sigma[0])
-        return lists is not None and is_precise(lists, alpha, sigma)
+        return can_read(self._index.inverted, alpha, sigma)
 
     def _scan_cost(self, share: float) -> float:
         """What reading so much of the lists costs, in images of the exact kernel."""

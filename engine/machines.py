@@ -26,7 +26,7 @@ from els.engine.posterior import (
     stack,
     take,
 )
-from els.engine.scan import can_scan, is_precise
+from els.engine.scan import can_read, can_scan, is_precise
 from els.index import PatchDatabase, PatchIndex
 
 if TYPE_CHECKING:
@@ -238,14 +238,7 @@ class ScoreMachine:
     def has_lists(self, patch_size: int, alpha: float, sigma: float) -> bool:
         """Whether ``mode="lists"`` works for a patch size and noise; see :meth:`posterior`."""
         index = self._index(patch_size)
-        return (
-            can_scan()
-            and self.kind == "ELS"
-            and index is not None
-            and index.inverted is not None
-            and alpha > 0
-            and is_precise(index.inverted, alpha, sigma)
-        )
+        return self.kind == "ELS" and index is not None and can_read(index.inverted, alpha, sigma)
 
     def _approximation(
         self,

@@ -91,6 +91,11 @@ def is_precise(lists: InvertedLists, alpha: float, sigma: float) -> bool:
     return rounding < LOGIT_ERROR and ratio * lists.misfit < _MISFIT
 
 
+def can_read(lists: InvertedLists | None, alpha: float, sigma: float) -> bool:
+    """Whether there are lists that tell a posterior at this noise, and the kernel for them."""
+    return lists is not None and alpha > 0 and can_scan() and is_precise(lists, alpha, sigma)
+
+
 def scan(
     lists: InvertedLists,
     y: npt.NDArray[np.float32],
