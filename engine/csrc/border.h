@@ -60,7 +60,8 @@ struct BorderPiece {
   int places;           // of a patch along the edge
   int stride, bytes;    // of a strip's position and of a patch
   int rows, per_image;  // of a tile of patches; tiles
-  int chunks;           // of 64 bytes
+  std::size_t image_bytes;
+  int chunks;  // of 64 bytes
   int lanes, groups;
   TileShapes shapes;
   std::vector<std::int32_t> pixel;  // of each lane, padded with the first of its group
@@ -73,9 +74,6 @@ struct BorderPiece {
   int table_size(int radius) const {
     const int entries = corner ? radius * radius : radius;
     return (entries + kLanes - 1) / kLanes * kLanes;
-  }
-  std::size_t image_bytes() const {
-    return static_cast<std::size_t>(rows * per_image + length - places) * stride + 64;
   }
 };
 
@@ -135,11 +133,15 @@ class BorderPlan {
       piece.stride = piece.chunks * kTileBytes;
       piece.rows = kTileRows;
       piece.per_image = 1;
+      piece.image_bytes = piece.stride;
     } else {
       piece.stride = piece.depth * c;
       const int tiles = (piece.places + kTileRows - 1) / kTileRows;
       piece.rows = (piece.places + tiles - 1) / tiles;
       piece.per_image = tiles;
+      // The last tile may reach beyond the strip, and its last chunk beyond that.
+      const int positions = piece.rows * tiles + border.patch_size - 1;
+      piece.image_bytes = static_cast<std::size_t>(positions) * piece.stride + kTileBytes;
     }
     for (int tile = 0; tile < 8; ++tile) {
       piece.shapes.row_bytes[tile] = kTileBytes;
@@ -188,17 +190,17 @@ class BorderPlan {
   void round(BorderPiece& piece, int lane, const std::vector<double>& values) const {
     double largest = 1e-30;
     for (double value : values) largest = std::max(largest, std::abs(value));
-    const double unit = largest / 32512.0;
+    const double unit = largest / kLargestQuery;
     double power = 0.0;
     for (int b = 0; b < piece.bytes; ++b) {
       const int value = static_cast<int>(std::lrint(values[b] / unit));
-      const int low = static_cast<std::int8_t>(value & 0xff);
+      const Digits digits = digits_of(value);
       const std::size_t at =
           (static_cast<std::size_t>(lane / kLanes) * piece.chunks + b / kTileBytes) * 2 *
               kTileRows * kTileBytes +
           (b % kTileBytes / 4) * kTileBytes + lane % kLanes * 4 + b % 4;
-      piece.queries[at] = static_cast<std::int8_t>((value - low) >> 8);
-      piece.queries[at + kTileRows * kTileBytes] = static_cast<std::int8_t>(low);
+      piece.queries[at] = digits.high;
+      piece.queries[at + kTileRows * kTileBytes] = digits.low;
       power += (unit * value) * (unit * value);
     }
     piece.step[lane] = static_cast<float>(2.0 * scale * border.alpha / 127.5 * unit);
@@ -214,12 +216,12 @@ class BorderWorker {
     std::size_t bytes = 0, entries = 0;
     const int r = border_.radius();
     for (const BorderPiece& piece : plan.pieces) {
-      bytes = std::max(bytes, kImages * piece.image_bytes());
+      bytes = std::max(bytes, kImages * piece.image_bytes);
       entries = std::max(entries, static_cast<std::size_t>(kImages) * piece.rows * piece.per_image *
                                       piece.table_size(r));
       sums_.emplace_back(piece.groups * kFields);
     }
-    strips_.resize(bytes);
+    strips_.resize(bytes + kTileBytes);
     squares_.resize(std::max(border_.height, border_.width));
     plane_stride_ = border_.pixels() + kTileBytes;
     planes_.resize(2 * kImages * C * plane_stride_ + kTileBytes);
@@ -319,8 +321,7 @@ class BorderWorker {
     const int rows = piece.corner ? 1 : piece.rows * piece.per_image;
     if (piece.corner && count < kImages) std::fill_n(norms_.data(), kImages * size, kNever);
     for (int image = 0; image < count; ++image) {
-      std::uint8_t* const strip =
-          strips_.data() + image * (piece.corner ? piece.stride : piece.image_bytes());
+      std::uint8_t* const strip = strips_.data() + image * piece.image_bytes;
       copy(piece, image, strip);
       float* const norms = norms_.data() + static_cast<std::size_t>(image) * rows * size;
       float* const centres = centres_.data() + static_cast<std::size_t>(image) * rows * size * C;
@@ -399,11 +400,6 @@ class BorderWorker {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(norms), _mm512_set1_ps(norm_scale_));
   }
 
-  static __m512 levels(const std::uint8_t* bytes) {
-    return _mm512_cvtepi32_ps(
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
-  }
-
   void edge_tables(const BorderPiece& piece, const std::uint8_t* strip, float* norms,
                    float* centres) {
     const int r = border_.radius(), patch = border_.patch_size;
@@ -420,7 +416,8 @@ class BorderWorker {
       box.far = _mm512_sub_epi32(box.far, squares_[place].far);
       const std::uint8_t* const centre = strip + (place + r) * piece.stride;
       for (int c = 0; c < C; ++c) {
-        _mm512_store_ps(centres + (place * C + c) * kLanes, levels(centre + c * piece.depth));
+        const Vec levels = bytes_to_floats(centre + c * piece.depth);
+        _mm512_store_ps(centres + (place * C + c) * kLanes, reinterpret_cast<__m512>(levels));
       }
     }
     const int rows = piece.rows * piece.per_image;
@@ -440,7 +437,8 @@ class BorderWorker {
         continue;
       }
       for (int c = 0; c < C; ++c) {
-        _mm512_mask_storeu_ps(centres + c * size + i * r, those, levels(corner + c * depth));
+        const Vec levels = bytes_to_floats(corner + c * depth);
+        _mm512_mask_storeu_ps(centres + c * size + i * r, those, reinterpret_cast<__m512>(levels));
       }
     }
   }
@@ -459,7 +457,7 @@ class BorderWorker {
     for (Vec& field : fresh_) field = Vec{};
     if (piece.chunks == 1) load_queries(queries);
     const auto strip = [&](int tile) {
-      return strips_.data() + (tile / piece.per_image) * piece.image_bytes() +
+      return strips_.data() + (tile / piece.per_image) * piece.image_bytes +
              (tile % piece.per_image) * piece.rows * piece.stride;
     };
     for (int tile = 0; tile < tiles; tile += 2) {

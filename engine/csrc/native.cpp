@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "border.h"
@@ -57,19 +58,36 @@ void work(const els::Problem& problem, const std::vector<els::Sweep>& sweeps,
   }
 }
 
-void work_on_channels(const els::Problem& problem, const std::vector<els::Sweep>& sweeps,
-                      std::atomic<std::int64_t>& next, std::atomic<bool>& cancelled) {
-  switch (problem.channels) {
+// Calls `body` with the number of channels as a constant.
+template <typename Body>
+void with_channels(int channels, const Body& body) {
+  switch (channels) {
     case 1:
-      return work<1>(problem, sweeps, next, cancelled);
+      return body(std::integral_constant<int, 1>{});
     case 2:
-      return work<2>(problem, sweeps, next, cancelled);
+      return body(std::integral_constant<int, 2>{});
     case 3:
-      return work<3>(problem, sweeps, next, cancelled);
+      return body(std::integral_constant<int, 3>{});
     case 4:
-      return work<4>(problem, sweeps, next, cancelled);
+      return body(std::integral_constant<int, 4>{});
   }
   throw std::invalid_argument("images must have 1 to 4 channels");
+}
+
+// That images and a query, whose last three dimensions are C, H, W, belong together.
+void check_images(const Array<std::uint8_t>& images, py::ssize_t channels, py::ssize_t height,
+                  py::ssize_t width) {
+  if (images.shape(1) != channels || images.shape(2) != height || images.shape(3) != width) {
+    throw std::invalid_argument("images and x differ in shape");
+  }
+}
+
+void check_members(const Array<std::int64_t>& members, const Array<std::uint8_t>& images) {
+  for (py::ssize_t i = 0; i < members.size(); ++i) {
+    if (members.data()[i] < 0 || members.data()[i] >= images.shape(0)) {
+      throw std::invalid_argument("members names an image that is not there");
+    }
+  }
 }
 
 // Runs `body(cancelled)` on so many threads; Ctrl-C and the first exception end all of them.
@@ -117,7 +135,8 @@ void run(const els::Problem& problem, int threads) {
   const std::vector<els::Sweep> sweeps = els::plan_sweeps(problem);
   std::atomic<std::int64_t> next{0};
   on_threads(threads, [&](std::atomic<bool>& cancelled) {
-    work_on_channels(problem, sweeps, next, cancelled);
+    with_channels(problem.channels,
+                  [&](auto channels) { work<channels>(problem, sweeps, next, cancelled); });
   });
 }
 
@@ -129,9 +148,7 @@ void given(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Arr
   }
   const py::ssize_t batch = x.shape(0), channels = x.shape(1), height = x.shape(2),
                     width = x.shape(3), candidates = addresses.shape(2);
-  if (images.shape(1) != channels || images.shape(2) != height || images.shape(3) != width) {
-    throw std::invalid_argument("images and x differ in shape");
-  }
+  check_images(images, channels, height, width);
   if (patch_size < 1 || patch_size % 2 == 0 || patch_size > std::min(height, width)) {
     throw std::invalid_argument("patch_size must be odd, 1 to the image's shorter side");
   }
@@ -178,18 +195,12 @@ void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<fl
   }
   const py::ssize_t groups = maximum.shape(0), batch = x.shape(0), channels = x.shape(1),
                     height = x.shape(2), width = x.shape(3);
-  if (images.shape(1) != channels || images.shape(2) != height || images.shape(3) != width) {
-    throw std::invalid_argument("images and x differ in shape");
-  }
+  check_images(images, channels, height, width);
   if (patch_size < 1 || patch_size % 2 == 0 || patch_size > std::min(height, width)) {
     throw std::invalid_argument("patch_size must be odd, 1 to the image's shorter side");
   }
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-  for (py::ssize_t i = 0; i < members.size(); ++i) {
-    if (members.data()[i] < 0 || members.data()[i] >= images.shape(0)) {
-      throw std::invalid_argument("members names an image that is not there");
-    }
-  }
+  check_members(members, images);
   els::Problem problem{};
   problem.images = images.data();
   problem.members = members.data();
@@ -280,17 +291,8 @@ void run_scan(const els::Scan& scan, int threads) {
   });
   std::atomic<std::int64_t> next{0};
   on_threads(threads, [&](std::atomic<bool>& cancelled) {
-    switch (scan.channels) {
-      case 1:
-        return scan_channels<1>(plan, bounds, next, cancelled);
-      case 2:
-        return scan_channels<2>(plan, bounds, next, cancelled);
-      case 3:
-        return scan_channels<3>(plan, bounds, next, cancelled);
-      case 4:
-        return scan_channels<4>(plan, bounds, next, cancelled);
-    }
-    throw std::invalid_argument("images must have 1 to 4 channels");
+    with_channels(scan.channels,
+                  [&](auto channels) { scan_channels<channels>(plan, bounds, next, cancelled); });
   });
 }
 
@@ -371,17 +373,8 @@ void run_border(const els::Border& border, int threads) {
   const els::BorderPlan plan(border);
   std::atomic<std::int64_t> next{0};
   on_threads(threads, [&](std::atomic<bool>& cancelled) {
-    switch (border.channels) {
-      case 1:
-        return work_on_border<1>(plan, next, cancelled);
-      case 2:
-        return work_on_border<2>(plan, next, cancelled);
-      case 3:
-        return work_on_border<3>(plan, next, cancelled);
-      case 4:
-        return work_on_border<4>(plan, next, cancelled);
-    }
-    throw std::invalid_argument("images must have 1 to 4 channels");
+    with_channels(border.channels,
+                  [&](auto channels) { work_on_border<channels>(plan, next, cancelled); });
   });
 }
 
@@ -393,9 +386,7 @@ void border(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::
   }
   const py::ssize_t groups = starts.size() - 1, channels = x.shape(0), height = x.shape(1),
                     width = x.shape(2);
-  if (images.shape(1) != channels || images.shape(2) != height || images.shape(3) != width) {
-    throw std::invalid_argument("images and x differ in shape");
-  }
+  check_images(images, channels, height, width);
   if (patch_size < 3 || patch_size % 2 == 0 || patch_size > std::min(height, width) ||
       patch_size / 2 > els::kMostBorder) {
     throw std::invalid_argument("patch_size must be odd, 3 to the image's shorter side or 33");
@@ -405,11 +396,7 @@ void border(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::
       !std::is_sorted(starts.data(), starts.data() + groups + 1)) {
     throw std::invalid_argument("starts must ascend from 0 to the number of members");
   }
-  for (py::ssize_t i = 0; i < members.size(); ++i) {
-    if (members.data()[i] < 0 || members.data()[i] >= images.shape(0)) {
-      throw std::invalid_argument("members names an image that is not there");
-    }
-  }
+  check_members(members, images);
   els::Border problem{};
   problem.images = images.data();
   problem.members = members.data();

@@ -251,13 +251,13 @@ class TileProducts {
       const float* const y = scan_.y + static_cast<std::size_t>(p) * size;
       float largest = 1e-30f;
       for (int d = 0; d < size; ++d) largest = std::max(largest, std::abs(y[d] * scan_.unit[d]));
-      step_[p] = largest / 32512.0f;
+      step_[p] = largest / static_cast<float>(kLargestQuery);
       for (int d = 0; d < size; ++d) {
         const int value = static_cast<int>(std::lrint(y[d] * scan_.unit[d] / step_[p]));
-        const int low = static_cast<std::int8_t>(value & 0xff);
+        const Digits digits = digits_of(value);
         const std::size_t at = static_cast<std::size_t>(p) * words_ * 4 + d;
-        low_[at] = static_cast<std::int8_t>(low);
-        high_[at] = static_cast<std::int8_t>((value - low) >> 8);
+        low_[at] = digits.low;
+        high_[at] = digits.high;
       }
     }
     chosen_.resize(static_cast<std::size_t>(tiles_) * 2 * kRows * kTileBytes);

@@ -26,6 +26,18 @@ inline bool can_use_tiles() {
 
 constexpr int kTileRows = 16, kTileBytes = 64;  // at most; bytes of a row
 
+// A query's 16 bits as two signed bytes: 256 high + low, up to kLargestQuery either way.
+constexpr double kLargestQuery = 32512.0;
+
+struct Digits {
+  std::int8_t high, low;
+};
+
+inline Digits digits_of(int value) {
+  const int low = static_cast<std::int8_t>(value & 0xff);
+  return {static_cast<std::int8_t>((value - low) >> 8), static_cast<std::int8_t>(low)};
+}
+
 struct alignas(64) TileShapes {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t row_bytes[16] = {};
