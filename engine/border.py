@@ -18,7 +18,7 @@ import torch
 from els.engine.backends import available_cores
 from els.engine.native import kernel_module
 from els.engine.posterior import PosteriorQuery, PosteriorState
-from els.engine.scan import LOGIT_ERROR, can_scan, has_tiles
+from els.engine.scan import LARGEST_QUERY, LOGIT_ERROR, can_scan, has_tiles
 
 _LARGEST_PATCH = 33
 # Noisy distance, in standard deviations, within which candidates matter.
@@ -35,7 +35,7 @@ def can_multiply(query: PosteriorQuery) -> bool:
     bytes_of_patch = query.x.shape[1] * query.patch_size * (query.patch_size - 1)
     of_sums = 4 * (alpha / sigma) ** 2 * bytes_of_patch * 2.0**-22
     largest = float((query.x + alpha).abs().max())
-    of_query = _NEAR * largest / sigma / (32512 * math.sqrt(12))
+    of_query = _NEAR * largest / sigma / (LARGEST_QUERY * math.sqrt(12))
     return max(of_sums, of_query) < LOGIT_ERROR
 
 

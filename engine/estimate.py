@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import numpy as np
@@ -347,12 +348,13 @@ class Estimator:
         inside = float(interior.double().mean())
         by_size = math.pow(size / 64, 1.5) * math.pow(inside, 1 / _SCAN_POWER) / 256
         share = max(min(by_size, 1 / 32), 1.5 * 2.0**-COARSEST)
-        if tail is not None and tail.effective(interior) > _MANY:
-            return share
-        return max(
-            share,
-            DEFAULT_EFFORT / self._index.lists,
-        )
+        if tail is not None:
+            state, _ = self.combined(None, tail)
+            assert state.tilt is not None
+            effective = state.mass * (-state.tilt / state.mass).exp() * len(tail) / self.images
+            if float(effective[0][interior].median()) > _MANY:
+                return share
+        return max(share, DEFAULT_EFFORT / self._index.lists)
 
     def _with_lists(self, share: float) -> tuple[PosteriorState, Error]:
         """The lists' posterior, and the exact one of the pixels that the index does not serve."""
@@ -521,7 +523,7 @@ class Estimator:
         workers = self._backend.workers
         return border_states(self._db.images, self._query, groups, threads=workers)
 
-    @property
+    @cached_property
     def _multiplies(self) -> bool:
         """Whether the border's pixels are weighed by products on a matrix unit."""
         return self._backend.device.type == "cpu" and can_multiply(self._query)
@@ -740,19 +742,6 @@ class _Groups:
             torch.cat(tilts),
         )
 
-    def together(self) -> PosteriorState:
-        """One state of all images."""
-        return merge_all(
-            PosteriorState(*group)
-            for group in zip(
-                self.maximum[:, None],
-                self.mass[:, None],
-                self.centre[:, None],
-                self.tilt[:, None],
-                strict=True,
-            )
-        )
-
     def merged(self, other: _Groups) -> _Groups:
         """Group by group, with the states of other images."""
         whole = merge(
@@ -779,13 +768,6 @@ class _Tail:
 
     def __len__(self) -> int:
         return int(self.counts.sum())
-
-    def effective(self, pixels: Tensor) -> float:
-        """Effective number of the subset's patches, median over some pixels."""
-        state = self.groups.together()
-        assert state.tilt is not None
-        entropy = state.mass.log() - state.tilt / state.mass
-        return float(entropy[0][pixels].median().exp())
 
 
 def _doubt(effective: npt.NDArray[np.float64], is_lossless: bool) -> npt.NDArray[np.float64]:

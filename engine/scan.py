@@ -38,6 +38,8 @@ _PARTS = 64
 _RANK_BYTES = 128 << 20
 # Logits are float32 sums; what is not known to this is not asked (see :func:`is_precise`).
 LOGIT_ERROR = 0.02
+# Queries on the matrix unit are integers up to this, either way (`kLargestQuery` of the kernel).
+LARGEST_QUERY = 32512
 # Variance of a logit that codes may leave unknown, beyond which it is no small correction.
 _MISFIT = 0.1
 _LEVEL = 127.5
@@ -195,7 +197,7 @@ def _rounded(y: npt.NDArray[np.float32], unit: npt.NDArray[np.float32]) -> npt.N
     As ``TileProducts`` rounds them.
     """
     scaled = y.astype(np.float64) * unit
-    step = np.maximum(np.abs(scaled).max(1, keepdims=True), 1e-30) / 32512
+    step = np.maximum(np.abs(scaled).max(1, keepdims=True), 1e-30) / LARGEST_QUERY
     rounded: npt.NDArray[np.float64] = np.rint(scaled / step) * step
     return (rounded / unit).astype(np.float32)
 
