@@ -43,6 +43,8 @@ def border_states(
     images: npt.NDArray[np.uint8],
     query: PosteriorQuery,
     groups: Sequence[npt.NDArray[np.int64]],
+    *,
+    wanted: npt.NDArray[np.bool_] | None = None,
     threads: int | None = None,
 ) -> list[PosteriorState]:
     """The border's pixels over each of some groups of images; other pixels have anything.
@@ -51,6 +53,7 @@ def border_states(
         images: of the whole database.
         query: one image, ``B = 1``, for which :func:`can_multiply`; its members do not matter.
         groups: the members of each.
+        wanted: of the border's pixels, ``[H, W]``; None for all.
         threads: None for one per core. Results do not depend on it.
 
     Returns:
@@ -61,11 +64,14 @@ def border_states(
     # Elsewhere some finite state, so that nothing that is computed from it warns.
     maximum, mass, tilt = np.zeros(shape), np.ones(shape), np.zeros(shape)
     centre = np.zeros((len(groups), 1, channels, height, width))
+    if wanted is None:
+        wanted = np.ones((height, width), dtype=np.bool_)
     kernel_module().border(
         images=images,
         members=np.concatenate(groups),
         starts=np.cumsum([0, *map(len, groups)], dtype=np.int64),
         x=query.x[0].to(device="cpu", dtype=torch.float32).contiguous().numpy(),
+        wanted=wanted.view(np.uint8),
         alpha=float(query.alpha[0]),
         sigma=float(query.sigma[0]),
         patch_size=query.patch_size,

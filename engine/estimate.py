@@ -1,14 +1,13 @@
 """Posteriors with known error from a part of the candidates: head, tail, and both (design, 5).
 
 The *head* are the k nearest patches that an index finds, weighed exactly. The *tail* is everything
-else, estimated from a random subset of the images, whose sums are scaled by N / n; what the head
-already counts is left out. The error of a tail is measured and not assumed: the subset is dealt
-into groups, and the means without each of them in turn (the jackknife) spread as the error does,
-also where one group holds most of the mass.
+else, estimated from a random subset of the images (`els.engine.subset`), whose sums are scaled by
+N / n; what the head already counts is left out. The error of a tail is measured and not assumed.
 
 Where the index's lists can be read whole (`els.engine.scan`), sampling them takes the place of
 both: all patches are drawn from, the heavier the more densely. Pixels near a border of zeros have
 candidates of their own, which no index holds: they are a subset's, or all of them are weighed.
+Pixels differ, so that more is spent on those that err most.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import final
 
 import numpy as np
@@ -33,19 +33,28 @@ from els.engine.posterior import (
     Mode,
     PosteriorQuery,
     PosteriorState,
-    merge,
     merge_all,
     moved,
 )
 from els.engine.scan import COARSEST, can_read, scan
+from els.engine.subset import (
+    GROUPS,
+    Allotments,
+    Array,
+    Groups,
+    Members,
+    Tail,
+    counts_of,
+    images_needed,
+    share_allotments,
+    stratified,
+    subset_allotments,
+    sums_without_each,
+)
 from els.index import PatchDatabase, PatchIndex
 from els.index.retrieval import DEFAULT_EFFORT
 
-Members = npt.NDArray[np.int64]
-
-# Groups of images whose spread is the error.
-_GROUPS = 16
-# Images of the first look of mode="auto", at most of that at the border where products weigh it,
+# Images of the first subset of mode="auto", at most of that at the border where products weigh it,
 # and the pixels that a head is tried on.
 _PILOT_IMAGES, _BORDER_IMAGES, _PILOT_PIXELS = 256, 2048, 32
 # Lists that a head may look into. The fewest are right where the tail does the work, the most where
@@ -59,15 +68,17 @@ _CODE_PAIRS, _BYTE_PAIRS = 9.0, 1 / 3
 _TAIL_POWER, _HEAD_POWER, _LEAST_GROWTH, _GROWTH = 0.35, 0.45, 1.5, 4
 # What lists cost, likewise: ranking one for a pixel, and weighing a code.
 _LIST_PAIRS, _READ_PAIRS = 15.0, 4.0
-# How their errors fall with the share that is read.
-_SCAN_POWER = 0.8
-# Shares of the tolerance that may be the interior's, and what a pair of the border's costs, by the
-# exact kernel and by products.
-_SPLITS, _BORDER_PAIRS, _PRODUCT_PAIRS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9), 2.0, 0.8
-# Where they cost so few first looks, lists need none.
+# How their errors fall with the share that is read, and how much more of it is read when a pixel is
+# read anew, at least and at most.
+_SCAN_POWER, _LEAST_READ, _MOST_READ = 0.8, 1.5, 8.0
+# Aim of a step that should be the last: small ones cost nearly as much.
+_BORDER_POWER, _ENOUGH = 0.35, 0.95
+# What a pair of the border's costs, by the exact kernel and by products.
+_BORDER_PAIRS, _PRODUCT_PAIRS = 2.0, 3.0
+# Where they cost so few first subsets, lists need none.
 _PLAIN = 6
-# Where so many patches of the first look share a pixel, no single one must be met.
-_MANY = 12.0
+# Where so many patches of a few images share a pixel, no single one must be met.
+_LOOK_IMAGES, _MANY, _WORTH_A_LOOK = 64, 8.0, 1.5
 # A subset that is so large a part of the images is not worth its error.
 _MOST_SHARE = 0.6
 # Aim below the tolerance: its measure is itself uncertain.
@@ -127,7 +138,7 @@ class Estimator:
         # The tilt costs little, and a state without it could not be scaled.
         self._query = replace(query, entropy=True, top=0)
         self._rng = np.random.default_rng(list(seed))
-        self._order = _stratified(query.members, db.labels, self._rng)
+        self._order = stratified(query.members, db.labels, self._rng)
         self._list_seed = int(self._rng.integers(1 << 63))
 
     def state(self, approximation: Approximation) -> tuple[PosteriorState, Error]:
@@ -136,9 +147,9 @@ class Estimator:
             case "topk":
                 return self._head_alone(self.head(approximation.k))
             case "subset" | "topk+subset":
-                if approximation.images >= len(self._order) or len(self._order) < 2 * _GROUPS:
+                if approximation.images >= len(self._order) or len(self._order) < 2 * GROUPS:
                     return self._exact()
-                tail = self._tail(max(approximation.images, 2 * _GROUPS))
+                tail = self._tail(max(approximation.images, 2 * GROUPS))
                 with_head = approximation.mode == "topk+subset"
                 return self.combined(self.head(approximation.k) if with_head else None, tail)
             case "lists":
@@ -178,16 +189,16 @@ class Estimator:
         aim, interior = _MARGIN * tolerance, self._interior()
         has_border, scans = not bool(interior.all()), self._can_scan
         tail, result, border = None, None, None
-        if not scans or self._scan_cost(self._first_share()) > _PLAIN * _PILOT_IMAGES:
+        if not scans or self._scan_cost(self._least_share) > _PLAIN * _PILOT_IMAGES:
             tail = self._tail(_PILOT_IMAGES)
             result = self._interior_to(aim, k, tail, interior)
         if result is None and scans:
-            share = self._first_share(tail)
+            share = self._first_share
             start, interior_aim = self._lists(share, interior), aim
             if has_border:
                 tail = self._border_tail(tail)
-                border_aim = self._border_aim(aim, share, start, tail, interior)
-                border = self._border_to(border_aim, tail, ~interior)
+                border_aim = self._border_aim(aim, share, start, tail)
+                border = self._border_to(border_aim, tail)
                 interior_aim = _left(aim, border, ~interior)
             result = self._lists_to(interior_aim, share, start)
         if result is None:
@@ -196,25 +207,25 @@ class Estimator:
             return result
         if border is None:
             assert tail is not None
-            border = self._border_to(_left(aim, result, interior), tail, ~interior)
+            border = self._border_to(_left(aim, result, interior), tail)
         return _chosen(interior, result, border)
 
-    def _border_tail(self, before: _Tail | None) -> _Tail:
+    def _border_tail(self, before: Tail | None) -> Tail:
         """A first subset for the border's pixels, ``before`` in it."""
-        images = _PILOT_IMAGES
-        if self._multiplies:
-            images = max(images, min(_BORDER_IMAGES, len(self._order) // 8))
+        images = self._border_images
         if before is not None and len(before) >= images:
             return before
         return self._tail(images, before, query=replace(self._query, border_only=True))
 
+    @property
+    def _border_images(self) -> int:
+        """Of the first subset for the border's pixels."""
+        if not self._multiplies:
+            return _PILOT_IMAGES
+        return max(_PILOT_IMAGES, min(_BORDER_IMAGES, len(self._order) // 8))
+
     def _border_aim(
-        self,
-        aim: float,
-        share: float,
-        start: tuple[PosteriorState, Error],
-        tail: _Tail,
-        interior: Tensor,
+        self, aim: float, share: float, start: tuple[PosteriorState, Error], tail: Tail
     ) -> float:
         """How wrong the border may be, so that it and the interior together cost least.
 
@@ -223,33 +234,49 @@ class Estimator:
             share: of the lists.
             start: the interior from it.
             tail: a subset for the border's pixels.
-            interior: the others.
         """
-        inside, total = float(interior.double().mean()), len(self._order)
-        error = inside * _typical_error(start[1], interior)
-        around = _typical_error(self.combined(None, tail)[1], ~interior)
-        border = (1 - inside) * max(around, 1e-30)
-        costs = {}
-        for part in (*_SPLITS, min(error / aim, 1.0)):
-            cost = 0.0
-            if error > part * aim:
-                cost = self._scan_cost(share * (error / (part * aim)) ** (1 / _SCAN_POWER))
-            left = max((1 - part) * aim, 1e-30)
-            images = _images_needed(border, left, len(tail), total, _HEAD_POWER)
-            costs[left] = cost + self._border_cost * (images - len(tail))
-        return min(costs, key=costs.__getitem__) / (1 - inside)
+        served = self._is_served().numpy()
+        lists = self._share_allotments(start[1], np.full(served.sum(), share))
+        border = self._border_allotments(tail, self.combined(None, tail)[1])
+        inside = float(served.mean())
+        errors = inside * lists.errors[:, None] + (1 - inside) * border.errors
+        costs = inside * lists.costs[:, None] + (1 - inside) * self._border_cost * border.costs
+        good = errors <= aim
+        if not good.any():
+            return aim / 2 / (1 - inside)
+        best = int(np.argmin(np.where(good, costs, np.inf)))
+        # What there is may be the best, and not quite this by rounding.
+        return float(border.errors[best % len(border.errors)]) * (1 + 1e-9)
+
+    def _border_allotments(self, tail: Tail, error: Error) -> Allotments:
+        """Larger subsets for the border's pixels, from what there is."""
+        border = ~self._interior().numpy()
+        sizes = np.broadcast_to(tail.sizes, border.shape)[border]
+        errors = _absolute_errors(error)[border]
+        if not self._multiplies:  # and so serves all alike
+            errors = np.full_like(errors, errors.mean())
+        total = len(self._order)
+        return subset_allotments(errors, sizes, self._border_images, total, _BORDER_POWER)
+
+    def _share_allotments(self, error: Error, shares: Array) -> Allotments:
+        """Larger shares of the lists for the pixels that the index serves."""
+        errors = _absolute_errors(error)[self._is_served().numpy()]
+        nothing = self._scan_cost(0.0)
+        costs = (nothing, self._scan_cost(1.0) - nothing)
+        return share_allotments(errors, shares, _SCAN_POWER, _LEAST_READ, _MOST_READ, costs)
 
     @property
     def _border_cost(self) -> float:
-        """Of an image for the border's pixels, in images of the exact kernel for the others."""
+        """Of an image for a pixel of the border, in images of the exact kernel for the others."""
         _, _, height, width = self._query.x.shape
         reach = self._query.patch_size - 1
         inside = (height - reach) * (width - reach)
         edges = reach * ((height - reach) ** 2 + (width - reach) ** 2) + reach**2
-        return (_PRODUCT_PAIRS if self._multiplies else _BORDER_PAIRS) * edges / inside**2
+        pairs = edges / (height * width - inside)
+        return (_PRODUCT_PAIRS if self._multiplies else _BORDER_PAIRS) * pairs / inside
 
     def _interior_to(
-        self, aim: float, k: int, tail: _Tail, interior: Tensor
+        self, aim: float, k: int, tail: Tail, interior: Tensor
     ) -> tuple[PosteriorState, Error] | None:
         """Head and tail, enlarged until the error is met; None where all or lists are cheaper.
 
@@ -262,9 +289,9 @@ class Estimator:
         head, effort, power = None, 0, _TAIL_POWER
         result, error = self._judged(head, tail, interior, pilot)
         while error > aim:
-            needed = _images_needed(error, aim, len(tail), total, power)
+            needed = images_needed(error, aim, len(tail), total, power)
             if scans:
-                most = min(most, len(tail) + math.ceil(self._scan_cost(self._first_share(tail))))
+                most = min(most, len(tail) + math.ceil(self._scan_cost(self._first_share)))
             if pilot is not None:
                 best = pilot.cheapest(effort, min(needed, most), error, aim, result[1], tail)
                 if best != effort:
@@ -282,7 +309,7 @@ class Estimator:
         return result
 
     def _judged(
-        self, head: _Head | None, tail: _Tail, interior: Tensor, pilot: _Pilot | None
+        self, head: _Head | None, tail: Tail, interior: Tensor, pilot: _Pilot | None
     ) -> tuple[tuple[PosteriorState, Error], float]:
         """Head and tail, and their expected absolute error; both as the pilot pixels say."""
         state, error = self.combined(head, tail)
@@ -325,36 +352,51 @@ class Estimator:
         Args:
             aim: of the error.
             share: of the lists.
-            result: of it.
+            result: of it; pixels that err much are read anew.
         """
         served = self._is_served()
-        while (error := _typical_error(result[1], served)) > aim:
-            share *= min(max((error / aim) ** (1 / _SCAN_POWER), 3 / 2), 8)
-            if self._scan_cost(share) > _MOST_SHARE * len(self._order):
+        shares = np.full(int(served.sum()), share)
+        while _typical_error(result[1], served) > aim:
+            allotments = self._share_allotments(result[1], shares)
+            chosen = allotments.cheapest(aim)
+            if allotments.costs[chosen] > _MOST_SHARE * len(self._order):
                 return None
-            result = self._lists(share, served)
+            larger = allotments.sizes[chosen]
+            again = served.clone()
+            again[served] = torch.from_numpy(larger > shares)
+            result = _chosen(again, self._lists(larger[larger > shares], again), result)
+            shares = larger
         return result
 
-    def _first_share(self, tail: _Tail | None = None) -> float:
-        """The share that is read at first, by what a subset tells if there is one.
+    @cached_property
+    def _first_share(self) -> float:
+        """The share that is read at first.
+
+        Where few patches share a pixel they must be met, and that takes as many lists as a search
+        would probe.
+        """
+        assert self._index is not None
+        share, probed = self._least_share, DEFAULT_EFFORT / self._index.lists
+        if probed <= _WORTH_A_LOOK * share:
+            return max(share, probed)
+        query = replace(self._query, members=np.sort(self._order[:_LOOK_IMAGES]))
+        state = moved(self._backend.state(self._db.images, query), "cpu")
+        assert state.tilt is not None
+        effective = state.mass * (-state.tilt / state.mass).exp()
+        return share if float(effective[0][self._interior()].median()) > _MANY else probed
+
+    @property
+    def _least_share(self) -> float:
+        """The share that tells enough where many patches share a pixel.
 
         Lists of long codes say less about their patches. Where the interior is a part of the image,
-        so is its error. Where few patches share a pixel they must be met, and that takes as many
-        lists as a search would probe.
+        so is its error.
         """
         assert self._index is not None
         _, size = self._index.codes_read()
-        interior = self._interior()
-        inside = float(interior.double().mean())
+        inside = float(self._interior().double().mean())
         by_size = math.pow(size / 64, 1.5) * math.pow(inside, 1 / _SCAN_POWER) / 256
-        share = max(min(by_size, 1 / 32), 1.5 * 2.0**-COARSEST)
-        if tail is not None:
-            state, _ = self.combined(None, tail)
-            assert state.tilt is not None
-            effective = state.mass * (-state.tilt / state.mass).exp() * len(tail) / self.images
-            if float(effective[0][interior].median()) > _MANY:
-                return share
-        return max(share, DEFAULT_EFFORT / self._index.lists)
+        return max(min(by_size, 1 / 32), 1.5 * 2.0**-COARSEST)
 
     def _with_lists(self, share: float) -> tuple[PosteriorState, Error]:
         """The lists' posterior, and the exact one of the pixels that the index does not serve."""
@@ -364,8 +406,8 @@ class Estimator:
             return state, error
         return _chosen(served, (state, error), self._whole_border())
 
-    def _lists(self, share: float, served: Tensor) -> tuple[PosteriorState, Error]:
-        """Of some of the interior's pixels; others have anything."""
+    def _lists(self, share: float | Array, served: Tensor) -> tuple[PosteriorState, Error]:
+        """Of some of the interior's pixels, each with its share; others have anything."""
         index, query = self._index, self._query
         assert index is not None
         lists = index.inverted
@@ -405,15 +447,31 @@ class Estimator:
         worst, typical = deviation.amax(1), deviation.mean(1)
         return state, Error(omitted, worst, "estimate", "lists", 0, typical)
 
-    def _border_to(self, aim: float, tail: _Tail, border: Tensor) -> tuple[PosteriorState, Error]:
-        """The border's pixels from a growing subset of the images, in the end all of them."""
-        total, query = len(self._order), replace(self._query, border_only=True)
+    def _border_to(self, aim: float, tail: Tail) -> tuple[PosteriorState, Error]:
+        """The border's pixels from growing subsets of the images, in the end all of them."""
+        border = ~self._interior()
         result = self.combined(None, tail)
-        while (error := _typical_error(result[1], border)) > aim and len(tail) < total:
-            needed = _images_needed(error, aim, len(tail), total, _HEAD_POWER)
-            tail = self._tail(max(needed, math.ceil(_LEAST_GROWTH * len(tail))), tail, query)
+        while _typical_error(result[1], border) > aim:
+            allotments = self._border_allotments(tail, result[1])
+            sizes = np.broadcast_to(tail.sizes, border.shape).copy()
+            sizes[border.numpy()] = allotments.sizes[allotments.cheapest(_ENOUGH * aim)]
+            tail = self._grown(tail, sizes)
             result = self.combined(None, tail)
         return result
+
+    def _grown(self, tail: Tail, sizes: Array) -> Tail:
+        """A subset of such a size for each pixel near the border, ``[H, W]``, ``tail`` in it."""
+        before = np.broadcast_to(tail.sizes, sizes.shape)
+        groups, query = tail.groups, replace(self._query, border_only=True)
+        group_of = tail.group_of.copy()
+        steps = np.unique(np.concatenate([before[sizes > before], sizes[sizes > before]]))
+        for first, last in pairwise(steps.astype(np.int64)):
+            wanted = (before <= first) & (sizes >= last)
+            if wanted.any():
+                fresh = self._groups(first, last, query, wanted)
+                groups = groups.merged(fresh, wanted)
+        group_of[self._order[: int(sizes.max())]] = np.arange(int(sizes.max())) % GROUPS
+        return Tail(groups, counts_of(sizes), group_of)
 
     def head_cost(self, effort: int) -> float:
         """What a search for every pixel costs, in images of the exact kernel."""
@@ -469,10 +527,12 @@ class Estimator:
         """Patches around some pixels, over alpha, ``[Q, C, P, P]``."""
         query = self._query
         radius, size = query.patch_size // 2, query.patch_size
-        mode = "circular" if query.boundary == "circular" else "constant"
-        x = torch.nn.functional.pad(query.x.cpu().double(), (radius,) * 4, mode)[0]
-        windows = x.unfold(1, size, 1).unfold(2, size, 1).movedim(0, 2)[pixels]
-        return (windows / query.alpha[0]).float().numpy()
+        x = query.x[0].cpu().double().numpy() / float(query.alpha[0])
+        around = ((0, 0), (radius, radius), (radius, radius))
+        x = np.pad(x, around, "wrap" if query.boundary == "circular" else "constant")
+        windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
+        patches: npt.NDArray[np.float32] = np.moveaxis(windows, 0, 2)[pixels.numpy()]
+        return patches.astype(np.float32)
 
     def _head_alone(self, head: _Head) -> tuple[PosteriorState, Error]:
         """The head as the whole posterior, with what may have been left out."""
@@ -515,13 +575,15 @@ class Estimator:
         if not self._multiplies:
             state = self._exact_border()
             return state, Error.none(state.mass)
-        groups = np.array_split(self._query.members, _GROUPS)
+        groups = np.array_split(self._query.members, GROUPS)
         state = merge_all(self._border_states(groups))
         return state, Error.none(state.mass)
 
-    def _border_states(self, groups: Sequence[Members]) -> list[PosteriorState]:
+    def _border_states(
+        self, groups: Sequence[Members], wanted: npt.NDArray[np.bool_] | None = None
+    ) -> list[PosteriorState]:
         workers = self._backend.workers
-        return border_states(self._db.images, self._query, groups, threads=workers)
+        return border_states(self._db.images, self._query, groups, wanted=wanted, threads=workers)
 
     @cached_property
     def _multiplies(self) -> bool:
@@ -529,16 +591,27 @@ class Estimator:
         return self._backend.device.type == "cpu" and can_multiply(self._query)
 
     def _tail(
-        self, images: int, before: _Tail | None = None, query: PosteriorQuery | None = None
-    ) -> _Tail:
+        self, images: int, before: Tail | None = None, query: PosteriorQuery | None = None
+    ) -> Tail:
         """States of groups of so many images in all, those of ``before`` among them."""
-        query = query or self._query
-        seen = 0 if before is None else len(before)
-        group_of = np.full(len(self._db), -1, dtype=np.int64)
+        groups = self._groups(0 if before is None else len(before), images, query or self._query)
+        if before is not None:
+            groups = before.groups.merged(groups, np.ones(groups.mass.shape[1:], dtype=np.bool_))
         chosen = self._order[:images]
-        group_of[chosen] = np.arange(len(chosen)) % _GROUPS
-        fresh = chosen[seen:]
-        groups = [np.sort(fresh[group_of[fresh] == group]) for group in range(_GROUPS)]
+        group_of = np.full(len(self._db), -1, dtype=np.int64)
+        group_of[chosen] = np.arange(len(chosen)) % GROUPS
+        return Tail(groups, counts_of(np.full((1, 1), len(chosen))), group_of)
+
+    def _groups(
+        self,
+        first: int,
+        last: int,
+        query: PosteriorQuery,
+        wanted: npt.NDArray[np.bool_] | None = None,
+    ) -> Groups:
+        """Of a part of the images in their order; at some of the border's pixels, if so asked."""
+        number = np.arange(first, min(last, len(self._order)))
+        members = [np.sort(self._order[number[number % GROUPS == g]]) for g in range(GROUPS)]
 
         def weigh(members: Members) -> PosteriorState:
             return moved(
@@ -546,102 +619,84 @@ class Estimator:
             )
 
         if query.border_only and self._multiplies:
-            states = self._border_states(groups)
-        else:
-            with ThreadPoolExecutor(self._backend.workers) as pool:
-                states = list(pool.map(weigh, groups))
-        together = _Groups.of(states)
-        if before is not None:
-            together = together.merged(before.groups)
-        counts = np.bincount(group_of[chosen], minlength=_GROUPS)
-        return _Tail(together, torch.from_numpy(counts).double(), group_of)
+            return Groups.of(self._border_states(members, wanted))
+        with ThreadPoolExecutor(self._backend.workers) as pool:
+            return Groups.of(list(pool.map(weigh, members)))
 
-    def combined(self, head: _Head | None, tail: _Tail) -> tuple[PosteriorState, Error]:
+    def combined(self, head: _Head | None, tail: Tail) -> tuple[PosteriorState, Error]:
         """Head and scaled tail as one state; the error from leaving out each group in turn."""
-        groups = tail.groups
-        reference = groups.maximum.amax(0)
+        reference = tail.groups.maximum.max(0)
         if head is not None:
-            reference = torch.maximum(reference, head.state.maximum[0])
-        scale = (groups.maximum - reference).exp()
-        # [G, H, W] and [G, C, H, W] on one reference.
-        mass, centre = scale * groups.mass, scale.unsqueeze(1) * groups.centre
-        tilt = scale * (groups.tilt + (groups.maximum - reference) * groups.mass)
-        head_mass = torch.zeros_like(reference)
-        head_centre = torch.zeros_like(centre[0])
-        head_tilt = torch.zeros_like(reference)
+            reference = np.maximum(reference, head.state.maximum[0].numpy())
+        groups = tail.groups.on(reference)
+        head_mass, head_centre, head_tilt = np.zeros(()), np.zeros(()), np.zeros(())
         if head is not None:
-            mass, centre, tilt = self._without(head, tail, reference, mass, centre, tilt)
-            there = head.state.mass[0] > 0
-            shift = torch.where(there, head.state.maximum[0] - reference, 0.0)
-            factor = torch.where(there, shift.exp(), 0.0)
-            head_mass = factor * head.state.mass[0]
-            head_centre = factor * head.state.centre[0]
+            groups = self._without(head, tail, groups)
             assert head.state.tilt is not None
-            head_tilt = factor * (head.state.tilt[0] + shift * head.state.mass[0])
-        total, n = len(self._order), len(tail)
-        ratio = total / n
-        all_mass = head_mass + ratio * mass.sum(0)
-        all_centre = head_centre + ratio * centre.sum(0)
-        all_tilt = head_tilt + ratio * tilt.sum(0)
-        # The jackknife: the mean without group g, summed anew, since a group may hold nearly all.
-        others = 1 - torch.eye(_GROUPS, dtype=torch.float64)
-        ratios = (total / (n - tail.counts)).reshape(-1, 1, 1)
-        less_mass = head_mass + ratios * torch.einsum("gf,fhw->ghw", others, mass)
-        less_centre = head_centre + ratios.unsqueeze(1) * torch.einsum(
-            "gf,fchw->gchw", others, centre
-        )
-        means = (less_centre / less_mass.clamp(min=_LEAST_MASS).unsqueeze(1)).clamp(-1, 1)
-        spread = (means - means.mean(0)).square().sum(0) * (_GROUPS - 1) / _GROUPS
-        deviation = (spread * (1 - n / total)).sqrt()
-        seen = head_mass + mass.sum(0)
-        omitted = (1 - seen / all_mass).clamp(0, 1)
-        state = PosteriorState(
-            reference.unsqueeze(0),
-            all_mass.unsqueeze(0),
-            all_centre.unsqueeze(0),
-            all_tilt.unsqueeze(0),
+            mass = head.state.mass[0].numpy()
+            shift = np.where(mass > 0, head.state.maximum[0].numpy() - reference, 0.0)
+            factor = np.where(mass > 0, np.exp(shift), 0.0)
+            head_mass = factor * mass
+            head_centre = factor * head.state.centre[0].numpy()
+            head_tilt = factor * (head.state.tilt[0].numpy() + shift * mass)
+        total, sizes = len(self._order), tail.sizes
+        ratio = total / sizes
+        all_mass = head_mass + ratio * groups.mass.sum(0)
+        all_centre = head_centre + ratio * groups.centre.sum(0)
+        all_tilt = head_tilt + ratio * groups.tilt.sum(0)
+        ratios = total / (sizes - tail.counts)
+        less_mass = head_mass + ratios * sums_without_each(groups.mass)
+        less_centre = head_centre + ratios[:, None] * sums_without_each(groups.centre)
+        means = np.clip(less_centre / np.maximum(less_mass, _LEAST_MASS)[:, None], -1, 1)
+        spread = np.square(means - means.mean(0)).sum(0) * (GROUPS - 1) / GROUPS
+        deviation = np.sqrt(spread * (1 - sizes / total))
+        omitted = np.clip(1 - (head_mass + groups.mass.sum(0)) / all_mass, 0, 1)
+        reference, all_mass, all_centre, all_tilt, omitted, worst, typical = (
+            torch.from_numpy(values[None])
+            for values in (
+                reference,
+                all_mass,
+                all_centre,
+                all_tilt,
+                omitted,
+                deviation.max(0),
+                deviation.mean(0),
+            )
         )
         mode: Mode = "subset" if head is None else "topk+subset"
-        worst, typical = deviation.amax(0, keepdim=True), deviation.mean(0, keepdim=True)
-        return state, Error(omitted.unsqueeze(0), worst, "estimate", mode, n, typical)
+        error = Error(omitted, worst, "estimate", mode, len(tail), typical)
+        return PosteriorState(reference, all_mass, all_centre, all_tilt), error
 
-    def _without(
-        self,
-        head: _Head,
-        tail: _Tail,
-        reference: Tensor,
-        mass: Tensor,
-        centre: Tensor,
-        tilt: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The groups' sums less what the head counts already."""
-        height, width = reference.shape
+    def _without(self, head: _Head, tail: Tail, groups: Groups) -> Groups:
+        """The groups' sums, on one reference, less what the head counts already."""
+        _, height, width = groups.mass.shape
         pixels = height * width
-        addresses = head.addresses[0].numpy()
+        addresses = head.addresses[0].numpy().reshape(pixels, -1)
         group = np.where(addresses >= 0, tail.group_of[addresses // pixels], -1)
-        pixel, place = np.nonzero(group.reshape(pixels, -1) >= 0)
-        flat = addresses.reshape(pixels, -1)[pixel, place]
+        pixel, place = np.nonzero(group >= 0)
+        flat = addresses[pixel, place]
         clean = self._db.images[flat // pixels, :, flat % pixels // width, flat % width]
-        centres = torch.from_numpy(clean).double() / 127.5 - 1  # [M, C]
-        logits = head.logits[0].reshape(pixels, -1)[pixel, place]
-        shifted = logits - reference.flatten()[pixel]
-        weights = shifted.exp()
-        slot = torch.from_numpy(group.reshape(pixels, -1)[pixel, place] * pixels + pixel)
+        centres = clean / 127.5 - 1  # [M, C]
+        logits = head.logits[0].numpy().reshape(pixels, -1)[pixel, place]
+        shifted = logits - groups.maximum[0].ravel()[pixel]
+        weights = np.exp(shifted)
+        slot = group[pixel, place] * pixels + pixel
 
-        def sums(values: Tensor) -> Tensor:
-            room = torch.zeros(_GROUPS * pixels, dtype=torch.float64)
-            return room.index_add_(0, slot, values).reshape(_GROUPS, height, width)
+        def sums(values: Array) -> Array:
+            counted: Array = np.bincount(slot, values, GROUPS * pixels).astype(np.float64)
+            return counted.reshape(GROUPS, height, width)
 
         counted = sums(weights)
-        left = mass - counted
+        left = groups.mass - counted
         # Below the rounding of the sums nothing is known to be left.
-        there = left > _CANCELS * mass
-        counted_centre = torch.stack([sums(weights * c) for c in centres.T], dim=1)
-        counted_tilt = sums(torch.where(weights > 0, weights * shifted, 0.0))
-        return (
-            torch.where(there, left, 0.0),
-            torch.where(there.unsqueeze(1), centre - counted_centre, 0.0),
-            torch.where(there, tilt - counted_tilt, 0.0),
+        there = left > _CANCELS * groups.mass
+        counted_centre = np.stack([sums(weights * c) for c in centres.T], axis=1)
+        counted_tilt = sums(np.where(weights > 0, weights * shifted, 0.0))
+        return Groups(
+            groups.maximum,
+            np.where(there, left, 0.0),
+            np.where(there[:, None], groups.centre - counted_centre, 0.0),
+            np.where(there, groups.tilt - counted_tilt, 0.0),
         )
 
 
@@ -654,10 +709,10 @@ class _Pilot:
         self._k = k
         self._pixels = estimator.pilot_pixels(interior)
         self._heads: dict[int, _Head] = {}
-        self._tail: _Tail | None = None
+        self._tail: Tail | None = None
         self._with_tail: dict[int, tuple[PosteriorState, Error]] = {}
 
-    def doubt(self, result: tuple[PosteriorState, Error], tail: _Tail) -> float:
+    def doubt(self, result: tuple[PosteriorState, Error], tail: Tail) -> float:
         """How much larger the error is than it seems, at least 1.
 
         A spread does not tell of heavy patches that neither head nor tail has met; the largest head
@@ -667,7 +722,7 @@ class _Pilot:
         return max(1.0, self._error(result, tail) / max(seems, 1e-30))
 
     def cheapest(
-        self, effort: int, needed: int, error: float, aim: float, doubted: Error, tail: _Tail
+        self, effort: int, needed: int, error: float, aim: float, doubted: Error, tail: Tail
     ) -> int:
         """The effort to go on with, ``effort`` or a larger one, by what is still to be paid.
 
@@ -688,19 +743,19 @@ class _Pilot:
                 break
             there = self._error(self._answer(more, tail), tail)
             expected = error * there / max(now, 1e-30)
-            images = _images_needed(expected, aim, len(tail), total, _HEAD_POWER)
+            images = images_needed(expected, aim, len(tail), total, _HEAD_POWER)
             cost += max(images - len(tail), 0)
             if cost < least:
                 best, least = more, cost
         return best
 
-    def _error(self, result: tuple[PosteriorState, Error], tail: _Tail) -> float:
+    def _error(self, result: tuple[PosteriorState, Error], tail: Tail) -> float:
         """By the spread, or by the difference that the largest head makes, if that is more."""
         reference = self._answer(_EFFORTS[-1], tail)[0]
         difference = (_mean(result[0]) - _mean(reference)).abs().mean(0)[self._pixels]
         return max(_typical_error(result[1], self._pixels), float(difference.mean()))
 
-    def _answer(self, effort: int, tail: _Tail) -> tuple[PosteriorState, Error]:
+    def _answer(self, effort: int, tail: Tail) -> tuple[PosteriorState, Error]:
         """The pilot pixels' head of an effort with a tail, made once for each tail."""
         if tail is not self._tail:
             self._tail, self._with_tail = tail, {}
@@ -723,53 +778,6 @@ class _Head:
     patches: npt.NDArray[np.float32]  # of the pixels that were searched
 
 
-@dataclass(frozen=True, eq=False)
-class _Groups:
-    """States of groups of images, ``[G, H, W]`` and ``[G, C, H, W]``."""
-
-    maximum: Tensor
-    mass: Tensor
-    centre: Tensor
-    tilt: Tensor
-
-    @classmethod
-    def of(cls, states: Sequence[PosteriorState]) -> _Groups:
-        tilts = [state.tilt for state in states if state.tilt is not None]
-        return cls(
-            torch.cat([state.maximum for state in states]),
-            torch.cat([state.mass for state in states]),
-            torch.cat([state.centre for state in states]),
-            torch.cat(tilts),
-        )
-
-    def merged(self, other: _Groups) -> _Groups:
-        """Group by group, with the states of other images."""
-        whole = merge(
-            PosteriorState(self.maximum, self.mass, self.centre, self.tilt),
-            PosteriorState(other.maximum, other.mass, other.centre, other.tilt),
-        )
-        assert whole.tilt is not None
-        return _Groups(whole.maximum, whole.mass, whole.centre, whole.tilt)
-
-
-@dataclass(frozen=True, eq=False)
-class _Tail:
-    """A subset of the images in groups.
-
-    Attributes:
-        groups: their states.
-        counts: images of each group, float64 ``[G]``.
-        group_of: group of each image of the database, -1 for none.
-    """
-
-    groups: _Groups
-    counts: Tensor
-    group_of: Members
-
-    def __len__(self) -> int:
-        return int(self.counts.sum())
-
-
 def _doubt(effective: npt.NDArray[np.float64], is_lossless: bool) -> npt.NDArray[np.float64]:
     """How much larger errors are than the spread of what was read, for so many effective patches.
 
@@ -780,23 +788,6 @@ def _doubt(effective: npt.NDArray[np.float64], is_lossless: bool) -> npt.NDArray
     if not is_lossless:
         return np.full_like(effective, 1.25)
     return 1 + 3 / (1 + (effective / 60) ** 0.4)
-
-
-def _stratified(
-    members: Members, labels: npt.NDArray[np.int64] | None, rng: np.random.Generator
-) -> Members:
-    """The members in a random order of which every beginning has its share of every class."""
-    shuffled = rng.permutation(members)
-    if labels is None:
-        return shuffled
-    classes = np.asarray(labels[shuffled])
-    by_class = np.argsort(classes, kind="stable")
-    _, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
-    rank = np.empty(len(members))
-    rank[by_class] = np.arange(len(members)) - np.repeat(starts, counts)
-    size = np.empty(len(members))
-    size[by_class] = np.repeat(counts, counts)
-    return shuffled[np.argsort((rank + rng.random(len(members))) / size, kind="stable")]
 
 
 def _left(aim: float, done: tuple[PosteriorState, Error], where: Tensor) -> float:
@@ -811,18 +802,15 @@ def _typical_error(error: Error, pixels: Tensor | None = None) -> float:
     return _MEAN_ABSOLUTE * float(typical.mean())
 
 
+def _absolute_errors(error: Error) -> Array:
+    """Expected absolute errors of one image, ``[H, W]``."""
+    errors: Array = _MEAN_ABSOLUTE * error.typical[0].numpy()
+    return errors
+
+
 def _mean(state: PosteriorState) -> Tensor:
     """Of one image, ``[C, H, W]``."""
     return (state.centre / state.mass.unsqueeze(1))[0]
-
-
-def _images_needed(error: float, aim: float, images: int, total: int, power: float) -> int:
-    """The size of a subset that has the error aimed at, from that of another.
-
-    Errors are taken to fall as ``(1 / n - 1 / N) ** power``: power 1 / 2 for means of many alike.
-    """
-    inverse = math.pow(aim / error, 1 / power) * (1 / images - 1 / total) + 1 / total
-    return math.ceil(1 / inverse)
 
 
 def _chosen(

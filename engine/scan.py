@@ -105,7 +105,7 @@ def scan(
     *,
     alpha: float,
     sigma: float,
-    share: float,
+    share: float | npt.NDArray[np.float64],
     seed: int,
     allowed: npt.NDArray[np.uint8] | None = None,
     pixels: int = 1,
@@ -121,7 +121,8 @@ def scan(
         rest: their squared distances from what components can say, float64 ``[Q]``.
         alpha: signal scale, > 0.
         sigma: noise, > 0.
-        share: of all codes, that a pixel reads at least, > 0; 1 or more for everything.
+        share: of all codes, that a pixel reads at least, > 0, or of each pixel, ``[Q]``; 1 or more
+            for everything.
         seed: of the blocks that are read, 0 to 2^64 - 1.
         allowed: by image, 1 for those whose patches count, uint8 ``[N]``; None for all.
         pixels: of an image.
@@ -142,6 +143,7 @@ def scan(
         tiles = has_tiles(instruction_set)
     if tiles:
         y = _rounded(y, lists.unit)
+    shares = np.broadcast_to(np.asarray(share, dtype=np.float64), len(y))
     parts: list[npt.NDArray[np.float64]] = []
     for start in range(0, len(y), chunk):
         some = np.ascontiguousarray(y[start : start + chunk])
@@ -163,8 +165,8 @@ def scan(
             y=some,
             precision=precision,
             blur=precision / (1 + _BLUR * ratio * lists.component_spread),
-            budget=share * count,
-            most_read=count if share >= 1 else _MOST_READ,
+            budget=shares[start : start + chunk] * count,
+            most_read=count if shares.min() >= 1 else _MOST_READ,
             coarsest=COARSEST,
             seed=seed,
             tiles=tiles,

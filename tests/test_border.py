@@ -136,6 +136,37 @@ def test_groups_are_those_of_the_exact_kernel() -> None:
 
 
 @needs_tiles
+@pytest.mark.parametrize("patch_size", [3, 7, 11])
+@pytest.mark.parametrize("share", [0.03, 0.5])
+def test_only_the_pixels_that_are_wanted(patch_size: int, share: float) -> None:
+    shape = (2, 15, 12)
+    images = images_of(70, shape)
+    query = query_of(shape, patch_size, 0.8, 0.6, 70)
+    groups = np.array_split(np.arange(70), 3)
+    wanted = np.random.default_rng(2).random(shape[1:]) < share
+    chosen = wanted & border_of(shape, patch_size)
+    assert chosen.any()
+    for all_of_it, some in zip(
+        border_states(images, query, groups),
+        border_states(images, query, groups, wanted=wanted),
+        strict=True,
+    ):
+        # Lanes share what their sums are relative to, and other lanes share them now.
+        evidence = ((state.maximum + state.mass.log())[0, chosen] for state in (all_of_it, some))
+        torch.testing.assert_close(*evidence, rtol=0, atol=1e-4)
+        means = ((state.centre / state.mass)[0, :, chosen] for state in (all_of_it, some))
+        torch.testing.assert_close(*means, rtol=0, atol=1e-4)
+
+
+@needs_tiles
+def test_no_pixel_need_be_wanted() -> None:
+    images = images_of(4, (1, 8, 8))
+    query = query_of((1, 8, 8), 5, 0.8, 0.6, 4)
+    (state,) = border_states(images, query, [np.arange(4)], wanted=np.zeros((8, 8), dtype=np.bool_))
+    assert torch.isfinite(state.mass).all()
+
+
+@needs_tiles
 def test_threads_change_no_bit() -> None:
     images = images_of(300, (1, 14, 11))
     query = query_of((1, 14, 11), 5, 0.8, 0.6, 300)
@@ -173,6 +204,11 @@ def test_knows_what_it_cannot_do(change: dict[str, object]) -> None:
         pytest.param({"patch_size": 9}, "patch_size must be odd", id="patch beyond the image"),
         pytest.param({"members": np.array([0, 4])}, "members names an image", id="no such image"),
         pytest.param({"starts": np.array([0, 3])}, "starts must ascend", id="bad groups"),
+        pytest.param(
+            {"wanted": np.ones((8, 7), dtype=np.uint8)},
+            "wanted has the wrong shape",
+            id="bad pixels",
+        ),
     ],
 )
 def test_the_kernel_refuses_what_would_read_elsewhere(
@@ -183,6 +219,7 @@ def test_the_kernel_refuses_what_would_read_elsewhere(
         "members": np.arange(2),
         "starts": np.array([0, 2]),
         "x": np.zeros((1, 8, 8), dtype=np.float32),
+        "wanted": np.ones((8, 8), dtype=np.uint8),
         "alpha": 0.9,
         "sigma": 0.5,
         "patch_size": 3,

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRITON
-from hypothesis import given
-from hypothesis import strategies as st
 
 from els.engine import ScoreMachine, estimate
-from els.engine.estimate import _images_needed, _stratified
 from els.index import DatabaseError, PatchDatabase
 
 SIDE, COUNT = 9, 640
@@ -224,30 +221,34 @@ def test_every_backend_estimates_alike(db: PatchDatabase, mode: str) -> None:
         assert (answer - answers[0]).abs().max() <= 1e-4
 
 
-@given(
-    counts=st.lists(st.integers(1, 40), min_size=1, max_size=5),
-    seed=st.integers(0, 100),
-    share=st.floats(0, 1),
-)
-def test_every_beginning_has_its_share_of_every_class(
-    counts: list[int], seed: int, share: float
-) -> None:
-    labels = np.repeat(np.arange(len(counts)), counts)
-    members = np.arange(len(labels))
-    order = _stratified(members, labels, np.random.default_rng(seed))
-    assert sorted(order) == members.tolist()
-    taken = order[: round(share * len(order))]
-    for label, count in enumerate(counts):
-        # Each class is off by less than one, and so is where the beginning ends, per class.
-        expected = len(taken) * count / len(order)
-        assert abs((labels[taken] == label).sum() - expected) <= 1 + len(counts)
-
-
-def test_the_size_of_a_subset_for_an_error() -> None:
-    assert _images_needed(0.02, 0.02, 100, 10_000, 0.5) == 100
-    assert 380 < _images_needed(0.02, 0.01, 100, 10_000, 0.5) <= 400
-    assert 1350 < _images_needed(0.02, 0.01, 100, 10_000, 0.25) < 1400
-    assert _images_needed(0.02, 1e-9, 100, 1000, 0.5) == 1000
+def test_border_pixels_have_subsets_of_their_own(db: PatchDatabase) -> None:
+    """Grown step by step, each pixel knows what it would know from a subset of its size alone."""
+    machine = ScoreMachine(db, "ELS", "zeros")
+    whole = machine._validated(query(0.6), 0.9, 0.6, 3, True, 0)
+    whole = replace(whole, members=np.arange(COUNT))
+    border_only = replace(whole, border_only=True)
+    estimator = estimate.Estimator(machine._backend, db, None, whole, (0,))
+    start = estimator._tail(64, query=border_only)
+    sizes = np.full((SIDE, SIDE), 64.0)
+    border = np.ones((SIDE, SIDE), dtype=bool)
+    border[1:-1, 1:-1] = False
+    sizes[border] = np.random.default_rng(3).choice([64, 100, 256, COUNT], border.sum())
+    grown = estimator._grown(estimator._grown(start, np.minimum(sizes, 128)), sizes)
+    state, error = estimator.combined(None, grown)
+    for size in (64, 100, 256, COUNT):
+        here = torch.from_numpy((sizes == size) & border)
+        assert here.any()
+        alone, error_alone = estimator.combined(None, estimator._tail(size, query=border_only))
+        for ours, theirs in ((state, alone), (error, error_alone)):
+            for name in ("mass", "tilt") if ours is state else ("typical", "omitted_mass"):
+                values = getattr(ours, name)[0][here], getattr(theirs, name)[0][here]
+                if ours is state:  # on one reference
+                    shift = (state.maximum - alone.maximum)[0][here]
+                    if name == "tilt":
+                        values = values[0] + shift * state.mass[0][here], values[1]
+                    values = values[0] * shift.exp(), values[1]
+                torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
+    assert (error.typical[0][torch.from_numpy((sizes == COUNT) & border)] == 0).all()
 
 
 def test_what_is_wrong_is_said(db: PatchDatabase) -> None:

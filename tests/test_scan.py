@@ -50,7 +50,7 @@ def query_patches(x: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def read(
-    index: PatchIndex, x: np.ndarray, sigma: float, share: float, **options: object
+    index: PatchIndex, x: np.ndarray, sigma: float, share: float | np.ndarray, **options: object
 ) -> ListSums:
     assert index.inverted is not None
     y, rest = index.components(query_patches(x, index.patch_size))
@@ -181,6 +181,20 @@ def test_more_is_nearer(large: tuple[PatchDatabase, PatchIndex]) -> None:
         means = part.centre / part.mass[:, None], whole.centre / whole.mass[:, None]
         errors.append(np.abs(means[0] - means[1]).mean())
     assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
+
+
+def test_each_pixel_has_its_share(large: tuple[PatchDatabase, PatchIndex]) -> None:
+    db, index = large
+    x = noisy(db, 0.5)
+    count = len(query_patches(x, index.patch_size))
+    little, alike = read(index, x, 0.5, 0.02), read(index, x, 0.5, np.full(count, 0.02))
+    np.testing.assert_array_equal(little.mass, alike.mass)
+    more = np.arange(count) < count // 2
+    mixed = read(index, x, 0.5, np.where(more, 0.5, 0.02))
+    assert mixed.deviation[more].mean() < little.deviation[more].mean() / 2
+    # Pixels that are weighed together share what the one that reads most does.
+    apart = np.arange(count) >= count // 2 + 16
+    assert 0.5 < mixed.deviation[apart].mean() / little.deviation[apart].mean() <= 1.01
 
 
 @pytest.mark.parametrize("share", [0.03, 1.0])

@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "posterior.h"
@@ -36,9 +37,11 @@ struct Border {
   int groups;
   int channels, height, width;
   const float* x;  // the query, [C, H, W]
+  // Which of the border's pixels to weigh, [H, W]; of a corner all, if any.
+  const std::uint8_t* wanted;
   double alpha, sigma;
   int patch_size;
-  // Results, [groups, ...]: float64 natural-log states; pixels that are not at the border are left.
+  // Results, [groups, ...]: float64 natural-log states; pixels that are not weighed are left.
   double* maximum;
   double* mass;
   double* centre;
@@ -118,9 +121,10 @@ class BorderPlan {
   const Border& border;
   const double scale;
   std::vector<BorderPiece> pieces;
+  bool transposes = false;
 
  private:
-  // Completes a piece that says where it is.
+  // Completes a piece that says where it is, if any of its pixels is wanted.
   void add(BorderPiece&& piece) {
     const int r = border.radius(), c = border.channels;
     const bool corner = piece.corner;
@@ -145,10 +149,22 @@ class BorderPlan {
     }
     for (int tile = 0; tile < 8; ++tile) {
       piece.shapes.row_bytes[tile] = kTileBytes;
-      piece.shapes.rows[tile] = static_cast<std::uint8_t>(tile < 6 ? piece.rows : kTileRows);
+      piece.shapes.rows[tile] = static_cast<std::uint8_t>(tile < (piece.chunks <= 2 ? 4 : 6) ? piece.rows : kTileRows);
     }
-    const int first = corner ? r : piece.places;
-    piece.lanes = first * r;
+    // Of a corner's pixel both places count from the border; of an edge's the first is inside.
+    const auto pixel_of = [&](int place, int offset) {
+      return piece.origin + (corner ? place : place + r) * piece.along + offset * piece.away;
+    };
+    std::vector<int> chosen;  // place * r + offset
+    for (int i = 0; i < (corner ? r : piece.places) * r; ++i) {
+      if (border.wanted[pixel_of(i / r, i % r)]) chosen.push_back(i);
+    }
+    if (chosen.empty()) return;
+    if (corner) {  // whose lanes are where its tables have them
+      chosen.resize(r * r);
+      std::iota(chosen.begin(), chosen.end(), 0);
+    }
+    piece.lanes = static_cast<int>(chosen.size());
     piece.groups = (piece.lanes + kLanes - 1) / kLanes;
     const int padded = piece.groups * kLanes;
     piece.pixel.resize(padded);
@@ -161,10 +177,8 @@ class BorderPlan {
     for (int lane = 0; lane < padded; ++lane) {
       const int group = lane / kLanes;
       const int taken = lane < piece.lanes ? lane : group * kLanes;
-      // Of a corner's pixel both places count from the border; of an edge's the first is inside.
-      const int place = taken / r, offset = taken % r;
-      piece.pixel[lane] =
-          piece.origin + (corner ? place : place + r) * piece.along + offset * piece.away;
+      const int place = chosen[taken] / r, offset = chosen[taken] % r;
+      piece.pixel[lane] = pixel_of(place, offset);
       piece.table[group] = corner ? group * kLanes : 0;
       piece.index[lane] = corner ? taken % kLanes : offset;
       const int start = corner ? 0 : place;
@@ -183,6 +197,7 @@ class BorderPlan {
       }
       round(piece, lane, values);
     }
+    transposes = transposes || piece.transposed;
     pieces.push_back(std::move(piece));
   }
 
@@ -271,7 +286,7 @@ class BorderWorker {
       const std::uint8_t* from = border_.images + members[image] * C * pixels;
       for (int c = 0; c < C; ++c, from += pixels) {
         std::memcpy(plane(image, c, false), from, pixels);
-        transpose(from, height, width, plane(image, c, true));
+        if (plan_.transposes) transpose(from, height, width, plane(image, c, true));
       }
     }
   }
@@ -454,15 +469,28 @@ class BorderWorker {
     lanes_.index = _mm512_loadu_si512(piece.index.data() + group * kLanes);
     lanes_.size = size;
     lanes_.sums = sums;
+    const bool fits = piece.chunks <= 2;  // whether the queries stay in their tiles
     for (Vec& field : fresh_) field = Vec{};
-    if (piece.chunks == 1) load_queries(queries);
+    if (fits) {
+      load_tile<4>(queries, kTileBytes);
+      load_tile<5>(queries + kTileRows * kTileBytes, kTileBytes);
+      if (piece.chunks == 2) {
+        load_tile<6>(queries + 2 * kTileRows * kTileBytes, kTileBytes);
+        load_tile<7>(queries + 3 * kTileRows * kTileBytes, kTileBytes);
+      }
+    }
     const auto strip = [&](int tile) {
       return strips_.data() + (tile / piece.per_image) * piece.image_bytes +
              (tile % piece.per_image) * piece.rows * piece.stride;
     };
     for (int tile = 0; tile < tiles; tile += 2) {
       const bool pair = tile + 1 < tiles;
-      multiply(piece, queries, strip(tile), strip(pair ? tile + 1 : tile));
+      if (fits) {
+        multiply_one(piece, strip(tile), products_);
+        if (pair) multiply_one(piece, strip(tile + 1), products_ + piece.rows * kLanes);
+      } else {
+        multiply(piece, queries, strip(tile), strip(pair ? tile + 1 : tile));
+      }
       const std::size_t row = static_cast<std::size_t>(tile) * piece.rows;
       add((1 + pair) * piece.rows, norms_.data() + row * size + piece.table[group],
           centres_.data() + row * size * C + piece.table[group]);
@@ -473,6 +501,22 @@ class BorderWorker {
   static void load_queries(const std::int8_t* queries) {
     load_tile<6>(queries, kTileBytes);
     load_tile<7>(queries + kTileRows * kTileBytes, kTileBytes);
+  }
+
+  // A tile of patches with queries that are in their tiles.
+  void multiply_one(const BorderPiece& piece, const std::uint8_t* strip, std::int32_t* products) {
+    clear_tile<0>();
+    clear_tile<1>();
+    load_tile<2>(strip, piece.stride);
+    multiply_tiles<0, 2, 4>();
+    multiply_tiles<1, 2, 5>();
+    if (piece.chunks == 2) {
+      load_tile<3>(strip + kTileBytes, piece.stride);
+      multiply_tiles<0, 3, 6>();
+      multiply_tiles<1, 3, 7>();
+    }
+    store_tile<0>(products, kTileBytes);
+    store_tile<1>(products + kLow, kTileBytes);
   }
 
   // Two tiles of patches with the queries: high products of both, then low ones.

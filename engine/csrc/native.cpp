@@ -309,7 +309,7 @@ void scan(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<std::int64
           Array<std::int64_t> offsets, Array<float> centroids, Array<float> norms,
           Array<std::uint8_t> centres, Array<float> unit, Array<float> zero, bool residual,
           std::optional<Array<float>> noise, std::optional<Array<std::uint8_t>> allowed,
-          std::int64_t pixels, Array<float> y, double precision, double blur, double budget,
+          std::int64_t pixels, Array<float> y, double precision, double blur, Array<double> budget,
           std::int64_t most_read, int coarsest, std::uint64_t seed, bool tiles, int threads,
           Array<double> results) {
   if (centroids.ndim() != 2 || centres.ndim() != 2 || y.ndim() != 2 || results.ndim() != 3) {
@@ -346,7 +346,7 @@ void scan(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<std::int64
   scan.queries = static_cast<int>(queries);
   scan.precision = precision;
   scan.blur = blur;
-  scan.budget = budget;
+  scan.budget = constant(budget, {queries}, "budget");
   scan.most_read = most_read;
   scan.coarsest = coarsest;
   scan.seed = seed;
@@ -379,8 +379,9 @@ void run_border(const els::Border& border, int threads) {
 }
 
 void border(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::int64_t> starts,
-            Array<float> x, double alpha, double sigma, int patch_size, int threads,
-            Array<double> maximum, Array<double> mass, Array<double> centre, Array<double> tilt) {
+            Array<float> x, Array<std::uint8_t> wanted, double alpha, double sigma, int patch_size,
+            int threads, Array<double> maximum, Array<double> mass, Array<double> centre,
+            Array<double> tilt) {
   if (images.ndim() != 4 || x.ndim() != 3 || members.ndim() != 1 || starts.ndim() != 1) {
     throw std::invalid_argument("images must have 4 dimensions, x 3, members and starts 1");
   }
@@ -406,6 +407,7 @@ void border(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::
   problem.height = static_cast<int>(height);
   problem.width = static_cast<int>(width);
   problem.x = x.data();
+  problem.wanted = constant(wanted, {height, width}, "wanted");
   problem.alpha = alpha;
   problem.sigma = sigma;
   problem.patch_size = patch_size;
@@ -453,15 +455,16 @@ PYBIND11_MODULE(ELS_MODULE, module) {
              py::arg("centres").noconvert(), py::arg("unit").noconvert(),
              py::arg("zero").noconvert(), py::arg("residual"), py::arg("noise").noconvert(),
              py::arg("allowed").noconvert(), py::arg("pixels"), py::arg("y").noconvert(),
-             py::arg("precision"), py::arg("blur"), py::arg("budget"), py::arg("most_read"),
+             py::arg("precision"), py::arg("blur"), py::arg("budget").noconvert(), py::arg("most_read"),
              py::arg("coarsest"), py::arg("seed"), py::arg("tiles"), py::arg("threads"),
              py::arg("results").noconvert());
 #if defined(ELS_HAS_TILES)
   module.def("border", &border, py::arg("images").noconvert(), py::arg("members").noconvert(),
-             py::arg("starts").noconvert(), py::arg("x").noconvert(), py::arg("alpha"),
-             py::arg("sigma"), py::arg("patch_size"), py::arg("threads"),
-             py::arg("maximum").noconvert(), py::arg("mass").noconvert(),
-             py::arg("centre").noconvert(), py::arg("tilt").noconvert());
+             py::arg("starts").noconvert(), py::arg("x").noconvert(),
+             py::arg("wanted").noconvert(), py::arg("alpha"), py::arg("sigma"),
+             py::arg("patch_size"), py::arg("threads"), py::arg("maximum").noconvert(),
+             py::arg("mass").noconvert(), py::arg("centre").noconvert(),
+             py::arg("tilt").noconvert());
 #endif
   module.def("can_use_tiles", &can_use_tiles);
   module.def("instruction_sets", &instruction_sets);

@@ -51,9 +51,9 @@ struct Scan {
   // Queries float32 [Q, code_size].
   const float* y;
   int queries;
+  const double* budget;    // codes that a query may read, [Q]
   double precision;        // log2(e) alpha^2 / (2 sigma^2), in units of a code's component
   double blur;             // the same, widened by the spread of a list around its centroid
-  double budget;           // codes that a query may read
   std::int64_t most_read;  // of one list
   int coarsest;            // the largest j
   std::uint64_t seed;
@@ -173,13 +173,14 @@ class ScanPlan {
         }
         return codes;
       };
+      const double budget = scan.budget[std::min(first + i, scan.queries - 1)];
       int low = -4 * scan.coarsest, high = kBins;  // reads(low) is the least there is
       while (high - low > 1) {
         const int middle = (low + high) / 2;
-        (reads(middle) <= scan.budget ? low : high) = middle;
+        (reads(middle) <= budget ? low : high) = middle;
       }
       // Where the budget is everything, so is what is read.
-      base[first + i] = least[i] + (reads(high) <= scan.budget ? 0x10000 : low);
+      base[first + i] = least[i] + (reads(high) <= budget ? 0x10000 : low);
     }
   }
 
@@ -399,6 +400,8 @@ class Scanner {
     sort(finest, coarsest);
     choose_blocks(size, many_ > 0 ? level_[sorted_[0]] : coarsest);
     if (blocks_.empty()) return;
+    expect(&blocks_[0]);
+    fetch(lines_);
     if (kNoisy || scan_.residual) {
       const float* const centroid = scan_.centroids + list * scan_.code_size;
       for (int d = 0; d < scan_.code_size; ++d) {
@@ -423,7 +426,7 @@ class Scanner {
       while (next != end) {
         const Block& block = *next++;
         find();
-        if (next != end) prefetch(*next);
+        expect(next != end ? next : nullptr);
         weigh(block);
       }
       close();
@@ -445,6 +448,7 @@ class Scanner {
         if (level_[members[lane]] != coarsest) levels_[lane] = kMostLevels * 4;
       }
       open();
+      expect(nullptr);
       for (const Block& block : blocks_) {
         if (block.level >= coarsest) weigh(block);
       }
@@ -561,14 +565,22 @@ class Scanner {
     }
   }
 
-  // Memory is far away, and where the next block is no pattern.
-  void prefetch(const Block& block) const {
-    const std::int64_t begin = block.number * kRows, place = scan_.offsets[list_] + begin;
-    const char* const codes =
-        reinterpret_cast<const char*>(scan_.codes[list_]) + begin * scan_.code_size;
-    for (int at = 0; at < kRows * scan_.code_size; at += 64) __builtin_prefetch(codes + at);
+  // Memory is far away, where the next block is follows no pattern, and only so many reads can be
+  // under way: they are asked for one after another while this block is weighed.
+  void expect(const Block* block) {
+    lines_ = 0;
+    if (block == nullptr) return;
+    const std::int64_t begin = block->number * kRows, place = scan_.offsets[list_] + begin;
+    ahead_ = reinterpret_cast<const char*>(scan_.codes[list_]) + begin * scan_.code_size;
+    lines_ = (kRows * scan_.code_size + 63) / 64;
     __builtin_prefetch(scan_.norms + place);
     __builtin_prefetch(scan_.centres + place * C);
+  }
+
+  void fetch(int lines) {
+    for (lines = std::min(lines, lines_); lines > 0; --lines, --lines_, ahead_ += 64) {
+      __builtin_prefetch(ahead_);
+    }
   }
 
   void weigh(const Block& block) {
@@ -590,14 +602,19 @@ class Scanner {
       if (levels_[lane] > block.level) base[lane] = kNever;
     }
     Vec most = splat(kNever);
+    const int lines = (lines_ + 31) / 32;
     for (int row = 0; row < kRows; ++row) {
+      fetch(lines);
       const bool counts = row < rows && is_allowed(begin + row);
       const float norm = counts ? minus * scan_.norms[place + row] : kNever;
       exponents[row] = exponents[row] * scale + (base + norm);
       most = max(most, exponents[row]);
     }
     Vec& reference = state_[kReference];
-    if (mask_less(reference - threshold_, most) == 0) return;
+    if (mask_less(reference - threshold_, most) == 0) {
+      fetch(lines_);
+      return;
+    }
     if (mask_less(reference + 8.0f, most) != 0) lower(max(reference, most));
     Vec mass = {}, tilt = {}, centre[C] = {}, single[1 + 2 * C] = {};
     std::uint8_t bytes[kRows * C] = {};
@@ -609,6 +626,7 @@ class Scanner {
     }
     for (int row = 0; row < rows; row += 4) {
       Vec below[4], weight[4];
+      fetch(4 * lines);
       for (int i = 0; i < 4; ++i) below[i] = exponents[row + i] - reference;
       exp2_nonpositive(below, weight);
       for (int i = 0; i < 4 && row + i < rows; ++i) {
@@ -680,6 +698,8 @@ class Scanner {
   std::vector<std::uint8_t> padded_block_;
   std::int64_t list_ = 0;
   int many_ = 0;
+  const char* ahead_ = nullptr;  // where the block after this one is
+  int lines_ = 0;                // of it, that are yet to be asked for
 
   // The queries in hand.
   std::int32_t members_[kLanes];

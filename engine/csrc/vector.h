@@ -156,9 +156,15 @@ inline void exp2_nonpositive(const Vec (&t)[n], Vec (&power)[n]) {
 }
 
 inline Vec bytes_to_floats(const std::uint8_t* bytes) {
+#if defined(__AVX512F__)
+  // Compilers convert one by one.
+  const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+  return reinterpret_cast<Vec>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(loaded)));
+#else
   ByteVec loaded;
   std::memcpy(&loaded, bytes, sizeof(loaded));
   return __builtin_convertvector(loaded, Vec);
+#endif
 }
 
 }  // namespace els
