@@ -74,6 +74,9 @@ struct BorderPiece {
   std::vector<float> step;      // of each lane
   std::vector<double> power;    // scale * |w|^2
 
+  // Whether a group's queries stay in their tiles, and the first of those.
+  bool fits() const { return chunks <= 2; }
+  int operands() const { return fits() ? 4 : 6; }
   int table_size(int radius) const {
     const int entries = corner ? radius * radius : radius;
     return (entries + kLanes - 1) / kLanes * kLanes;
@@ -149,7 +152,8 @@ class BorderPlan {
     }
     for (int tile = 0; tile < 8; ++tile) {
       piece.shapes.row_bytes[tile] = kTileBytes;
-      piece.shapes.rows[tile] = static_cast<std::uint8_t>(tile < (piece.chunks <= 2 ? 4 : 6) ? piece.rows : kTileRows);
+      piece.shapes.rows[tile] =
+          static_cast<std::uint8_t>(tile < piece.operands() ? piece.rows : kTileRows);
     }
     // Of a corner's pixel both places count from the border; of an edge's the first is inside.
     const auto pixel_of = [&](int place, int offset) {
@@ -469,9 +473,8 @@ class BorderWorker {
     lanes_.index = _mm512_loadu_si512(piece.index.data() + group * kLanes);
     lanes_.size = size;
     lanes_.sums = sums;
-    const bool fits = piece.chunks <= 2;  // whether the queries stay in their tiles
     for (Vec& field : fresh_) field = Vec{};
-    if (fits) {
+    if (piece.fits()) {
       load_tile<4>(queries, kTileBytes);
       load_tile<5>(queries + kTileRows * kTileBytes, kTileBytes);
       if (piece.chunks == 2) {
@@ -485,7 +488,7 @@ class BorderWorker {
     };
     for (int tile = 0; tile < tiles; tile += 2) {
       const bool pair = tile + 1 < tiles;
-      if (fits) {
+      if (piece.fits()) {
         multiply_one(piece, strip(tile), products_);
         if (pair) multiply_one(piece, strip(tile + 1), products_ + piece.rows * kLanes);
       } else {

@@ -455,16 +455,15 @@ PYBIND11_MODULE(ELS_MODULE, module) {
              py::arg("centres").noconvert(), py::arg("unit").noconvert(),
              py::arg("zero").noconvert(), py::arg("residual"), py::arg("noise").noconvert(),
              py::arg("allowed").noconvert(), py::arg("pixels"), py::arg("y").noconvert(),
-             py::arg("precision"), py::arg("blur"), py::arg("budget").noconvert(), py::arg("most_read"),
-             py::arg("coarsest"), py::arg("seed"), py::arg("tiles"), py::arg("threads"),
-             py::arg("results").noconvert());
+             py::arg("precision"), py::arg("blur"), py::arg("budget").noconvert(),
+             py::arg("most_read"), py::arg("coarsest"), py::arg("seed"), py::arg("tiles"),
+             py::arg("threads"), py::arg("results").noconvert());
 #if defined(ELS_HAS_TILES)
   module.def("border", &border, py::arg("images").noconvert(), py::arg("members").noconvert(),
-             py::arg("starts").noconvert(), py::arg("x").noconvert(),
-             py::arg("wanted").noconvert(), py::arg("alpha"), py::arg("sigma"),
-             py::arg("patch_size"), py::arg("threads"), py::arg("maximum").noconvert(),
-             py::arg("mass").noconvert(), py::arg("centre").noconvert(),
-             py::arg("tilt").noconvert());
+             py::arg("starts").noconvert(), py::arg("x").noconvert(), py::arg("wanted").noconvert(),
+             py::arg("alpha"), py::arg("sigma"), py::arg("patch_size"), py::arg("threads"),
+             py::arg("maximum").noconvert(), py::arg("mass").noconvert(),
+             py::arg("centre").noconvert(), py::arg("tilt").noconvert());
 #endif
   module.def("can_use_tiles", &can_use_tiles);
   module.def("instruction_sets", &instruction_sets);
