@@ -82,7 +82,7 @@ _LOOK_IMAGES, _MANY, _WORTH_A_LOOK = 64, 8.0, 1.5
 # A subset that is so large a part of the images is not worth its error.
 _MOST_SHARE = 0.6
 # Aim below the tolerance: its measure is itself uncertain.
-_MARGIN = 0.85
+_MARGIN = 0.9
 # Mean absolute value of a normal variable of standard deviation 1.
 _MEAN_ABSOLUTE = math.sqrt(2 / math.pi)
 # Float32 sums of a group are known to this, so a head that is a larger share of it leaves no tail.
@@ -237,7 +237,7 @@ class Estimator:
         """
         served = self._is_served().numpy()
         lists = self._share_allotments(start[1], np.full(served.sum(), share))
-        border = self._border_allotments(tail, self.combined(None, tail)[1])
+        border = self._border_allotments(tail, self._border(tail)[1])
         inside = float(served.mean())
         errors = inside * lists.errors[:, None] + (1 - inside) * border.errors
         costs = inside * lists.costs[:, None] + (1 - inside) * self._border_cost * border.costs
@@ -312,13 +312,10 @@ class Estimator:
         self, head: _Head | None, tail: Tail, interior: Tensor, pilot: _Pilot | None
     ) -> tuple[tuple[PosteriorState, Error], float]:
         """Head and tail, and their expected absolute error; both as the pilot pixels say."""
-        state, error = self.combined(head, tail)
+        result = self.combined(head, tail)
         if pilot is not None:
-            doubt = pilot.doubt((state, error), tail)
-            error = replace(
-                error, mean_error=doubt * error.mean_error, typical=doubt * error.typical
-            )
-        return (state, error), _typical_error(error, interior)
+            result = _enlarged(result, pilot.doubt(result, tail))
+        return result, _typical_error(result[1], interior)
 
     @property
     def _can_search(self) -> bool:
@@ -450,14 +447,21 @@ class Estimator:
     def _border_to(self, aim: float, tail: Tail) -> tuple[PosteriorState, Error]:
         """The border's pixels from growing subsets of the images, in the end all of them."""
         border = ~self._interior()
-        result = self.combined(None, tail)
+        result = self._border(tail)
         while _typical_error(result[1], border) > aim:
             allotments = self._border_allotments(tail, result[1])
             sizes = np.broadcast_to(tail.sizes, border.shape).copy()
             sizes[border.numpy()] = allotments.sizes[allotments.cheapest(_ENOUGH * aim)]
             tail = self._grown(tail, sizes)
-            result = self.combined(None, tail)
+            result = self._border(tail)
         return result
+
+    def _border(self, tail: Tail) -> tuple[PosteriorState, Error]:
+        """The border's pixels from a subset."""
+        state, error = self.combined(None, tail)
+        assert state.tilt is not None
+        met = state.mass * (-state.tilt / state.mass).exp() * torch.from_numpy(tail.sizes)
+        return _enlarged((state, error), _border_doubt(met / self.images))
 
     def _grown(self, tail: Tail, sizes: Array) -> Tail:
         """A subset of such a size for each pixel near the border, ``[H, W]``, ``tail`` in it."""
@@ -788,6 +792,23 @@ def _doubt(effective: npt.NDArray[np.float64], is_lossless: bool) -> npt.NDArray
     if not is_lossless:
         return np.full_like(effective, 1.25)
     return 1 + 3 / (1 + (effective / 60) ** 0.4)
+
+
+def _border_doubt(effective: Tensor) -> Tensor:
+    """The same for a border pixel's subset, with so many effective patches in it.
+
+    Those who have met no heavy patch seem to be done.
+    """
+    return 1.08 + 0.3 / (1 + effective / 400)
+
+
+def _enlarged(
+    result: tuple[PosteriorState, Error], factor: float | Tensor
+) -> tuple[PosteriorState, Error]:
+    """The same with larger errors."""
+    state, error = result
+    larger = replace(error, mean_error=factor * error.mean_error, typical=factor * error.typical)
+    return state, larger
 
 
 def _left(aim: float, done: tuple[PosteriorState, Error], where: Tensor) -> float:
