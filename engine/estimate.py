@@ -74,7 +74,7 @@ _SCAN_POWER, _LEAST_READ, _MOST_READ = 0.8, 1.5, 8.0
 # Aim of a step that should be the last: small ones cost nearly as much.
 _BORDER_POWER, _ENOUGH = 0.35, 0.95
 # What a pair of the border's costs, by the exact kernel and by products.
-_BORDER_PAIRS, _PRODUCT_PAIRS = 2.0, 3.0
+_BORDER_PAIRS, _PRODUCT_PAIRS = 2.0, 1.8
 # Where they cost so few first subsets, lists need none.
 _PLAIN = 6
 # Where so many patches of a few images share a pixel, no single one must be met.

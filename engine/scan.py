@@ -35,7 +35,7 @@ _BLUR = 4.0
 _MOST_READ = 8192
 # Of lists, each with sums of its own, merged in order: fixed, whatever the number of threads.
 _PARTS = 64
-_RANK_BYTES = 128 << 20
+_RANK_BYTES = 32 << 20
 # Logits are float32 sums; what is not known to this is not asked (see :func:`is_precise`).
 LOGIT_ERROR = 0.02
 # Queries on the matrix unit are integers up to this, either way (`kLargestQuery` of the kernel).

@@ -144,13 +144,13 @@ class ScanPlan {
       const std::uint16_t* const __restrict row = ranks.data() + list * padded + first;
       for (int i = 0; i < count; ++i) least[i] = row[i] < least[i] ? row[i] : least[i];
     }
-    std::vector<std::int64_t> bins(static_cast<std::size_t>(count) * kBins);
+    std::vector<float> bins(static_cast<std::size_t>(count) * kBins);
     // What is read need not be known exactly: some ten thousand lists tell.
     const std::int64_t stride = std::max<std::int64_t>(1, scan.lists / 16384);
-    std::int64_t total = 0;
+    float total = 0.0f;
     for (std::int64_t list = 0; list < scan.lists; list += stride) {
-      const std::int64_t size = stride * std::min(scan.sizes[list], scan.most_read);
-      if (size == 0) continue;
+      const float size = static_cast<float>(stride * std::min(scan.sizes[list], scan.most_read));
+      if (size == 0.0f) continue;
       const std::uint16_t* const row = ranks.data() + list * padded + first;
       total += size;
       for (int i = 0; i < count; ++i) {
@@ -159,8 +159,8 @@ class ScanPlan {
       }
     }
     for (int i = 0; i < count; ++i) {
-      std::int64_t* const of = bins.data() + i * kBins;
-      of[kBins - 1] = total - std::accumulate(of, of + kBins - 1, std::int64_t{0});
+      float* const of = bins.data() + i * kBins;
+      of[kBins - 1] = std::max(total - std::accumulate(of, of + kBins - 1, 0.0f), 0.0f);
     }
     double parts[kMostLevels];
     for (int level = 0; level < kMostLevels; ++level) parts[level] = std::ldexp(1.0, -level);
@@ -179,8 +179,8 @@ class ScanPlan {
         const int middle = (low + high) / 2;
         (reads(middle) <= budget ? low : high) = middle;
       }
-      // Where the budget is everything, so is what is read.
-      base[first + i] = least[i] + (reads(high) <= budget ? 0x10000 : low);
+      // Where the budget is everything, but for rounding, so is what is read.
+      base[first + i] = least[i] + (total <= 1.001 * budget ? 0x10000 : low);
     }
   }
 
@@ -245,8 +245,9 @@ class TileProducts {
   explicit TileProducts(const ScanPlan& plan)
       : scan_(plan.scan), words_((scan_.code_size + 3) / 4), tiles_((words_ + kRows - 1) / kRows) {
     const int size = scan_.code_size;
-    high_.resize(static_cast<std::size_t>(plan.padded) * words_ * 4);
-    low_.resize(static_cast<std::size_t>(plan.padded) * words_ * 4);
+    const std::size_t row = static_cast<std::size_t>(tiles_) * kTileBytes;
+    high_.resize(plan.padded * row);
+    low_.resize(plan.padded * row);
     step_.resize(plan.padded);
     for (int p = 0; p < scan_.queries; ++p) {
       const float* const y = scan_.y + static_cast<std::size_t>(p) * size;
@@ -256,9 +257,8 @@ class TileProducts {
       for (int d = 0; d < size; ++d) {
         const int value = static_cast<int>(std::lrint(y[d] * scan_.unit[d] / step_[p]));
         const Digits digits = digits_of(value);
-        const std::size_t at = static_cast<std::size_t>(p) * words_ * 4 + d;
-        low_[at] = digits.low;
-        high_[at] = digits.high;
+        low_[p * row + d] = digits.low;
+        high_[p * row + d] = digits.high;
       }
     }
     chosen_.resize(static_cast<std::size_t>(tiles_) * 2 * kRows * kTileBytes);
@@ -280,13 +280,10 @@ class TileProducts {
   ~TileProducts() { release_tiles(); }
 
   void choose(const std::int32_t* members) {
-    const __m512i rows = _mm512_mullo_epi32(_mm512_loadu_si512(members), _mm512_set1_epi32(words_));
-    for (int word = 0; word < words_; ++word) {
-      const __m512i at = _mm512_add_epi32(rows, _mm512_set1_epi32(word));
-      std::uint8_t* const out =
-          chosen_.data() + (word / kRows * 2 * kRows + word % kRows) * kTileBytes;
-      _mm512_store_si512(out, _mm512_i32gather_epi32(at, high_.data(), 4));
-      _mm512_store_si512(out + kRows * kTileBytes, _mm512_i32gather_epi32(at, low_.data(), 4));
+    for (int tile = 0; tile < tiles_; ++tile) {
+      std::uint8_t* const out = chosen_.data() + tile * 2 * kRows * kTileBytes;
+      choose(members, high_.data() + tile * kTileBytes, out);
+      choose(members, low_.data() + tile * kTileBytes, out + kRows * kTileBytes);
     }
     for (int lane = 0; lane < kLanes; ++lane) steps_[lane] = step_[members[lane]];
     // What fits stays in its tiles for all blocks.
@@ -335,9 +332,21 @@ class TileProducts {
   }
 
  private:
+  // Lanes are the columns of a tile, 4 bytes wide.
+  void choose(const std::int32_t* members, const std::int8_t* digits, std::uint8_t* out) const {
+    Vec rows[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      std::memcpy(&rows[lane],
+                  digits + static_cast<std::size_t>(members[lane]) * tiles_ * kTileBytes,
+                  sizeof(Vec));
+    }
+    transpose(rows);
+    std::memcpy(out, rows, sizeof(rows));
+  }
+
   const Scan& scan_;
   const int words_, tiles_;         // of a code: 4 bytes, and up to 64 bytes
-  Buffer<std::int8_t> high_, low_;  // [padded, words * 4]
+  Buffer<std::int8_t> high_, low_;  // [padded, tiles * 64]
   std::vector<float> step_;
   Vec steps_ = {};
   Buffer<std::uint8_t> chosen_;  // [tile][high, low][word][lane * 4]
@@ -351,7 +360,7 @@ template <int C, bool kNoisy, typename Products>
 class Scanner {
  public:
   explicit Scanner(ScanPlan& plan) : plan_(plan), scan_(plan.scan), products_(plan) {
-    sums_.resize(static_cast<std::size_t>(kFields) * plan.padded);
+    sums_.resize(static_cast<std::size_t>(plan.padded) * kWidth);
     origin_.resize(scan_.code_size);
     level_.resize(plan.padded);
     found_.resize(plan.padded + kLanes);
@@ -364,16 +373,15 @@ class Scanner {
   }
 
   void run(int part, std::int64_t first, std::int64_t last, const std::atomic<bool>& cancelled) {
-    std::fill_n(sums_.data(), static_cast<std::size_t>(kFields) * plan_.padded, 0.0f);
-    std::fill_n(sums_.data(), plan_.padded, kNothing);
+    std::fill_n(sums_.data(), static_cast<std::size_t>(plan_.padded) * kWidth, 0.0f);
+    for (int p = 0; p < plan_.padded; ++p) sums_[p * kWidth + kReference] = kNothing;
     for (std::int64_t list = first; list < last; ++list) {
       if (cancelled.load(std::memory_order_relaxed)) return;
       if (scan_.sizes[list] > 0) read(list);
     }
     double* out = scan_.results + static_cast<std::size_t>(part) * kFields * scan_.queries;
     for (int field = 0; field < kFields; ++field, out += scan_.queries) {
-      std::copy_n(sums_.data() + static_cast<std::size_t>(field) * plan_.padded, scan_.queries,
-                  out);
+      for (int p = 0; p < scan_.queries; ++p) out[p] = sums_[p * kWidth + field];
     }
   }
 
@@ -383,6 +391,8 @@ class Scanner {
   // centre, and squares of centre.
   static constexpr int kReference = 0, kMass = 1, kSeen = 2, kTilt = 3, kCentre = 4,
                        kSquares = 4 + C, kFields = kSquares + 1 + 2 * C;
+  // Of a row of sums: whole vectors.
+  static constexpr int kWidth = (kFields + kLanes - 1) / kLanes * kLanes;
 
   static constexpr int kChecked = 32;
 
@@ -528,40 +538,45 @@ class Scanner {
     base_ = shift_;
     if (kNoisy || scan_.residual) {
       const float precision = static_cast<float>(2.0 * scan_.precision);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int query = std::min(members_[lane], scan_.queries - 1);
-        const float* const y = scan_.y + static_cast<std::size_t>(query) * scan_.code_size;
-        base_[lane] += precision * product_with(y);
-      }
+      base_ += precision * products_with_origin();
     }
-    for (int field = 0; field < kFields; ++field) {
-      state_[field] =
-          gather(sums_.data() + static_cast<std::size_t>(field) * plan_.padded, members_);
+    for (int field = 0; field < kWidth; field += kLanes) {
+      Vec rows[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) rows[lane] = load(row_of(lane) + field);
+      transpose(rows);
+      std::copy_n(rows, kLanes, state_ + field);
     }
   }
 
-  // Of a query with the point that the bytes of this list's codes are relative to.
-  float product_with(const float* y) const {
-    Vec sums = {};
-    int d = 0;
-    for (; d + kLanes <= scan_.code_size; d += kLanes) {
-      sums += load(y + d) * load(origin_.data() + d);
+  float* row_of(int lane) {
+    return sums_.data() + static_cast<std::size_t>(members_[lane]) * kWidth;
+  }
+
+  // Of the queries in hand with the point that the bytes of this list's codes are relative to.
+  Vec products_with_origin() const {
+    const int whole = scan_.code_size / kLanes * kLanes;
+    Vec sums[kLanes], rest = {};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int query = std::min(members_[lane], scan_.queries - 1);
+      const float* const y = scan_.y + static_cast<std::size_t>(query) * scan_.code_size;
+      sums[lane] = Vec{};
+      for (int d = 0; d < whole; d += kLanes) sums[lane] += load(y + d) * load(origin_.data() + d);
+      for (int d = whole; d < scan_.code_size; ++d) rest[lane] += y[d] * origin_[d];
     }
-    float rest = 0.0f;
-    for (; d < scan_.code_size; ++d) rest += y[d] * origin_[d];
+    transpose(sums);
     // In pairs, as far apart as they go.
-    float lanes[kLanes];
-    std::memcpy(lanes, &sums, sizeof(lanes));
     for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
     }
-    return lanes[0] + rest;
+    return sums[0] + rest;
   }
 
   void close() {
-    for (int field = 0; field < kFields; ++field) {
-      scatter(state_[field], sums_.data() + static_cast<std::size_t>(field) * plan_.padded,
-              members_, count_);
+    for (int field = 0; field < kWidth; field += kLanes) {
+      Vec rows[kLanes];
+      std::copy_n(state_ + field, kLanes, rows);
+      transpose(rows);
+      for (int lane = 0; lane < count_; ++lane) store(rows[lane], row_of(lane) + field);
     }
   }
 
@@ -690,7 +705,7 @@ class Scanner {
   const Scan& scan_;
   Products products_;
   float threshold_;
-  Buffer<float> sums_;  // [field][padded]
+  Buffer<float> sums_;  // [padded][kWidth]
   std::vector<float> origin_;
   std::vector<std::uint8_t> level_;  // of every query for the list in hand
   std::vector<std::int32_t> found_, sorted_;
@@ -706,7 +721,7 @@ class Scanner {
   int count_ = 0;
   int levels_[kLanes];
   Vec shift_ = {}, varies_ = {}, parts_ = {}, base_ = {};
-  Vec state_[kFields];
+  Vec state_[kWidth];  // [field]; beyond the last nothing of use
 };
 
 }  // namespace els

@@ -34,6 +34,8 @@ inline Vec load(const float* from) {
   return vector;
 }
 
+inline void store(Vec vector, float* to) { std::memcpy(to, &vector, sizeof(vector)); }
+
 inline Vec min(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(
@@ -55,24 +57,40 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
-// Lane i is values[places[i]].
-inline Vec gather(const float* values, const std::int32_t* places) {
+// Rows become columns.
+inline void transpose(Vec (&rows)[kLanes]) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec>(_mm512_i32gather_ps(_mm512_loadu_si512(places), values, 4));
+  __m512i a[16], b[16];
+  std::memcpy(a, rows, sizeof(a));
+  for (int i = 0; i < 16; i += 2) {  // pairs of lanes
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // fours
+    for (int half = 0; half < 2; ++half) {
+      a[i + 2 * half] = _mm512_unpacklo_epi64(b[i + half], b[i + half + 2]);
+      a[i + 2 * half + 1] = _mm512_unpackhi_epi64(b[i + half], b[i + half + 2]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {  // and fours of those
+    const __m512i even = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
+    const __m512i odd = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+    const __m512i more_even = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+    const __m512i more_odd = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    b[i] = _mm512_shuffle_i32x4(even, more_even, 0x88);
+    b[4 + i] = _mm512_shuffle_i32x4(odd, more_odd, 0x88);
+    b[8 + i] = _mm512_shuffle_i32x4(even, more_even, 0xdd);
+    b[12 + i] = _mm512_shuffle_i32x4(odd, more_odd, 0xdd);
+  }
+  std::memcpy(rows, b, sizeof(b));
 #else
-  Vec found;
-  for (int lane = 0; lane < kLanes; ++lane) found[lane] = values[places[lane]];
-  return found;
-#endif
-}
-
-// The first so many lanes, to places of which no two are the same.
-inline void scatter(Vec a, float* values, const std::int32_t* places, int count) {
-#if defined(__AVX512F__)
-  _mm512_mask_i32scatter_ps(values, static_cast<__mmask16>((1u << count) - 1),
-                            _mm512_loadu_si512(places), reinterpret_cast<__m512>(a), 4);
-#else
-  for (int lane = 0; lane < count; ++lane) values[places[lane]] = a[lane];
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float swapped = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = swapped;
+    }
+  }
 #endif
 }
 
