@@ -16,6 +16,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <numeric>
 #include <vector>
 
@@ -86,7 +88,7 @@ class ScanPlan {
       : scan(scan),
         groups((scan.queries + kLanes - 1) / kLanes),
         padded(groups * kLanes),
-        ranks(static_cast<std::size_t>(scan.lists) * padded),
+        ranks(new std::uint16_t[static_cast<std::size_t>(scan.lists) * padded]),
         nearest(padded, 0xffff),
         base(padded, 0) {
     const int size = scan.code_size;
@@ -103,47 +105,56 @@ class ScanPlan {
     }
   }
 
-  // Ranks lists first..last: distances in quarters of a power of two of the weight.
+  // Ranks lists first..last: distances in quarters of a power of two of the weight. In any order.
   void rank(std::int64_t first, std::int64_t last) {
-    constexpr int kTogether = 4;  // lists that share the loads of a query
+    constexpr int kLists = 4, kGroups = 2;  // that share what is loaded
     const int size = scan.code_size;
     const Vec scale = splat(static_cast<float>(4.0 * scan.blur));
-    for (std::int64_t list = first; list < last; list += kTogether) {
-      const float* centroids[kTogether];
-      float powers[kTogether] = {};
-      for (int i = 0; i < kTogether; ++i) {
+    std::vector<std::uint16_t> least(padded, 0xffff);
+    for (std::int64_t list = first; list < last; list += kLists) {
+      const float* centroids[kLists];
+      float powers[kLists] = {};
+      for (int i = 0; i < kLists; ++i) {
         centroids[i] = scan.centroids + std::min(list + i, last - 1) * size;
         for (int d = 0; d < size; ++d) powers[i] += centroids[i][d] * centroids[i][d];
       }
-      for (int group = 0; group < groups; ++group) {
-        const float* const lanes = lanes_.data() + static_cast<std::size_t>(group) * size * kLanes;
-        Vec products[kTogether] = {};
+      for (int group = 0; group < groups; group += kGroups) {
+        const int second = std::min(group + 1, groups - 1);
+        const float* const lanes[kGroups] = {lanes_of(group), lanes_of(second)};
+        Vec products[kGroups][kLists] = {};
         for (int d = 0; d < size; ++d) {
-          const Vec query = load(lanes + d * kLanes);
-          for (int i = 0; i < kTogether; ++i) products[i] += query * centroids[i][d];
+          const Vec queries[kGroups] = {load(lanes[0] + d * kLanes), load(lanes[1] + d * kLanes)};
+          for (int i = 0; i < kLists; ++i) {
+            const Vec centroid = splat(centroids[i][d]);
+            for (int g = 0; g < kGroups; ++g) products[g][i] += queries[g] * centroid;
+          }
         }
-        for (int i = 0; i < kTogether && list + i < last; ++i) {
-          const Vec distance = powers_[group] + powers[i] - 2.0f * products[i];
-          const Vec rank = min(max(scale * distance, Vec{}), splat(65535.0f));
-          const ShortVec rounded =
-              __builtin_convertvector(__builtin_convertvector(rank, IntVec), ShortVec);
-          std::memcpy(ranks.data() + (list + i) * padded + group * kLanes, &rounded,
-                      sizeof(rounded));
+        for (int g = 0; g < kGroups; ++g) {
+          const int at = (g == 0 ? group : second) * kLanes;
+          for (int i = 0; i < kLists && list + i < last; ++i) {
+            const Vec distance = powers_[at / kLanes] + powers[i] - 2.0f * products[g][i];
+            const Vec rank = min(max(scale * distance, Vec{}), splat(65535.0f));
+            const ShortVec rounded =
+                __builtin_convertvector(__builtin_convertvector(rank, IntVec), ShortVec);
+            std::memcpy(ranks.get() + (list + i) * padded + at, &rounded, sizeof(rounded));
+            if (scan.sizes[list + i] == 0) continue;
+            ShortVec before;
+            std::memcpy(&before, least.data() + at, sizeof(before));
+            before = rounded < before ? rounded : before;
+            std::memcpy(least.data() + at, &before, sizeof(before));
+          }
         }
       }
     }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (int p = 0; p < padded; ++p) nearest[p] = std::min(nearest[p], least[p]);
   }
 
   // Finds from which rank on queries first..last read less than everything, within the budget.
   void spend(int first, int last) {
-    constexpr int kBins = 256;
+    constexpr int kBins = 256, kAhead = 16;
     const int count = last - first;
-    std::uint16_t* const __restrict least = nearest.data() + first;
-    for (std::int64_t list = 0; list < scan.lists; ++list) {
-      if (scan.sizes[list] == 0) continue;
-      const std::uint16_t* const __restrict row = ranks.data() + list * padded + first;
-      for (int i = 0; i < count; ++i) least[i] = row[i] < least[i] ? row[i] : least[i];
-    }
+    const std::uint16_t* const __restrict least = nearest.data() + first;
     std::vector<float> bins(static_cast<std::size_t>(count) * kBins);
     // What is read need not be known exactly: some ten thousand lists tell.
     const std::int64_t stride = std::max<std::int64_t>(1, scan.lists / 16384);
@@ -151,7 +162,8 @@ class ScanPlan {
     for (std::int64_t list = 0; list < scan.lists; list += stride) {
       const float size = static_cast<float>(stride * std::min(scan.sizes[list], scan.most_read));
       if (size == 0.0f) continue;
-      const std::uint16_t* const row = ranks.data() + list * padded + first;
+      const std::uint16_t* const row = ranks.get() + list * padded + first;
+      __builtin_prefetch(row + kAhead * stride * padded);
       total += size;
       for (int i = 0; i < count; ++i) {
         const int bin = row[i] - least[i];
@@ -186,13 +198,19 @@ class ScanPlan {
 
   const Scan& scan;
   const int groups, padded;
-  std::vector<std::uint16_t> ranks;    // [lists, padded]
+  // [lists, padded], all of which are written before they are read.
+  const std::unique_ptr<std::uint16_t[]> ranks;
   std::vector<std::uint16_t> nearest;  // [padded]
   std::vector<std::int32_t> base;      // [padded]: the rank up to which a query reads everything
 
  private:
+  const float* lanes_of(int group) const {
+    return lanes_.data() + static_cast<std::size_t>(group) * scan.code_size * kLanes;
+  }
+
   std::vector<float> lanes_;  // [groups, code_size, lane]
   Buffer<Vec> powers_;        // [groups]
+  std::mutex mutex_;
 };
 
 // Products of a block of codes with the queries of a group, in float.
@@ -299,9 +317,15 @@ class TileProducts {
   void multiply(const std::uint8_t* codes, Vec (&products)[kRows]) {
     long stride = scan_.code_size;
     if (scan_.code_size % 4 != 0) {
-      for (int row = 0; row < kRows; ++row) {
-        std::memcpy(block_.data() + row * words_ * 4, codes + row * stride, stride);
+      // Whole words, of which the last has bytes of the next code, but not beyond the last one: its
+      // query is zero there.
+      for (int row = 0; row < kRows - 1; ++row) {
+        for (int word = 0; word < words_; ++word) {
+          std::memcpy(block_.data() + (row * words_ + word) * 4, codes + row * stride + word * 4,
+                      4);
+        }
       }
+      std::memcpy(block_.data() + (kRows - 1) * words_ * 4, codes + (kRows - 1) * stride, stride);
       codes = block_.data();
       stride = 4 * words_;
     }
@@ -394,8 +418,6 @@ class Scanner {
   // Of a row of sums: whole vectors.
   static constexpr int kWidth = (kFields + kLanes - 1) / kLanes * kLanes;
 
-  static constexpr int kChecked = 32;
-
   struct Block {
     std::int64_t number;
     int level;  // the coarsest that reads it
@@ -469,30 +491,29 @@ class Scanner {
   // Queries that read more than the coarsest level does, those that read most first.
   void sort(int finest, int coarsest) {
     const std::uint16_t* const __restrict ranks =
-        plan_.ranks.data() + static_cast<std::size_t>(list_) * plan_.padded;
+        plan_.ranks.get() + static_cast<std::size_t>(list_) * plan_.padded;
     const std::int32_t* const __restrict base = plan_.base.data();
     std::uint8_t* const __restrict level = level_.data();
     const int padded = plan_.padded, queries = scan_.queries;
-    for (int p = 0; p < padded; ++p) {
-      const std::int32_t step = (ranks[p] - base[p] + 3) >> 2;
-      level[p] = static_cast<std::uint8_t>(std::min(std::max(step, finest), coarsest));
-    }
-    many_ = 0;
-    // Where nothing is left out, the order is that of the queries.
-    if (coarsest == finest) return;
     std::int32_t* const __restrict found = found_.data();
     int many = 0;
-    for (int start = 0; start < queries; start += kChecked) {
-      const int stop = std::min(start + kChecked, queries);
-      bool any = false;
-      for (int p = start; p < stop; ++p) any |= level[p] < coarsest;
-      if (!any) continue;
-      for (int p = start; p < stop; ++p) {  // without a branch
+    for (int start = 0; start < padded; start += kLanes) {
+      int lowest = coarsest;
+      for (int p = start; p < start + kLanes; ++p) {
+        const std::int32_t step = (ranks[p] - base[p] + 3) >> 2;
+        const int clamped = std::min(std::max(step, finest), coarsest);
+        level[p] = static_cast<std::uint8_t>(clamped);
+        lowest = std::min(lowest, clamped);
+      }
+      if (lowest == coarsest) continue;
+      for (int p = start; p < std::min(start + kLanes, queries); ++p) {  // without a branch
         found[many] = p;
         many += level[p] < coarsest;
       }
     }
-    many_ = many;
+    // Where nothing is left out, the order is that of the queries.
+    many_ = coarsest == finest ? 0 : many;
+    if (many_ == 0) return;
     int counts[kMostLevels * 4] = {};
     for (int i = 0; i < many_; ++i) ++counts[level[found_[i]]];
     for (int j = 0, at = 0; j < coarsest; ++j) {
