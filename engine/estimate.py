@@ -64,17 +64,18 @@ _EFFORTS = (4, 16, 32, 64)
 # Fixed, so that what is chosen depends on the input and not on how busy the machine is.
 _CODE_PAIRS, _BYTE_PAIRS = 9.0, 1 / 3
 # How errors fall with the size of a subset at first, without and with a head, and how far a subset
-# grows before that is looked at again, at least and at most.
-_TAIL_POWER, _HEAD_POWER, _LEAST_GROWTH, _GROWTH = 0.35, 0.45, 1.5, 4
+# grows before that is looked at again.
+_TAIL_POWER, _HEAD_POWER, _GROWTH = 0.35, 0.45, 4
 # What lists cost, likewise: ranking one for a pixel, and weighing a code.
 _LIST_PAIRS, _READ_PAIRS = 15.0, 4.0
 # How their errors fall with the share that is read, and how much more of it is read when a pixel is
 # read anew, at least and at most.
 _SCAN_POWER, _LEAST_READ, _MOST_READ = 0.8, 1.5, 8.0
-# Aim of a step that should be the last: small ones cost nearly as much.
+# How the border's errors fall, and what part of its aim a step aims at: another costs as much again.
 _BORDER_POWER, _ENOUGH = 0.35, 0.95
-# What a pair of the border's costs, by the exact kernel and by products.
-_BORDER_PAIRS, _PRODUCT_PAIRS = 2.0, 1.8
+# What a pair of the border's costs, by the exact kernel and by products, and what an image costs that
+# serves no pixel, to what all pixels cost.
+_BORDER_PAIRS, _PRODUCT_PAIRS, _PASSING = 2.0, 1.1, 0.6
 # Where they cost so few first subsets, lists need none.
 _PLAIN = 6
 # Where so many patches of a few images share a pixel, no single one must be met.
@@ -256,7 +257,7 @@ class Estimator:
         if not self._multiplies:  # and so serves all alike
             errors = np.full_like(errors, errors.mean())
         total = len(self._order)
-        return subset_allotments(errors, sizes, self._border_images, total, _BORDER_POWER)
+        return subset_allotments(errors, sizes, self._border_images, total, _BORDER_POWER, _PASSING)
 
     def _share_allotments(self, error: Error, shares: Array) -> Allotments:
         """Larger shares of the lists for the pixels that the index serves."""

@@ -23,7 +23,7 @@ Array = npt.NDArray[np.float64]
 # Groups of images whose spread is the error.
 GROUPS = 16
 # Prices that are tried for an error, each so many times the one before.
-_PRICES, _PRICE_STEP = 48, math.sqrt(0.5)
+_PRICES, _PRICE_STEP = 24, 0.5
 # A subset that would be so large a part of the images may as well be all of them.
 _NEARLY_ALL = 2 / 3
 
@@ -135,12 +135,13 @@ class Allotments:
 
 
 def subset_allotments(
-    error: Array, sizes: Array, first: int, total: int, power: float
+    error: Array, sizes: Array, first: int, total: int, power: float, passing: float
 ) -> Allotments:
     """Larger subsets for the pixels that err most; costs are images more.
 
     An image more is worth the less the more there are, so that the best subsets are those to all
-    of which one more is worth the same.
+    of which one more is worth the same, but for the largest: an image costs something even if it
+    serves a single pixel.
 
     Args:
         error: of each pixel, ``[Q]``.
@@ -148,15 +149,24 @@ def subset_allotments(
         first: of which sizes are multiples, by powers of two.
         total: images that there are.
         power: with which errors fall (:func:`images_needed`).
+        passing: what an image costs, whatever it serves, to what it costs to serve all pixels.
     """
     wanted = _worth_alike(error, sizes, power)
-    steps = np.rint(np.log2(wanted / first))
-    larger = np.maximum(first * np.exp2(steps), sizes)
+    larger = np.maximum(first * np.exp2(np.rint(np.log2(wanted / first))), sizes)
+    largest = first * np.exp2(np.arange(math.ceil(math.log2(total / first)) + 1))
+    larger = np.minimum(larger, np.maximum(largest[:, None, None], sizes)).reshape(-1, len(sizes))
     larger = np.where(larger > _NEARLY_ALL * total, total, larger)
     larger = np.concatenate([larger, np.full((1, len(sizes)), total)])
     left = np.maximum(1 / sizes - 1 / total, 1e-30)
-    expected = error * np.power((1 / larger - 1 / total) / left, power)
-    return Allotments(larger, expected.mean(1), (larger - sizes).mean(1))
+    errors = (error * np.power((1 / larger - 1 / total) / left, power)).mean(1)
+    grown = larger > sizes
+    images = np.where(grown, larger, 0.0).max(1) - np.where(grown, sizes, total).min(1)
+    costs = (larger - sizes).mean(1) + passing * np.maximum(images, 0.0)
+    # Those that are no worse than all that cost less.
+    order = np.argsort(costs, kind="stable")
+    least = np.minimum.accumulate(errors[order])
+    order = order[np.concatenate([[True], errors[order][1:] < least[:-1]])]
+    return Allotments(larger[order], errors[order], costs[order])
 
 
 def share_allotments(

@@ -112,7 +112,7 @@ def test_a_group_of_none_adds_nothing() -> None:
 )
 def test_more_images_go_to_the_pixels_that_err_most(errors: list[float], power: float) -> None:
     error, sizes = np.array(errors), np.full(len(errors), 64.0)
-    ways = subset_allotments(error, sizes, 64, 10_000, power)
+    ways = subset_allotments(error, sizes, 64, 10_000, power, passing=0.0)
     assert (np.diff(ways.costs) >= 0).all()
     assert (np.diff(ways.errors) <= 1e-12).all()
     assert ways.errors[-1] == 0
@@ -130,12 +130,28 @@ def test_more_images_go_to_the_pixels_that_err_most(errors: list[float], power: 
 
 
 def test_the_cheapest_costs_something() -> None:
-    ways = subset_allotments(np.array([0.5, 0.1]), np.array([64.0, 64.0]), 64, 10_000, 0.5)
+    error, sizes = np.array([0.5, 0.1]), np.array([64.0, 64.0])
+    ways = subset_allotments(error, sizes, 64, 10_000, 0.5, passing=0.5)
     assert ways.costs[0] == 0
     assert ways.costs[ways.cheapest(1.0)] > 0
     assert ways.errors[ways.cheapest(0.0)] == 0
     ways = share_allotments(np.array([0.5]), np.array([0.01]), 0.8, 1.5, 8.0, (1.0, 1.0))
     assert ways.cheapest(0.0) == len(ways.errors) - 1
+
+
+def test_few_pixels_are_not_worth_many_images() -> None:
+    error, sizes = np.array([1.0, *[0.02] * 19]), np.full(20, 64.0)
+    largest = []
+    for passing in (0.0, 2.0):
+        ways = subset_allotments(error, sizes, 64, 10_000, 0.5, passing)
+        chosen = ways.cheapest(0.035)
+        assert ways.errors[chosen] <= 0.035
+        largest.append(ways.sizes[chosen].max())
+        images = largest[-1] - 64
+        assert ways.costs[chosen] == pytest.approx(
+            (ways.sizes[chosen] - 64).mean() + passing * images
+        )
+    assert largest[1] < largest[0]
 
 
 def test_pixels_that_err_little_are_not_read_anew() -> None:
