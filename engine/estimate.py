@@ -71,10 +71,10 @@ _LIST_PAIRS, _READ_PAIRS = 15.0, 4.0
 # How their errors fall with the share that is read, and how much more of it is read when a pixel is
 # read anew, at least and at most.
 _SCAN_POWER, _LEAST_READ, _MOST_READ = 0.8, 1.5, 8.0
-# How the border's errors fall, and what part of its aim a step aims at: another costs as much again.
+# How the border's errors fall, and what part of its aim a step aims at: another costs as much.
 _BORDER_POWER, _ENOUGH = 0.35, 0.95
-# What a pair of the border's costs, by the exact kernel and by products, and what an image costs that
-# serves no pixel, to what all pixels cost.
+# What a pair of the border's costs, by the exact kernel and by products, and what an image costs
+# that serves no pixel, to what all pixels cost.
 _BORDER_PAIRS, _PRODUCT_PAIRS, _PASSING = 2.0, 1.1, 0.6
 # Where they cost so few first subsets, lists need none.
 _PLAIN = 6
