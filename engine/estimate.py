@@ -79,7 +79,7 @@ _BORDER_PAIRS, _PRODUCT_PAIRS, _PASSING = 2.0, 1.1, 0.6
 # Where they cost so few first subsets, lists need none.
 _PLAIN = 6
 # Where so many patches of a few images share a pixel, no single one must be met.
-_LOOK_IMAGES, _MANY, _WORTH_A_LOOK = 64, 8.0, 1.5
+_LOOK_IMAGES, _MANY = 64, 8.0
 # A subset that is so large a part of the images is not worth its error.
 _MOST_SHARE = 0.6
 # Aim below the tolerance: its measure is itself uncertain.
@@ -371,11 +371,11 @@ class Estimator:
         """The share that is read at first.
 
         Where few patches share a pixel they must be met, and that takes as many lists as a search
-        would probe.
+        would probe. If that costs much, a few images tell whether it is so.
         """
         assert self._index is not None
         share, probed = self._least_share, DEFAULT_EFFORT / self._index.lists
-        if probed <= _WORTH_A_LOOK * share:
+        if self._scan_cost(probed) - self._scan_cost(share) < _LOOK_IMAGES:
             return max(share, probed)
         query = replace(self._query, members=np.sort(self._order[:_LOOK_IMAGES]))
         state = moved(self._backend.state(self._db.images, query), "cpu")

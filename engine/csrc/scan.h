@@ -390,6 +390,7 @@ class Scanner {
     found_.resize(plan.padded + kLanes);
     sorted_.resize(plan.padded + kLanes);
     padded_block_.resize(static_cast<std::size_t>(kRows) * scan_.code_size);
+    for (int level = 0; level <= kDeepest; ++level) part_of_[level] = std::ldexp(1.0f, -level);
     threshold_ =
         static_cast<float>(22.0 + std::log2(static_cast<double>(scan_.offsets[scan_.lists - 1] +
                                                                 scan_.sizes[scan_.lists - 1]) +
@@ -417,6 +418,8 @@ class Scanner {
                        kSquares = 4 + C, kFields = kSquares + 1 + 2 * C;
   // Of a row of sums: whole vectors.
   static constexpr int kWidth = (kFields + kLanes - 1) / kLanes * kLanes;
+
+  static constexpr int kDeepest = 32;  // level: of a list that is larger than any
 
   struct Block {
     std::int64_t number;
@@ -498,14 +501,16 @@ class Scanner {
     std::int32_t* const __restrict found = found_.data();
     int many = 0;
     for (int start = 0; start < padded; start += kLanes) {
-      int lowest = coarsest;
-      for (int p = start; p < start + kLanes; ++p) {
-        const std::int32_t step = (ranks[p] - base[p] + 3) >> 2;
-        const int clamped = std::min(std::max(step, finest), coarsest);
-        level[p] = static_cast<std::uint8_t>(clamped);
-        lowest = std::min(lowest, clamped);
-      }
-      if (lowest == coarsest) continue;
+      ShortVec rank;
+      IntVec from;
+      std::memcpy(&rank, ranks + start, sizeof(rank));
+      std::memcpy(&from, base + start, sizeof(from));
+      IntVec steps = (__builtin_convertvector(rank, IntVec) - from + 3) >> 2;
+      steps = steps < finest ? finest - IntVec{} : steps;
+      steps = steps > coarsest ? coarsest - IntVec{} : steps;
+      const ByteVec levels = __builtin_convertvector(steps, ByteVec);
+      std::memcpy(level + start, &levels, sizeof(levels));
+      if (!any_less(steps, coarsest)) continue;
       for (int p = start; p < std::min(start + kLanes, queries); ++p) {  // without a branch
         found[many] = p;
         many += level[p] < coarsest;
@@ -533,7 +538,7 @@ class Scanner {
         static_cast<std::uint32_t>(detail::mixed(scan_.seed ^ detail::mixed(list_)) >> 32);
     for (std::int64_t number = 0; number * kRows < size; ++number) {
       const std::uint32_t place = start + static_cast<std::uint32_t>(number) * 2654435769u;
-      const int level = place == 0 ? 32 : __builtin_clz(place);
+      const int level = place == 0 ? kDeepest : __builtin_clz(place);
       if (level >= least) blocks_.push_back({number, level});
     }
   }
@@ -550,10 +555,10 @@ class Scanner {
   void open() {
     products_.choose(members_);
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int level = std::min(levels_[lane], 32);
+      const int level = std::min(levels_[lane], kDeepest);
       shift_[lane] = static_cast<float>(level);
       // What varies between samples of the blocks; nothing where all are read.
-      varies_[lane] = 1.0f - std::ldexp(1.0f, -level);
+      varies_[lane] = 1.0f - part_of_[level];
     }
     parts_ = splat(1.0f) - varies_;
     base_ = shift_;
@@ -730,6 +735,7 @@ class Scanner {
   std::vector<float> origin_;
   std::vector<std::uint8_t> level_;  // of every query for the list in hand
   std::vector<std::int32_t> found_, sorted_;
+  float part_of_[kDeepest + 1];  // of a list, that a level reads
   std::vector<Block> blocks_;
   std::vector<std::uint8_t> padded_block_;
   std::int64_t list_ = 0;

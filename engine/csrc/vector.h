@@ -124,6 +124,16 @@ inline float min_lane(Vec a) {
   return least;
 }
 
+inline bool any_less(IntVec a, std::int32_t b) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epi32_mask(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(b)) != 0;
+#else
+  bool any = false;
+  for (int lane = 0; lane < kLanes; ++lane) any = any || a[lane] < b;
+  return any;
+#endif
+}
+
 // Lanes are added in order, in double: the same bits on every call.
 inline double sum_lanes(Vec a) {
   double sum = 0.0;
