@@ -317,15 +317,18 @@ class TileProducts {
   void multiply(const std::uint8_t* codes, Vec (&products)[kRows]) {
     long stride = scan_.code_size;
     if (scan_.code_size % 4 != 0) {
-      // Whole words, of which the last has bytes of the next code, but not beyond the last one: its
-      // query is zero there.
-      for (int row = 0; row < kRows - 1; ++row) {
-        for (int word = 0; word < words_; ++word) {
-          std::memcpy(block_.data() + (row * words_ + word) * 4, codes + row * stride + word * 4,
-                      4);
+      // In whole words, of which the last has bytes of the next code where there is one: the query
+      // is zero there.
+      const long width = 4 * words_, end = kRows * stride;
+      for (int row = 0; row < kRows; ++row) {
+        const std::uint8_t* const from = codes + row * stride;
+        std::uint8_t* const to = block_.data() + row * width;
+        if (row * stride + width > end) {
+          std::memcpy(to, from, stride);
+          continue;
         }
+        for (int at = 0; at < width; at += 4) std::memcpy(to + at, from + at, 4);
       }
-      std::memcpy(block_.data() + (kRows - 1) * words_ * 4, codes + (kRows - 1) * stride, stride);
       codes = block_.data();
       stride = 4 * words_;
     }
@@ -703,8 +706,11 @@ class Scanner {
 
   bool is_allowed(std::int64_t row) const {
     if (scan_.allowed == nullptr) return true;
-    const auto* ids = reinterpret_cast<const std::int64_t*>(scan_.ids[list_]);
-    return scan_.allowed[ids[row] / scan_.pixels] != 0;
+    // In a mapped file they are where they happen to be.
+    std::int64_t id;
+    std::memcpy(&id, reinterpret_cast<const char*>(scan_.ids[list_]) + row * sizeof(id),
+                sizeof(id));
+    return scan_.allowed[id / scan_.pixels] != 0;
   }
 
   // Moves the sums in hand to nearer references.
