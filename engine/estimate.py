@@ -357,9 +357,11 @@ class Estimator:
         while _typical_error(result[1], served) > aim:
             allotments = self._share_allotments(result[1], shares)
             chosen = allotments.cheapest(aim)
-            if allotments.costs[chosen] > _MOST_SHARE * len(self._order):
-                return None
             larger = allotments.sizes[chosen]
+            # Where all has been read, what is left is what codes do not tell.
+            is_all = not (larger > shares).any()
+            if is_all or allotments.costs[chosen] > _MOST_SHARE * len(self._order):
+                return None
             again = served.clone()
             again[served] = torch.from_numpy(larger > shares)
             result = _chosen(again, self._lists(larger[larger > shares], again), result)
@@ -374,7 +376,7 @@ class Estimator:
         would probe. If that costs much, a few images tell whether it is so.
         """
         assert self._index is not None
-        share, probed = self._least_share, DEFAULT_EFFORT / self._index.lists
+        share, probed = self._least_share, min(DEFAULT_EFFORT / self._index.lists, 1.0)
         if self._scan_cost(probed) - self._scan_cost(share) < _LOOK_IMAGES:
             return max(share, probed)
         query = replace(self._query, members=np.sort(self._order[:_LOOK_IMAGES]))
@@ -449,7 +451,7 @@ class Estimator:
         """The border's pixels from growing subsets of the images, in the end all of them."""
         border = ~self._interior()
         result = self._border(tail)
-        while _typical_error(result[1], border) > aim:
+        while _typical_error(result[1], border) > max(aim, 0.0):
             allotments = self._border_allotments(tail, result[1])
             sizes = np.broadcast_to(tail.sizes, border.shape).copy()
             sizes[border.numpy()] = allotments.sizes[allotments.cheapest(_ENOUGH * aim)]

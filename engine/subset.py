@@ -172,19 +172,20 @@ def subset_allotments(
 def share_allotments(
     error: Array, shares: Array, power: float, least: float, most: float, costs: tuple[float, float]
 ) -> Allotments:
-    """Larger shares of lists for the pixels that err most, which are read anew.
+    """Larger shares of lists, up to 1, for the pixels that err most, which are read anew.
 
     Args:
         error: of each pixel, ``[Q]``.
-        shares: that they have read, ``[Q]``.
+        shares: that they have read, at most 1, ``[Q]``.
         power: with which errors fall with it.
         least: growth that is worth reading anew.
         most: growth that such an error can tell.
         costs: of reading anew, and of a share of 1.
     """
-    growth = np.minimum(_worth_alike(error, shares, power) / shares, most)
-    growth = np.where(growth < least, 1.0, growth)
-    growth = np.concatenate([np.ones((1, len(shares))), growth, np.full((1, len(shares)), most)])
+    ceiling = np.minimum(1 / shares, most)
+    growth = np.minimum(_worth_alike(error, shares, power) / shares, ceiling)
+    growth = np.where(growth < np.minimum(least, ceiling), 1.0, growth)
+    growth = np.concatenate([np.ones((1, len(shares))), growth, ceiling[None]])
     larger = shares * growth
     each = np.where(growth > 1, costs[0] + costs[1] * larger, 0.0)
     return Allotments(larger, (error * growth**-power).mean(1), each.mean(1))
