@@ -53,7 +53,7 @@ def border_states(
         images: of the whole database.
         query: one image, ``B = 1``, for which :func:`can_multiply`; its members do not matter.
         groups: the members of each.
-        wanted: of the border's pixels, ``[H, W]``; None for all.
+        wanted: of the border's pixels, ``[H, W]``; None for all. Others may have anything.
         threads: None for one per core. Results do not depend on it.
 
     Returns:

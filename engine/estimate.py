@@ -68,13 +68,13 @@ _CODE_PAIRS, _BYTE_PAIRS = 9.0, 1 / 3
 _TAIL_POWER, _HEAD_POWER, _GROWTH = 0.35, 0.45, 4
 # What lists cost, likewise: ranking one for a pixel, and weighing a code.
 _LIST_PAIRS, _READ_PAIRS = 15.0, 4.0
-# How their errors fall with the share that is read, and how much more of it is read when a pixel is
-# read anew, at least and at most.
-_SCAN_POWER, _LEAST_READ, _MOST_READ = 0.8, 1.5, 8.0
+# How their errors fall with the share that is read, and by how much it grows when a pixel is read
+# anew, at least and at most.
+_SCAN_POWER, _LEAST_GROWTH, _MOST_GROWTH = 0.8, 1.5, 8.0
 # How the border's errors fall, and what part of its aim a step aims at: another costs as much.
 _BORDER_POWER, _ENOUGH = 0.35, 0.95
-# What a pair of the border's costs, by the exact kernel and by products, and what an image costs
-# that serves no pixel, to what all pixels cost.
+# What a pair of the border's costs, by the exact kernel and by products, and beside those what an
+# image costs that is read for a few pixels on every edge, to what all pixels cost.
 _BORDER_PAIRS, _PRODUCT_PAIRS, _PASSING = 2.0, 1.1, 0.6
 # Where they cost so few first subsets, lists need none.
 _PLAIN = 6
@@ -180,10 +180,10 @@ class Estimator:
         return state, Error.none(state.mass)
 
     def _automatic(self, k: int, tolerance: float) -> tuple[PosteriorState, Error]:
-        """The cheapest of subset, head and subset, and everything, as a small subset tells.
+        """The cheapest of subset, head and subset, lists, and everything, as a small part tells.
 
         Border pixels have few candidates each, so that they need more images than others, and an
-        image costs less there: they get a subset of their own.
+        image costs less there: they get subsets of their own.
         """
         if len(self._order) <= 2 * _PILOT_IMAGES:
             return self._exact()
@@ -240,14 +240,15 @@ class Estimator:
         lists = self._share_allotments(start[1], np.full(served.sum(), share))
         border = self._border_allotments(tail, self._border(tail)[1])
         inside = float(served.mean())
-        errors = inside * lists.errors[:, None] + (1 - inside) * border.errors
+        border_errors = border.errors / _ENOUGH
+        errors = inside * lists.errors[:, None] + (1 - inside) * border_errors
         costs = inside * lists.costs[:, None] + (1 - inside) * self._border_cost * border.costs
         good = errors <= aim
         if not good.any():
             return aim / 2 / (1 - inside)
         best = int(np.argmin(np.where(good, costs, np.inf)))
-        # What there is may be the best, and not quite this by rounding.
-        return float(border.errors[best % len(border.errors)]) * (1 + 1e-9)
+        # By rounding what is aimed at may come out not quite as good.
+        return float(border_errors[best % len(border_errors)]) * (1 + 1e-9)
 
     def _border_allotments(self, tail: Tail, error: Error) -> Allotments:
         """Larger subsets for the border's pixels, from what there is."""
@@ -257,14 +258,15 @@ class Estimator:
         if not self._multiplies:  # and so serves all alike
             errors = np.full_like(errors, errors.mean())
         total = len(self._order)
-        return subset_allotments(errors, sizes, self._border_images, total, _BORDER_POWER, _PASSING)
+        passing = _PASSING if self._multiplies else 0.0
+        return subset_allotments(errors, sizes, self._border_images, total, _BORDER_POWER, passing)
 
     def _share_allotments(self, error: Error, shares: Array) -> Allotments:
         """Larger shares of the lists for the pixels that the index serves."""
         errors = _absolute_errors(error)[self._is_served().numpy()]
         nothing = self._scan_cost(0.0)
         costs = (nothing, self._scan_cost(1.0) - nothing)
-        return share_allotments(errors, shares, _SCAN_POWER, _LEAST_READ, _MOST_READ, costs)
+        return share_allotments(errors, shares, _SCAN_POWER, _LEAST_GROWTH, _MOST_GROWTH, costs)
 
     @property
     def _border_cost(self) -> float:
@@ -470,15 +472,13 @@ class Estimator:
         """A subset of such a size for each pixel near the border, ``[H, W]``, ``tail`` in it."""
         before = np.broadcast_to(tail.sizes, sizes.shape)
         groups, query = tail.groups, replace(self._query, border_only=True)
-        group_of = tail.group_of.copy()
         steps = np.unique(np.concatenate([before[sizes > before], sizes[sizes > before]]))
         for first, last in pairwise(steps.astype(np.int64)):
             wanted = (before <= first) & (sizes >= last)
             if wanted.any():
                 fresh = self._groups(first, last, query, wanted)
                 groups = groups.merged(fresh, wanted)
-        group_of[self._order[: int(sizes.max())]] = np.arange(int(sizes.max())) % GROUPS
-        return Tail(groups, counts_of(sizes), group_of)
+        return Tail(groups, counts_of(sizes), None)
 
     def head_cost(self, effort: int) -> float:
         """What a search for every pixel costs, in images of the exact kernel."""
@@ -616,7 +616,10 @@ class Estimator:
         query: PosteriorQuery,
         wanted: npt.NDArray[np.bool_] | None = None,
     ) -> Groups:
-        """Of a part of the images in their order; at some of the border's pixels, if so asked."""
+        """Of a part of the images in their order.
+
+        Of the border's pixels those that are ``wanted``; others may have anything.
+        """
         number = np.arange(first, min(last, len(self._order)))
         members = [np.sort(self._order[number[number % GROUPS == g]]) for g in range(GROUPS)]
 
@@ -679,6 +682,7 @@ class Estimator:
         _, height, width = groups.mass.shape
         pixels = height * width
         addresses = head.addresses[0].numpy().reshape(pixels, -1)
+        assert tail.group_of is not None
         group = np.where(addresses >= 0, tail.group_of[addresses // pixels], -1)
         pixel, place = np.nonzero(group >= 0)
         flat = addresses[pixel, place]

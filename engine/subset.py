@@ -81,12 +81,12 @@ class Tail:
     Attributes:
         groups: their states.
         counts: images of each group, float64 ``[G, 1, 1]``, or ``[G, H, W]`` where pixels differ.
-        group_of: group of each image of the database, -1 for none.
+        group_of: group of each image of the database, -1 for none; None where pixels differ.
     """
 
     groups: Groups
     counts: Array
-    group_of: Members
+    group_of: Members | None
 
     def __len__(self) -> int:
         return int(self.sizes.max())
@@ -149,7 +149,7 @@ def subset_allotments(
         first: of which sizes are multiples, by powers of two.
         total: images that there are.
         power: with which errors fall (:func:`images_needed`).
-        passing: what an image costs, whatever it serves, to what it costs to serve all pixels.
+        passing: what an image costs, whatever it serves, to what it costs beside to serve all.
     """
     wanted = _worth_alike(error, sizes, power)
     larger = np.maximum(first * np.exp2(np.rint(np.log2(wanted / first))), sizes)
@@ -186,8 +186,8 @@ def share_allotments(
     growth = np.minimum(_worth_alike(error, shares, power) / shares, ceiling)
     growth = np.where(growth < np.minimum(least, ceiling), 1.0, growth)
     growth = np.concatenate([np.ones((1, len(shares))), growth, ceiling[None]])
-    larger = shares * growth
-    each = np.where(growth > 1, costs[0] + costs[1] * larger, 0.0)
+    larger = np.where(growth >= 1 / shares, 1.0, shares * growth)
+    each = np.where(larger > shares, costs[0] + costs[1] * larger, 0.0)
     return Allotments(larger, (error * growth**-power).mean(1), each.mean(1))
 
 
@@ -218,7 +218,8 @@ def stratified(
         return shuffled
     classes = np.asarray(labels[shuffled])
     # Small integers are sorted by their digits, which is much faster.
-    classes = classes.astype(np.min_scalar_type(classes.max()))
+    if len(classes) and classes.min() >= 0 and classes.max() < 1 << 15:
+        classes = classes.astype(np.int16)
     by_class = np.argsort(classes, kind="stable")
     _, starts, counts = np.unique(classes[by_class], return_index=True, return_counts=True)
     rank = np.empty(len(members))

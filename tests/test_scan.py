@@ -13,6 +13,7 @@ from els.engine import ScoreMachine
 from els.engine.native import instruction_sets
 from els.engine.scan import ListSums, can_scan, has_tiles, is_precise, scan
 from els.index import DatabaseError, PatchDatabase, PatchIndex
+from els.index.lists import InvertedLists
 from els.index.manifests import sealed
 
 ALPHA = 0.9
@@ -195,6 +196,56 @@ def test_each_pixel_has_its_share(large: tuple[PatchDatabase, PatchIndex]) -> No
     # Pixels that are weighed together share what the one that reads most does.
     apart = np.arange(count) >= count // 2 + 16
     assert 0.5 < mixed.deviation[apart].mean() / little.deviation[apart].mean() <= 1.01
+
+
+def test_everything_is_everything_beside_a_part(
+    large: tuple[PatchDatabase, PatchIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db, index = large
+    monkeypatch.setattr("els.engine.scan._MOST_READ", 64)
+    x = noisy(db, 0.5)
+    count = len(query_patches(x, index.patch_size))
+    whole = read(index, x, 0.5, 1.0)
+    all_of_it = np.arange(count) % 3 > 0
+    mixed = read(index, x, 0.5, np.where(all_of_it, 1.0, 0.05))
+    np.testing.assert_allclose(whole.seen, whole.mass, rtol=1e-6)
+    np.testing.assert_allclose(mixed.seen[all_of_it], mixed.mass[all_of_it], rtol=1e-6)
+    means = (sums.centre / sums.mass[:, None] for sums in (mixed, whole))
+    mixed_mean, whole_mean = means
+    np.testing.assert_allclose(mixed_mean[all_of_it], whole_mean[all_of_it], atol=1e-4)
+    assert (mixed.seen[~all_of_it] < 0.9 * mixed.mass[~all_of_it]).all()
+
+
+def test_everything_is_read_of_many_lists() -> None:
+    """What lists hold is counted on some of them where they are many; everything is everything."""
+    rng = np.random.default_rng(4)
+    count, size = 40_000, 9
+    sizes = rng.integers(1, 40, count)
+    codes = rng.integers(0, 256, (int(sizes.sum()), size), dtype=np.uint8)
+    offsets = np.cumsum(sizes) - sizes
+    ids = np.arange(len(codes), dtype=np.int64)
+    lists = InvertedLists(
+        codes=(codes.ctypes.data + offsets * size).astype(np.uint64),
+        ids=(ids.ctypes.data + offsets * 8).astype(np.uint64),
+        sizes=sizes,
+        offsets=offsets,
+        centroids=codes[offsets].astype(np.float32),
+        norms=np.square(codes.astype(np.float32)).sum(1),
+        centres=codes[:, 4:5].copy(),
+        misfits=np.zeros(count, np.float32),
+        spread=np.full(count, 100.0, np.float32),
+        unit=np.ones(size, np.float32),
+        zero=np.zeros(size, np.float32),
+        residual=False,
+        is_lossless=True,
+        _index=(codes, ids),
+        _transforms=(),
+    )
+    y = rng.uniform(0, 255, (20, size)).astype(np.float32)
+    for sigma in (2.0, 20.0):
+        sums = scan(lists, y, np.zeros(20), alpha=ALPHA, sigma=sigma, share=1.0, seed=1)
+        np.testing.assert_allclose(sums.seen, sums.mass, rtol=1e-6)
+        assert (sums.deviation == 0).all()
 
 
 @pytest.mark.parametrize("share", [0.03, 1.0])

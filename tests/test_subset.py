@@ -171,5 +171,5 @@ def test_no_pixel_reads_more_than_everything() -> None:
     error, shares = np.array([0.1, 0.1, 0.1]), np.array([0.2, 0.9, 1.0])
     ways = share_allotments(error, shares, 0.8, 1.5, 8.0, (10.0, 1000.0))
     chosen = ways.cheapest(1e-6)
-    np.testing.assert_allclose(ways.sizes[chosen], 1.0)
-    assert ways.sizes.max() <= 1.0 + 1e-12
+    assert (ways.sizes[chosen] == 1.0).all()
+    assert ways.sizes.max() == 1.0

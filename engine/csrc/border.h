@@ -501,11 +501,6 @@ class BorderWorker {
     for (int field = kMass; field < kFields; ++field) sums[field] += fresh_[field];
   }
 
-  static void load_queries(const std::int8_t* queries) {
-    load_tile<6>(queries, kTileBytes);
-    load_tile<7>(queries + kTileRows * kTileBytes, kTileBytes);
-  }
-
   // A tile of patches with queries that are in their tiles.
   void multiply_one(const BorderPiece& piece, const std::uint8_t* strip, std::int32_t* products) {
     clear_tile<0>();
@@ -530,7 +525,9 @@ class BorderWorker {
     clear_tile<2>();
     clear_tile<3>();
     for (int chunk = 0; chunk < piece.chunks; ++chunk) {
-      if (piece.chunks > 1) load_queries(queries + chunk * 2 * kTileRows * kTileBytes);
+      const std::int8_t* const operands = queries + chunk * 2 * kTileRows * kTileBytes;
+      load_tile<6>(operands, kTileBytes);
+      load_tile<7>(operands + kTileRows * kTileBytes, kTileBytes);
       load_tile<4>(first + chunk * kTileBytes, piece.stride);
       load_tile<5>(second + chunk * kTileBytes, piece.stride);
       multiply_tiles<0, 4, 6>();

@@ -91,6 +91,9 @@ class ScanPlan {
         ranks(new std::uint16_t[static_cast<std::size_t>(scan.lists) * padded]),
         nearest(padded, 0xffff),
         base(padded, 0) {
+    for (std::int64_t list = 0; list < scan.lists; ++list) {
+      most_ += std::min(scan.sizes[list], scan.most_read);
+    }
     const int size = scan.code_size;
     lanes_.resize(static_cast<std::size_t>(padded) * size);
     powers_.resize(groups);
@@ -163,7 +166,7 @@ class ScanPlan {
       const float size = static_cast<float>(stride * std::min(scan.sizes[list], scan.most_read));
       if (size == 0.0f) continue;
       const std::uint16_t* const row = ranks.get() + list * padded + first;
-      __builtin_prefetch(row + kAhead * stride * padded);
+      if (list + kAhead * stride < scan.lists) __builtin_prefetch(row + kAhead * stride * padded);
       total += size;
       for (int i = 0; i < count; ++i) {
         const int bin = row[i] - least[i];
@@ -185,14 +188,14 @@ class ScanPlan {
         }
         return codes;
       };
-      const double budget = scan.budget[std::min(first + i, scan.queries - 1)];
+      const double budget = scan.budget[first + i];
       int low = -4 * scan.coarsest, high = kBins;  // reads(low) is the least there is
       while (high - low > 1) {
         const int middle = (low + high) / 2;
         (reads(middle) <= budget ? low : high) = middle;
       }
-      // Where the budget is everything, but for rounding, so is what is read.
-      base[first + i] = least[i] + (total <= 1.001 * budget ? 0x10000 : low);
+      // Where the budget is everything, so is what is read.
+      base[first + i] = least[i] + (static_cast<double>(most_) <= budget ? 0x10000 : low);
     }
   }
 
@@ -211,6 +214,7 @@ class ScanPlan {
   std::vector<float> lanes_;  // [groups, code_size, lane]
   Buffer<Vec> powers_;        // [groups]
   std::mutex mutex_;
+  std::int64_t most_ = 0;  // codes that a query can read
 };
 
 // Products of a block of codes with the queries of a group, in float.
