@@ -198,8 +198,9 @@ class Estimator:
             start, interior_aim = self._lists(share, interior), aim
             if has_border:
                 tail = self._border_tail(tail)
-                border_aim = self._border_aim(aim, share, start, tail)
-                border = self._border_to(border_aim, tail)
+                border = self._border(tail)
+                border_aim = self._border_aim(aim, share, start, tail, border)
+                border = self._border_to(border_aim, tail, border)
                 interior_aim = _left(aim, border, ~interior)
             result = self._lists_to(interior_aim, share, start)
         if result is None:
@@ -208,7 +209,7 @@ class Estimator:
             return result
         if border is None:
             assert tail is not None
-            border = self._border_to(_left(aim, result, interior), tail)
+            border = self._border_to(_left(aim, result, interior), tail, self._border(tail))
         return _chosen(interior, result, border)
 
     def _border_tail(self, before: Tail | None) -> Tail:
@@ -226,7 +227,12 @@ class Estimator:
         return max(_PILOT_IMAGES, min(_BORDER_IMAGES, len(self._order) // 8))
 
     def _border_aim(
-        self, aim: float, share: float, start: tuple[PosteriorState, Error], tail: Tail
+        self,
+        aim: float,
+        share: float,
+        start: tuple[PosteriorState, Error],
+        tail: Tail,
+        around: tuple[PosteriorState, Error],
     ) -> float:
         """How wrong the border may be, so that it and the interior together cost least.
 
@@ -235,10 +241,11 @@ class Estimator:
             share: of the lists.
             start: the interior from it.
             tail: a subset for the border's pixels.
+            around: the border from it.
         """
         served = self._is_served().numpy()
         lists = self._share_allotments(start[1], np.full(served.sum(), share))
-        border = self._border_allotments(tail, self._border(tail)[1])
+        border = self._border_allotments(tail, around[1])
         inside = float(served.mean())
         border_errors = border.errors / _ENOUGH
         errors = inside * lists.errors[:, None] + (1 - inside) * border_errors
@@ -449,10 +456,17 @@ class Estimator:
         worst, typical = deviation.amax(1), deviation.mean(1)
         return state, Error(omitted, worst, "estimate", "lists", 0, typical)
 
-    def _border_to(self, aim: float, tail: Tail) -> tuple[PosteriorState, Error]:
-        """The border's pixels from growing subsets of the images, in the end all of them."""
+    def _border_to(
+        self, aim: float, tail: Tail, result: tuple[PosteriorState, Error]
+    ) -> tuple[PosteriorState, Error]:
+        """The border's pixels from growing subsets of the images, in the end all of them.
+
+        Args:
+            aim: of the error.
+            tail: a first subset.
+            result: of it.
+        """
         border = ~self._interior()
-        result = self._border(tail)
         while _typical_error(result[1], border) > max(aim, 0.0):
             allotments = self._border_allotments(tail, result[1])
             sizes = np.broadcast_to(tail.sizes, border.shape).copy()
@@ -478,7 +492,7 @@ class Estimator:
             if wanted.any():
                 fresh = self._groups(first, last, query, wanted)
                 groups = groups.merged(fresh, wanted)
-        return Tail(groups, counts_of(sizes), None)
+        return Tail(groups, sizes, None)
 
     def head_cost(self, effort: int) -> float:
         """What a search for every pixel costs, in images of the exact kernel."""
@@ -607,7 +621,7 @@ class Estimator:
         chosen = self._order[:images]
         group_of = np.full(len(self._db), -1, dtype=np.int64)
         group_of[chosen] = np.arange(len(chosen)) % GROUPS
-        return Tail(groups, counts_of(np.full((1, 1), len(chosen))), group_of)
+        return Tail(groups, np.full((1, 1), float(len(chosen))), group_of)
 
     def _groups(
         self,
@@ -654,7 +668,7 @@ class Estimator:
         all_mass = head_mass + ratio * groups.mass.sum(0)
         all_centre = head_centre + ratio * groups.centre.sum(0)
         all_tilt = head_tilt + ratio * groups.tilt.sum(0)
-        ratios = total / (sizes - tail.counts)
+        ratios = total / (sizes - counts_of(sizes))
         less_mass = head_mass + ratios * sums_without_each(groups.mass)
         less_centre = head_centre + ratios[:, None] * sums_without_each(groups.centre)
         means = np.clip(less_centre / np.maximum(less_mass, _LEAST_MASS)[:, None], -1, 1)

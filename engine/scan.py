@@ -17,8 +17,8 @@ Budgets steer how much is read. The kernel is native; without it there is none o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Self, final
+from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
@@ -66,18 +66,6 @@ class ListSums:
     tilt: npt.NDArray[np.float64]
     seen: npt.NDArray[np.float64]
     deviation: npt.NDArray[np.float64]
-
-    @classmethod
-    def joined(cls, these: Self, others: Self, where: npt.NDArray[np.bool_]) -> Self:
-        """The sums of some pixels, ``where``, and of the others."""
-
-        def both(name: str) -> npt.NDArray[np.float64]:
-            first, second = getattr(these, name), getattr(others, name)
-            values = np.empty((len(where), *first.shape[1:]))
-            values[where], values[~where] = first, second
-            return values
-
-        return cls(*(both(field.name) for field in fields(cls)))
 
     @property
     def effective(self) -> npt.NDArray[np.float64]:
@@ -144,24 +132,6 @@ def scan(
             rounding of queries to 16 bits.
     """
     shares = np.broadcast_to(np.asarray(share, dtype=np.float64), len(y))
-    whole = shares >= 1
-    if whole.any() and not whole.all():
-        # Those who read everything read all of every list.
-        given: dict[str, Any] = {
-            "alpha": alpha,
-            "sigma": sigma,
-            "seed": seed,
-            "allowed": allowed,
-            "pixels": pixels,
-            "threads": threads,
-            "instruction_set": instruction_set,
-            "tiles": tiles,
-        }
-        parts_of = [
-            scan(lists, y[some], rest[some], share=shares[some], **given)
-            for some in (whole, ~whole)
-        ]
-        return ListSums.joined(parts_of[0], parts_of[1], whole)
     chunk = max(64, _RANK_BYTES // (2 * len(lists.sizes)) // 64 * 64)
     ratio = (alpha / sigma) ** 2 / _LEVEL**2
     noise = None
@@ -174,37 +144,39 @@ def scan(
         tiles = has_tiles(instruction_set)
     if tiles:
         y = _rounded(y, lists.unit)
-    parts: list[npt.NDArray[np.float64]] = []
-    for start in range(0, len(y), chunk):
-        some = np.ascontiguousarray(y[start : start + chunk])
-        results = np.zeros((_PARTS, 5 + 3 * channels, len(some)))
-        kernel.scan(
-            codes=lists.codes,
-            ids=lists.ids,
-            sizes=lists.sizes,
-            offsets=lists.offsets,
-            centroids=lists.centroids,
-            norms=np.asarray(lists.norms),
-            centres=np.asarray(lists.centres),
-            unit=lists.unit,
-            zero=lists.zero,
-            residual=lists.residual,
-            noise=noise,
-            allowed=allowed,
-            pixels=pixels,
-            y=some,
-            precision=precision,
-            blur=precision / (1 + _BLUR * ratio * lists.component_spread),
-            budget=np.ascontiguousarray(shares[start : start + chunk]) * float(count),
-            most_read=count if whole.all() else _MOST_READ,
-            coarsest=COARSEST,
-            seed=seed,
-            tiles=tiles,
-            threads=threads or available_cores(),
-            results=results,
-        )
-        parts.append(_merged(results))
-    sums = np.concatenate(parts, axis=1)
+    sums = np.empty((5 + 3 * channels, len(y)))
+    # Those who read everything read all of every list.
+    for everything in (False, True):
+        those = np.flatnonzero((shares >= 1) == everything)
+        for start in range(0, len(those), chunk):
+            some = those[start : start + chunk]
+            results = np.zeros((_PARTS, len(sums), len(some)))
+            kernel.scan(
+                codes=lists.codes,
+                ids=lists.ids,
+                sizes=lists.sizes,
+                offsets=lists.offsets,
+                centroids=lists.centroids,
+                norms=np.asarray(lists.norms),
+                centres=np.asarray(lists.centres),
+                unit=lists.unit,
+                zero=lists.zero,
+                residual=lists.residual,
+                noise=noise,
+                allowed=allowed,
+                pixels=pixels,
+                y=np.ascontiguousarray(y[some]),
+                precision=precision,
+                blur=precision / (1 + _BLUR * ratio * lists.component_spread),
+                budget=shares[some] * float(count),
+                most_read=count if everything else _MOST_READ,
+                coarsest=COARSEST,
+                seed=seed,
+                tiles=tiles,
+                threads=threads or available_cores(),
+                results=results,
+            )
+            sums[:, some] = _merged(results)
     maximum, mass, seen, tilt = sums[:4]
     centre, squares = sums[4 : 4 + channels], sums[4 + channels :]
     powers = np.square(y.astype(np.float64)).sum(1) + rest

@@ -80,22 +80,16 @@ class Tail:
 
     Attributes:
         groups: their states.
-        counts: images of each group, float64 ``[G, 1, 1]``, or ``[G, H, W]`` where pixels differ.
+        sizes: images of each pixel, float64 ``[1, 1]``, or ``[H, W]`` where pixels differ.
         group_of: group of each image of the database, -1 for none; None where pixels differ.
     """
 
     groups: Groups
-    counts: Array
+    sizes: Array
     group_of: Members | None
 
     def __len__(self) -> int:
         return int(self.sizes.max())
-
-    @property
-    def sizes(self) -> Array:
-        """Images of each pixel, ``[1, 1]`` or ``[H, W]``."""
-        sizes: Array = self.counts.sum(0)
-        return sizes
 
 
 def counts_of(sizes: Array) -> Array:
