@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from els.engine.runs import RunError, RunFolder, RunSettings, read_sessions, rea
 from els.engine.sampler import require_count
 from els.engine.shards import Samples, write_array
 from els.index import encode
-from els.index.files import atomic_file, require_space
+from els.index.files import atomic_file, is_locked, require_space
 
 MOST_TILES = 10_000
 _FLOAT_BYTES = 4
@@ -59,7 +58,7 @@ def run_status(folder: str | Path) -> RunStatus:
     """
     run = RunFolder(Path(folder))
     settings, sessions = read_settings(run.path), read_sessions(run.path)
-    is_running = _is_locked(run.lock)
+    is_running = is_locked(run.lock)
     finished = sum(len(_within(numbers, settings.n)) for numbers in run.finished(settings))
     latest = sessions[-1] if sessions else {}
     try:
@@ -220,15 +219,3 @@ def _last_written(run: RunFolder, settings: RunSettings) -> datetime:
     folders = [run.path / "samples"] if settings.shard_size == 1 else [shards.path, shards.parts]
     newest = max(folder.stat().st_mtime for folder in [run.manifest, *folders] if folder.exists())
     return datetime.fromtimestamp(newest, UTC)
-
-
-def _is_locked(lock: Path) -> bool:
-    """Whether a process works on the run."""
-    try:
-        with lock.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False

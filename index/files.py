@@ -3,12 +3,17 @@
 What is being written lives under a hidden temporary name beside its target and is renamed when
 complete. The writer holds a lock on the temporary; one without a lock belongs to a dead process,
 and `remove_stale` (every build calls it) takes it away.
+
+Some file systems of clusters cannot lock files or flush folders. Writing goes on there, and the
+logger ``els`` warns once per process that this protection is missing. A temporary that could not be
+locked has a name of its own, which `remove_stale` leaves alone.
 """
 
 import ctypes
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -21,8 +26,33 @@ from typing import IO, Any
 
 _BETWEEN_TRIES = 0.02  # seconds
 _PREFIX, _SUFFIX = ".els-", ".partial"
+_UNLOCKED = ".unlocked"  # suffix of a temporary where the file system has no locks
 # EFBIG: past a file size limit (ulimit -f, or FAT), which calls for the same remedy.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What flock answers where there are no locks: Lustre without -o flock, NFS without lockd (or of a
+# descriptor that is open for reading), FUSE.
+_NO_LOCKS = {
+    errno.EBADF,
+    errno.EINVAL,
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+}
+# What opening and flushing a folder answers where that cannot be done: CIFS, FUSE, 9p, AFS.
+_NO_FLUSH = {
+    errno.EACCES,
+    errno.EBADF,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+}
+
+_log = logging.getLogger("els")
+_warned: set[str] = set()  # the protections whose absence this process has told of
 
 
 class DiskFullError(OSError):
@@ -39,6 +69,8 @@ class DiskFullError(OSError):
 def take_lock(path: Path, patience: float = 0.0) -> IO[bytes]:
     """The lock file at a path, made and locked for as long as it is open.
 
+    Where the file system has no locks the file is not locked, and a warning says so.
+
     Args:
         path: of the lock file; its folder is there.
         patience: seconds to wait for another process to let go.
@@ -48,15 +80,30 @@ def take_lock(path: Path, patience: float = 0.0) -> IO[bytes]:
     """
     until = time.monotonic() + patience
     lock = path.open("ab")
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                lock.close()
-                raise
-        time.sleep(_BETWEEN_TRIES)
+    try:
+        while True:
+            try:
+                _lock(lock.fileno(), path)
+                return lock
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(_BETWEEN_TRIES)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file at a path; False where there are no locks."""
+    try:
+        with path.open("rb") as stream:
+            _lock(stream.fileno(), path, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def visible_names(folder: Path) -> list[str]:
@@ -79,16 +126,16 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         OSError: `path` cannot be written for another reason.
     """
     path = Path(os.path.realpath(path))
-    with _full_disk_explained(path):
-        temporary, lock = _create(path.parent, folder=False)
+    with _explained(path):
+        temporary, lock = _create(path, folder=False)
         try:
             with os.fdopen(lock, "w+b") as stream:
                 yield stream
                 stream.flush()
-                os.fsync(stream.fileno())
+                _flush(stream.fileno(), path)
                 # Renamed while still locked, so that remove_stale cannot come between.
-                temporary.replace(path)
-            _sync(path.parent)
+                _rename(temporary, path)
+            _flush(path.parent, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -129,23 +176,23 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         OSError: `path` cannot be written for another reason.
     """
     path = Path(os.path.realpath(path))
-    with _full_disk_explained(path):
+    with _explained(path):
         if path.exists() and not (overwrite and path.is_dir()):
             raise FileExistsError(errno.EEXIST, "choose another path, or remove it", str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent)
-        temporary, lock = _create(path.parent, folder=True)
+        temporary, lock = _create(path, folder=True)
         try:
             yield temporary
             for entry in [*temporary.rglob("*"), temporary]:
-                _sync(entry)
+                _flush(entry, path)
             if not path.exists():
-                temporary.rename(path)
+                _rename(temporary, path)
             elif overwrite:
                 _exchange(temporary, path)
             else:
                 raise FileExistsError(errno.EEXIST, "it appeared meanwhile", str(path))
-            _sync(path.parent)
+            _flush(path.parent, path)
         finally:
             # Gone by now, or the failed build, or the folder that was replaced.
             shutil.rmtree(temporary, ignore_errors=True)
@@ -153,19 +200,26 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
 
 
 def remove_stale(folder: str | Path) -> None:
-    """Removes temporaries in `folder` whose writers died; those of live writers stay."""
+    """Removes temporaries in `folder` whose writers died; those of live writers stay.
+
+    So does all that cannot be locked: nothing says there whether its writer lives.
+    """
     for entry in Path(folder).glob(f"{_PREFIX}*{_SUFFIX}"):
         try:
-            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW)
+            # NFS locks files only that are open for writing. A fifo must not be waited for.
+            access = os.O_RDONLY if entry.is_dir() else os.O_RDWR
+            descriptor = os.open(entry, access | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             continue
         try:
-            if not _lock(descriptor):
+            if not _lock(descriptor, entry):
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink(missing_ok=True)
+        except OSError:
+            continue
         finally:
             os.close(descriptor)
 
@@ -185,7 +239,8 @@ def require_space(path: str | Path, size: int) -> None:
 
 
 @contextmanager
-def _full_disk_explained(path: Path) -> Iterator[None]:
+def _explained(path: Path) -> Iterator[None]:
+    """Turns errors of a full disk into one that says what to do."""
     try:
         yield
     except DiskFullError:
@@ -196,12 +251,22 @@ def _full_disk_explained(path: Path) -> Iterator[None]:
         raise
 
 
-def _create(parent: Path, *, folder: bool) -> tuple[Path, int]:
-    """Makes a temporary and its locked descriptor."""
+def _create(path: Path, *, folder: bool) -> tuple[Path, int]:
+    """Makes a temporary beside a path, and its locked descriptor."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            f"{path.parent} is not a folder that is there; make it, or choose another path",
+            str(path),
+        )
     while True:
-        temporary = parent / f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}"
-        if folder:
-            temporary.mkdir()
+        temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}")
+        try:
+            if folder:
+                temporary.mkdir()
+        except OSError as error:
+            # Of the path that was asked for: the temporary's name would tell nobody anything.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         try:
             flags = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
             descriptor = os.open(temporary, flags, 0o666)
@@ -209,28 +274,78 @@ def _create(parent: Path, *, folder: bool) -> tuple[Path, int]:
             if folder:
                 continue
             raise
-        _lock(descriptor)
-        # Another process's remove_stale may have met it before it was locked.
-        if temporary.exists():
-            return temporary, descriptor
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        try:
+            if not _lock(descriptor, path):
+                temporary = temporary.rename(temporary.with_suffix(_UNLOCKED))
+            # Another process's remove_stale may have met it before it was locked.
+            if temporary.exists():
+                return temporary, descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Locks it if nobody else has; False as well where the file system has no locks."""
+def _lock(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
+    """Locks it; False, and a warning, where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: another failure.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_once(
+            "locks",
+            f"the file system of {path.parent} has no file locks ({os.strerror(error.errno)}): "
+            "nothing keeps two processes from writing to one place, so start only one, and what "
+            f"killed processes leave ({_PREFIX}*) is not removed",
+        )
         return False
     return True
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush(target: Path | int, path: Path) -> None:
+    """Flushes a path or a descriptor to the disk; a warning where the file system cannot.
+
+    Args:
+        target: what to flush.
+        path: what is being written, for the warning.
+    """
+    opened = None
     try:
-        os.fsync(descriptor)
+        if isinstance(target, Path):
+            target = opened = os.open(target, os.O_RDONLY)
+        os.fsync(target)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
+        _warn_once(
+            "flush",
+            f"the file system of {path} cannot flush files or folders to the disk "
+            f"({os.strerror(error.errno)}): what was just written may be lost in a power cut",
+        )
     finally:
-        os.close(descriptor)
+        if opened is not None:
+            os.close(opened)
+
+
+def _warn_once(protection: str, message: str) -> None:
+    if protection not in _warned:
+        _warned.add(protection)
+        _log.warning("warning: %s", message)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Renames what is complete; an error names the path that was asked for."""
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _exchange(new: Path, old: Path) -> None:
