@@ -486,7 +486,9 @@ def bench(
         )
     write_comparison(output, db, rows, drawn)
     _print_comparison(rows, drawn)
-    typer.echo(f"written: {output / 'bench.json'}, {output / 'pareto.png'}")
+    for name in ("bench.json", "pareto.png"):
+        if (output / name).exists():
+            typer.echo(f"written: {output / name}")
 
 
 @app.command(

@@ -14,18 +14,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from els.engine.by_hand import FlatNearest, answered, chunked_torch, pairs, query_patches
+from els.engine.figures import optional_picture, write_figure
 from els.engine.machines import ScoreMachine
 from els.engine.posterior import Boundary, LocalPosterior
 from els.engine.sampler import Denoiser, sample
 from els.index import PatchDatabase, decode
-from els.index.files import atomic_file, write_json
+from els.index.files import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SUBSETS = (256, 1024, 4096)
 _HEADS = (64, 256, 1024)
@@ -226,7 +230,10 @@ def write_comparison(
     rows: Sequence[Comparison],
     samples: SampleComparison | None,
 ) -> None:
-    """``bench.json`` and ``pareto.png``, error against time, in a folder that is made."""
+    """``bench.json`` and ``pareto.png``, error against time, in a folder that is made.
+
+    A picture that cannot be made is left out with a warning.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "bench.json",
@@ -237,6 +244,12 @@ def write_comparison(
             "samples": None if samples is None else asdict(samples),
         },
     )
+    with optional_picture(folder / "pareto.png"):
+        write_figure(lambda: _drawn(rows), folder / "pareto.png", dpi=120)
+
+
+def _drawn(rows: Sequence[Comparison]) -> Figure:
+    """Error against time, a panel for every noise level."""
     from matplotlib.figure import Figure
 
     noise = list(dict.fromkeys((row.beta, row.patch_size) for row in rows))
@@ -271,8 +284,7 @@ def write_comparison(
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=6)
-    with atomic_file(folder / "pareto.png") as stream:
-        figure.savefig(stream, format="png", dpi=120)
+    return figure
 
 
 def _kind(method: str) -> str:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
-from matplotlib.colors import LogNorm, hsv_to_rgb, to_rgb
-from matplotlib.figure import Figure, SubFigure
 
 from els.engine.explain import Contributor, Explanation
+from els.engine.figures import neutral_style, write_figure
 from els.engine.pictures import colours, require_suffix
 from els.index import PatchDatabase, encode
 from els.index.files import atomic_file
+
+# Imported inside neutral_style: whether matplotlib can be imported depends on MPLBACKEND.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 MOST_STEPS = 20
 MOST_CONTRIBUTORS = 8
@@ -72,8 +73,6 @@ def write_explanation(explanation: Explanation, db: PatchDatabase, path: str | P
     path = Path(path)
     require_picture(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as stream:
-        draw(explanation, db).savefig(stream, format=path.suffix[1:].lower(), dpi=110)
     data = path.with_suffix(".npz")
     contributors = explanation.contributors()
     arrays: dict[str, Any] = {
@@ -86,11 +85,16 @@ def write_explanation(explanation: Explanation, db: PatchDatabase, path: str | P
             contributor_images=[contributor.image for contributor in contributors],
             contributor_shares=[contributor.share for contributor in contributors],
         )
+    write_figure(lambda: draw(explanation, db), path)
     return data
 
 
+@neutral_style()
 def draw(explanation: Explanation, db: PatchDatabase) -> Figure:
     """Draw the sample, its mosaic, the steps before, and the training images that gave most."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
     contributors = explanation.contributors()[:MOST_CONTRIBUTORS]
     palette = {c.image: to_rgb(_PALETTE[i]) for i, c in enumerate(contributors)}
     rows = _shown_steps(len(explanation.sigma))
@@ -132,6 +136,8 @@ def _draw_mosaic(
     db: PatchDatabase,
     palette: dict[int, tuple[float, float, float]],
 ) -> None:
+    from matplotlib.collections import LineCollection
+
     row = explanation.row
     heaviest, offsets = explanation.heaviest[row], explanation.offsets()[row]
     pixels = db.images[heaviest[..., 0], :, heaviest[..., 1], heaviest[..., 2]]
@@ -155,6 +161,9 @@ def _draw_steps(
     columns: int,
 ) -> None:
     """Small multiples over the steps: the source images, and how many patches share a pixel."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+
     norm = LogNorm(1.0, max(2.0, float(explanation.effective_patches.max())))
     panels = figure.subplots(2, columns, squeeze=False)
     for panel in panels[:, len(rows) :].flat:
@@ -188,6 +197,8 @@ def _draw_contributors(
     palette: dict[int, tuple[float, float, float]],
 ) -> None:
     """Training images with the pixels they gave lit; below, where in the sample these went."""
+    from matplotlib.collections import LineCollection
+
     heaviest = explanation.heaviest[explanation.row]
     sample = colours(encode(explanation.values)) / 255.0
     panels = figure.subplots(2, MOST_CONTRIBUTORS, squeeze=False)
@@ -214,7 +225,10 @@ def _class_name(db: PatchDatabase, image: int) -> str:
     if db.labels is None:
         return ""
     label = int(db.labels[image])
-    return f"\n{db.class_names[label]}" if db.class_names else f", class {label}"
+    if not db.class_names:
+        return f", class {label}"
+    # A folder's name need not be text; fonts have no sign for what is not.
+    return "\n" + db.class_names[label].encode("utf-8", "replace").decode("utf-8")
 
 
 def _show(axes: Axes, picture: npt.NDArray[Any] | None, title: str, *, fontsize: int = 12) -> None:
@@ -233,6 +247,8 @@ def _source_colours(
     images: npt.NDArray[np.int64], palette: dict[int, tuple[float, float, float]]
 ) -> _Rgb:
     """A colour per image number: the palette's where it has one, else a pastel of its own."""
+    from matplotlib.colors import hsv_to_rgb
+
     hue = images * _GOLDEN % 1.0
     # A second irrational step, so that neighbours in hue still differ in lightness.
     value = 0.80 + 0.17 * (images * 2**0.5 % 1.0)
@@ -244,6 +260,8 @@ def _source_colours(
 
 def _offset_colours(offsets: npt.NDArray[Any]) -> _Rgb:
     """Direction as hue, length as strength; white where nothing moved; ``[..., 2]`` to RGB."""
+    from matplotlib.colors import hsv_to_rgb
+
     dy, dx = offsets[..., 0], offsets[..., 1]
     length = np.hypot(dy, dx)
     strength = np.sqrt(length / max(1.0, length.max()))

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
 from PIL import Image
 
 from els.engine.explain import Walkthrough
+from els.engine.figures import require_matplotlib
 from els.engine.pictures import Pixels, colours, require_suffix
 from els.index import PatchDatabase, encode
 from els.index.files import atomic_file
@@ -117,6 +117,9 @@ def _sources(walkthrough: Walkthrough, db: PatchDatabase) -> _Sources:
 
 def _data(walkthrough: Walkthrough, db: PatchDatabase) -> dict[str, Any]:
     """What the script reads; arrays are little-endian, in base64."""
+    require_matplotlib()
+    from matplotlib import colormaps
+
     sources = _sources(walkthrough, db)
     sprite, columns = _sprite(db, sources.numbers[: sources.embedded])
     heaviest = zip(*db.locate(walkthrough.addresses[..., 0]), strict=True)

@@ -30,18 +30,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median_low
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from els.engine.figures import optional_picture, write_figure
 from els.engine.machines import ScoreMachine
 from els.engine.posterior import Boundary
 from els.engine.sampler import StepState, require_count, sample
 from els.engine.schedule import Schedule, describe, described, patch_sizes_for
-from els.index.files import atomic_file, write_json
+from els.index.files import write_json
 from els.networks.adapters import NetworkDenoiser
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Metric: TypeAlias = Literal["cosine", "l2"]
 Search: TypeAlias = Literal["neighbours", "all"]
@@ -206,7 +210,15 @@ def read_calibration(path: str | Path) -> Calibration:
 
 
 def draw_calibration(calibration: Calibration, path: str | Path) -> None:
-    """A picture of patch size against noise, and how close the best size comes."""
+    """A picture of patch size against noise, and how close the best size comes.
+
+    If it cannot be made, there is a warning and no file at the path.
+    """
+    with optional_picture(path):
+        write_figure(lambda: _drawn(calibration), path)
+
+
+def _drawn(calibration: Calibration) -> Figure:
     from matplotlib.figure import Figure
 
     noise = [
@@ -231,8 +243,7 @@ def draw_calibration(calibration: Calibration, path: str | Path) -> None:
         below.plot(noise, -np.median(agreement, 0), "o-", color="#D55E00")
         below.set(ylabel="distance of epsilons", yscale="log")
     below.set(xlabel="sigma")
-    with atomic_file(path) as stream:
-        figure.savefig(stream, format="png", dpi=110)
+    return figure
 
 
 def _best(

@@ -179,7 +179,9 @@ def train(
         torch.set_num_threads(threads)
     with _training() as update:
         folder = train_network(db, output, config, settings, device=device, progress=update)
-    typer.echo(f"network: {folder.path}\nloss curve: {folder.picture}")
+    typer.echo(f"network: {folder.path}")
+    if folder.picture.exists():
+        typer.echo(f"loss curve: {folder.picture}")
 
 
 _NetworkName = Annotated[
@@ -272,7 +274,9 @@ def calibrate(
     picture = output.with_suffix(".png")
     draw_calibration(found, picture)
     typer.echo(f"sizes, lowest noise first: {' '.join(map(str, found.sizes))}")
-    typer.echo(f"file: {output}\npicture: {picture}")
+    typer.echo(f"file: {output}")
+    if picture.exists():
+        typer.echo(f"picture: {picture}")
 
 
 @reported

@@ -29,12 +29,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from els.engine.figures import optional_picture, write_figure
 from els.engine.machines import ScoreMachine
 from els.engine.pictures import grid, panels, write_png
 from els.engine.posterior import Boundary, Kind
@@ -46,6 +47,9 @@ from els.index.manifests import package_version
 from els.networks.adapters import NetworkDenoiser
 from els.networks.calibrate import Calibration
 from els.networks.folders import NetworkError, claimed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Machine: TypeAlias = Literal["bbELS", "ELS", "LS", "IS"]
 Image: TypeAlias = npt.NDArray[np.float32]
@@ -188,8 +192,11 @@ def evaluate(
             seconds,
         )
         _write(path, settings, n, evaluation)
-        _draw_grid(path / "grid.png", seed, drawn, images)
-        _draw_scatter(path / "scatter.png", evaluation)
+        with optional_picture(path / "grid.png"):
+            _draw_grid(path / "grid.png", seed, drawn, images)
+        if "IS" in evaluation.predictions:
+            with optional_picture(path / "scatter.png"):
+                write_figure(lambda: _scatter(evaluation), path / "scatter.png")
     return evaluation
 
 
@@ -374,12 +381,10 @@ def _draw_grid(
     write_png(path, grid(tiles, columns=count))
 
 
-def _draw_scatter(path: Path, evaluation: Evaluation) -> None:
+def _scatter(evaluation: Evaluation) -> Figure:
     """R of every sample: local machines against the ideal score machine."""
     from matplotlib.figure import Figure
 
-    if "IS" not in evaluation.predictions:
-        return
     ideal = [prediction.r for prediction in evaluation.predictions["IS"]]
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
@@ -396,5 +401,4 @@ def _draw_scatter(path: Path, evaluation: Evaluation) -> None:
     axes.set(xlabel="r of the ideal score machine", ylabel="r of the local machine")
     axes.set_aspect("equal")
     axes.legend()
-    with atomic_file(path) as stream:
-        figure.savefig(stream, format="png", dpi=110)
+    return figure

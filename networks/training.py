@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from els.engine.figures import optional_picture, write_figure
 from els.engine.sampler import require_count
 from els.index import PatchDatabase, decode
-from els.index.files import atomic_file, remove_stale, visible_names
+from els.index.files import remove_stale, visible_names
 from els.index.manifests import package_version
 from els.networks.architecture import EpsilonNetwork, NetworkConfig, noise_scales
 from els.networks.folders import (
@@ -38,6 +39,9 @@ from els.networks.folders import (
 )
 from els.networks.resnet import ResNet
 from els.networks.unet import AttentionUNet, UNet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -168,6 +172,8 @@ def train_network(
             with _explained(network):
                 training = _Training(db, network, config, settings, device_named(device))
                 training.run(progress, checkpoint_seconds)
+        elif network.training.exists() and not network.picture.exists():
+            _draw_losses(network)
     return network
 
 
@@ -300,7 +306,7 @@ class _Training:
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         write_tensors(self.folder.training, tensors, header)
         write_tensors(self.folder.weights, self.average, header)
-        _draw_losses(self.losses, self.folder.picture)
+        _draw_losses(self.folder)
 
     def _restore(self) -> None:
         tensors, header = read_tensors(self.folder.training)
@@ -413,11 +419,17 @@ def _explained(folder: NetworkFolder) -> Iterator[None]:
         raise
 
 
-def _draw_losses(losses: list[float], path: Path) -> None:
+def _draw_losses(folder: NetworkFolder) -> None:
+    """The loss curve, of what the folder's training has written."""
+    with optional_picture(folder.picture):
+        losses = read_tensors(folder.training)[0]["losses"].numpy()
+        write_figure(lambda: _loss_curve(losses), folder.picture)
+
+
+def _loss_curve(values: npt.NDArray[np.float32]) -> Figure:
     """Every loss, and its mean over windows of a hundredth of the steps."""
     from matplotlib.figure import Figure
 
-    values = np.array(losses)
     window = max(1, len(values) // 100)
     whole = values[: len(values) // window * window].reshape(-1, window)
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -426,5 +438,4 @@ def _draw_losses(losses: list[float], path: Path) -> None:
     axes.plot(window * (np.arange(len(whole)) + 0.5), whole.mean(1), color="#0072B2", label="mean")
     axes.set(xscale="log", yscale="log", xlabel="step", ylabel="mean squared error of epsilon")
     axes.legend()
-    with atomic_file(path) as stream:
-        figure.savefig(stream, format="png", dpi=110)
+    return figure
