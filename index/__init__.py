@@ -2,8 +2,9 @@
 
 from .arrays import decode, encode
 from .database import DatabaseError, PatchDatabase
+from .foreign import SourceError
 from .retrieval import PatchIndex, choose_factory
-from .sources import ImageSource, SourceError, open_source
+from .sources import ImageSource, open_source
 
 __all__ = [
     "DatabaseError",

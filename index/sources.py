@@ -1,8 +1,7 @@
 """Where training images come from: arrays, pictures, archives and data sets, all as one stream.
 
 `open_source` reads enough to know the count, the shape and the labels; `ImageSource.chunks` then
-streams the pixels. Files are foreign bytes: whatever a decoder throws at damaged ones becomes a
-`SourceError` here, and no pickle is ever loaded.
+streams the pixels. No pickle is ever loaded.
 """
 
 import gzip
@@ -11,6 +10,7 @@ import io
 import math
 import os
 import struct
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +25,24 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from .arrays import check_class_names, check_labels
+from .foreign import (
+    DAMAGED,
+    MAX_DEFLATE_RATIO,
+    SourceError,
+    check_member,
+    explained,
+    open_regular,
+    read_exactly,
+)
+from .picture_labels import (
+    LABEL_COLUMNS,
+    LABEL_FILES,
+    MAX_LABEL_FILE_BYTES,
+    ClassLabels,
+    class_labels,
+    read_label_files,
+)
+from .pictures import FORMATS, MAX_PIXELS, decode_picture, is_picture, read_header
 
 _EMBEDDED = {"fashion-mnist": "fashion-mnist-4096.npz"}
 _IMAGE_KEYS = ("images", "x_train", "x", "data")
@@ -32,23 +50,16 @@ _LABEL_KEYS = ("labels", "y_train", "y")
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 _SPLITS |= {"extra", "unlabeled", "unlabelled"}
 _IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4"}
-_MODE_OF = {
-    **dict.fromkeys(("1", "L"), "L"),
-    **dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"), "RGB"),
-    **dict.fromkeys(("LA", "La", "PA", "RGBA", "RGBa"), "RGBA"),
-}
+# Bytes of an encoded picture.
 _MAX_PICTURE_BYTES = 1 << 28
+# Bytes of the names of all classes.
 _MAX_NAMES_BYTES = 1 << 26
-# Deflate cannot do better, so a header that claims more is damaged.
-_MAX_GZIP_RATIO = 1032
-_DAMAGED = "it seems damaged: fetch or export it again"
+# Bytes of an npy file that are searched for its header; numpy takes 10,000.
+_MAX_NPY_HEADER = 1 << 14
+_PICTURE_REMEDY = "fetch that picture again, or take it out"
 
 OpenPictures = Callable[[], AbstractContextManager[Callable[[int], IO[bytes]]]]
 """Opens a set of encoded pictures, to be read by number."""
-
-
-class SourceError(ValueError):
-    """A source of images is missing, damaged, ambiguous or of an unsupported kind."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,22 +133,22 @@ class StreamSource(ImageSource):
         """As in `ImageSource`."""
         channels, height, width = self.shape
         stored = (height, width, channels) if self.channels_last else self.shape
-        with _explained(self.path, _DAMAGED), _open_stream(self.path, self.member) as stream:
+        with explained(self.path, DAMAGED), _open_stream(self.path, self.member) as stream:
             stream.read(self.offset)
             for start in range(0, self.count, size):
                 n = min(size, self.count - start)
-                block = _read_exactly(stream, n * math.prod(stored))
+                block = read_exactly(stream, n * math.prod(stored))
                 images = np.frombuffer(block, np.uint8).reshape(n, *stored)
                 yield np.moveaxis(images, -1, 1) if self.channels_last else images
             # Also makes zip and gzip compare their check sums.
             if stream.read(1):
-                raise SourceError(f"{self.path} has bytes after its last image; {_DAMAGED}")
+                raise SourceError(f"{self.path} has bytes after its last image; {DAMAGED}")
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PictureSource(ImageSource):
-    """Encoded pictures of any PIL format.
+    """Encoded pictures.
 
     Attributes:
         where: what they are in, for messages.
@@ -161,19 +172,12 @@ class PictureSource(ImageSource):
                 yield np.stack([self._decoded(read, number) for number in numbers])
 
     def _decoded(self, read: Callable[[int], IO[bytes]], number: int) -> NDArray[np.uint8]:
-        from PIL import Image
-
-        remedy = "fetch that picture again, or take it out"
         # Read whole, so that an archive compares its check sum.
         with (
-            _explained(f"{self.where}: {self.names[number]}", remedy),
+            explained(f"{self.where}: {self.names[number]}", _PICTURE_REMEDY),
             read(number) as stream,
-            Image.open(io.BytesIO(stream.read())) as picture,
         ):
-            # PIL warns of a palette with transparency unless it becomes RGBA first.
-            colour = picture.convert("RGBA") if picture.mode == "P" else picture
-            pixels = np.asarray(colour.convert(self.mode))
-            planes = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+            planes = decode_picture(io.BytesIO(stream.read()), self.mode)
             image = planes if self.resize is None else _resized(planes, self.resize)
             if image.shape != self.shape:
                 raise SourceError(
@@ -248,7 +252,7 @@ def open_source(
         return _with_size(_open_npz(Path(__file__).with_name("data") / _EMBEDDED[name]), size)
 
     path, part = _split_spec(str(spec))
-    with _explained(path, "check the path and its permissions"):
+    with explained(path, "check the path and its permissions"):
         kind = _file_kind(path)
     if part is not None and kind not in ("folder", "zip"):
         raise SourceError(f"{path} has no parts to choose from; leave out ':{part}'")
@@ -269,7 +273,7 @@ def open_source(
 
 
 def _open_npz(path: Path) -> ImageSource:
-    with _explained(path, _DAMAGED), zipfile.ZipFile(path) as archive:
+    with explained(path, DAMAGED), zipfile.ZipFile(path) as archive:
         keys = [name.removesuffix(".npy") for name in archive.namelist()]
         image_key = _one_of(path, "images", keys, _IMAGE_KEYS)
         if image_key is None:
@@ -278,6 +282,9 @@ def _open_npz(path: Path) -> ImageSource:
                 f"{', '.join(keys[:20]) or 'nothing'}; save it as np.savez(path, images=...)"
             )
         label_key = _one_of(path, "labels", keys, _LABEL_KEYS)
+        for key in (image_key, label_key, "class_names"):
+            if key in keys:
+                check_member(path, archive.getinfo(f"{key}.npy"))
         member = f"{image_key}.npy"
         with archive.open(member) as stream:
             shape, dtype = _read_npy_header(stream, f"{path}: {image_key}")
@@ -286,7 +293,7 @@ def _open_npz(path: Path) -> ImageSource:
         if archive.getinfo(member).file_size != expected:
             raise SourceError(
                 f"{path}: {image_key} has {archive.getinfo(member).file_size:,} bytes, its header "
-                f"says {expected:,}; {_DAMAGED}"
+                f"says {expected:,}; {DAMAGED}"
             )
         labels = names = None
         if label_key is not None:
@@ -295,7 +302,23 @@ def _open_npz(path: Path) -> ImageSource:
         if "class_names" in keys:
             with archive.open("class_names.npy") as stream:
                 names = _read_class_names(stream, f"{path}: class_names")
-        return replace(source, labels=labels, class_names=check_class_names(names, labels))
+    return replace(source, labels=labels, class_names=_checked_names(path, names, labels))
+
+
+def _checked_labels(where: object, labels: object, count: int) -> NDArray[np.int64]:
+    try:
+        return check_labels(labels, count)
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{where}: {error}") from error
+
+
+def _checked_names(
+    where: object, names: Sequence[str] | None, labels: NDArray[np.int64] | None
+) -> tuple[str, ...] | None:
+    try:
+        return check_class_names(names, labels)
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{where}: {error}") from error
 
 
 def _one_of(path: Path, what: str, keys: Sequence[str], wanted: Sequence[str]) -> str | None:
@@ -310,7 +333,7 @@ def _one_of(path: Path, what: str, keys: Sequence[str], wanted: Sequence[str]) -
 
 def _open_raw(path: Path, kind: str, labels: str | Path | None) -> ImageSource:
     """An `.npy` or idx file of images."""
-    with _explained(path, _DAMAGED):
+    with explained(path, DAMAGED):
         compressed = _is_gzip(path)
         with _open_stream(path) as stream:
             header = _read_npy_header if kind == "npy" else _read_idx_header
@@ -320,15 +343,15 @@ def _open_raw(path: Path, kind: str, labels: str | Path | None) -> ImageSource:
             source = _raw_source(path, None, stream.tell(), shape, dtype)
         expected = source.offset + source.count * math.prod(source.shape)
         size = path.stat().st_size
-        if expected > size * _MAX_GZIP_RATIO if compressed else expected != size:
+        if expected > size * MAX_DEFLATE_RATIO if compressed else expected != size:
             raise SourceError(
                 f"{path} has {size:,} bytes, too {'few' if size < expected else 'many'} for the "
-                f"{source.count} images {source.shape} of its header; {_DAMAGED}"
+                f"{source.count} images {source.shape} of its header; {DAMAGED}"
             )
     labels_path = Path(labels) if labels is not None else _idx_labels_beside(path)
     if labels_path is None:
         return source
-    with _explained(labels_path, _DAMAGED), _open_stream(labels_path) as stream:
+    with explained(labels_path, DAMAGED), _open_stream(labels_path) as stream:
         return replace(source, labels=_read_label_array(stream, str(labels_path), source.count))
 
 
@@ -338,7 +361,7 @@ def _idx_labels_beside(path: Path) -> Path | None:
         return None
     name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
     places = (path.with_name(name), path.with_name(f"{name}.gz"))
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if place.exists()), None)
 
 
 def _raw_source(
@@ -368,6 +391,11 @@ def _raw_source(
     channels, height, width = (1, *side) if len(side) == 2 else side
     if last:
         height, width, channels = side
+    if height * width > MAX_PIXELS:
+        raise SourceError(
+            f"{where} has images of {height:,} x {width:,} pixels, more than the {MAX_PIXELS:,} of "
+            "the limit; scale them down"
+        )
     return StreamSource(
         count=count,
         shape=(channels, height, width),
@@ -379,13 +407,19 @@ def _raw_source(
 
 
 def _read_npy_header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    match npy.read_magic(stream):
-        case (1, 0):
-            shape, fortran, dtype = npy.read_array_header_1_0(stream)
-        case (2, 0):
-            shape, fortran, dtype = npy.read_array_header_2_0(stream)
-        case version:
-            raise SourceError(f"{where} has npy version {version}; save it again with np.save")
+    # A part of the file, because numpy reads a header whatever length it claims.
+    head = io.BytesIO(stream.read(_MAX_NPY_HEADER))
+    # numpy warns of old types and of headers that Python 2 wrote.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        match npy.read_magic(head):
+            case (1, 0):
+                shape, fortran, dtype = npy.read_array_header_1_0(head)
+            case (2, 0):
+                shape, fortran, dtype = npy.read_array_header_2_0(head)
+            case version:
+                raise SourceError(f"{where} has npy version {version}; save it again with np.save")
+    stream.seek(head.tell())
     if dtype.hasobject:
         raise SourceError(
             f"{where} holds Python objects, which are never loaded; save it as a plain array "
@@ -395,16 +429,17 @@ def _read_npy_header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np
         raise SourceError(
             f"{where} is stored column by column; save np.ascontiguousarray(array) instead"
         )
-    return shape, dtype
+    # True is an int to Python.
+    return tuple(map(int, shape)), dtype
 
 
 def _read_idx_header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    zeros, code, rank = struct.unpack(">HBB", _read_exactly(stream, 4))
+    zeros, code, rank = struct.unpack(">HBB", read_exactly(stream, 4))
     if zeros != 0 or code not in _IDX_DTYPES or not 1 <= rank <= 4:
         raise SourceError(
-            f"{where} starts as no idx file of bytes does (type {code}, {rank} axes); {_DAMAGED}"
+            f"{where} starts as no idx file of bytes does (type {code}, {rank} axes); {DAMAGED}"
         )
-    shape = struct.unpack(f">{rank}I", _read_exactly(stream, 4 * rank))
+    shape = struct.unpack(f">{rank}I", read_exactly(stream, 4 * rank))
     return shape, np.dtype(_IDX_DTYPES[code])
 
 
@@ -419,10 +454,10 @@ def _read_label_array(stream: IO[bytes], where: str, count: int) -> NDArray[np.i
             f"{where} has {dtype} {shape}, expected integers [{count}], one label for each image; "
             "give the labels of the same split"
         )
-    values = np.frombuffer(_read_exactly(stream, count * dtype.itemsize), dtype)
+    values = np.frombuffer(read_exactly(stream, count * dtype.itemsize), dtype)
     if stream.read(1):
-        raise SourceError(f"{where} has bytes after its last label; {_DAMAGED}")
-    return check_labels(values, count)
+        raise SourceError(f"{where} has bytes after its last label; {DAMAGED}")
+    return _checked_labels(where, values, count)
 
 
 def _read_class_names(stream: IO[bytes], where: str) -> list[str]:
@@ -432,9 +467,9 @@ def _read_class_names(stream: IO[bytes], where: str) -> list[str]:
             f"{where} has {dtype} {shape}, expected text, one name for each class; save it as "
             "np.array(names)"
         )
-    block = _read_exactly(stream, shape[0] * dtype.itemsize)
+    block = read_exactly(stream, shape[0] * dtype.itemsize)
     if stream.read(1):
-        raise SourceError(f"{where} has bytes after its last name; {_DAMAGED}")
+        raise SourceError(f"{where} has bytes after its last name; {DAMAGED}")
     return [str(name) for name in np.frombuffer(block, dtype)]
 
 
@@ -443,15 +478,30 @@ def _read_class_names(stream: IO[bytes], where: str) -> list[str]:
 
 def _open_pictures(path: Path, part: str | None, resize: tuple[int, int] | None) -> ImageSource:
     """A folder or zip of pictures."""
-    with _explained(path, _DAMAGED):
-        found = _folder_names(path) if path.is_dir() else _zip_names(path)
-        names, classes = _arrange(found, part, str(path))
-    labels = class_names = None
-    if classes:
-        class_names = tuple(sorted(set(classes)))
-        numbers = {name: number for number, name in enumerate(class_names)}
-        labels = np.array([numbers[name] for name in classes], np.int64)
-    opener = partial(_open_folder if path.is_dir() else _open_zip, path, names)
+    is_folder = path.is_dir()
+    with explained(path, DAMAGED):
+        found = _folder_names(path) if is_folder else _zip_names(path)
+        visible = [parts for name in found if not _is_hidden(parts := PurePosixPath(name).parts)]
+        paths = sorted(parts for parts in visible if is_picture(parts[-1]))
+        if not paths:
+            raise SourceError(
+                f"{path} holds no pictures ({len(found)} files); expected names that end in .png, "
+                f".jpg or as other files of {', '.join(FORMATS)} do"
+            )
+        chosen, depth = _chosen_part(paths, part, str(path))
+    names = ["/".join(parts) for parts in chosen]
+    # With labels beside the pictures, folders are no classes.
+    above = {parts[:depth] for parts in chosen for depth in range(len(parts))}
+    files = sorted(
+        "/".join(parts) for parts in visible if parts[-1] in LABEL_FILES and parts[:-1] in above
+    )
+    if files:
+        labels, class_names = read_label_files(
+            str(path), files, {"/".join(parts) for parts in paths}, names, partial(_opened, path)
+        )
+    else:
+        labels, class_names = _folder_classes(chosen, depth, str(path))
+    opener = partial(_open_folder if is_folder else _open_zip, path, names)
     return _survey(str(path), names, opener, resize, labels, class_names)
 
 
@@ -475,54 +525,47 @@ def _folder_names(path: Path) -> list[str]:
 def _zip_names(path: Path) -> list[str]:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
-            if entry.file_size > _MAX_PICTURE_BYTES and _is_picture(entry.filename):
-                raise SourceError(
-                    f"{path}: {entry.filename} unpacks to {entry.file_size:,} bytes, more than "
-                    f"any picture of a training set ({_MAX_PICTURE_BYTES:,}); take it out"
-                )
-        return list(dict.fromkeys(archive.namelist()))
+            if is_picture(entry.filename) and not _is_hidden(PurePosixPath(entry.filename).parts):
+                check_member(path, entry, _MAX_PICTURE_BYTES)
+        return list(dict.fromkeys(name for name in archive.namelist() if not name.endswith("/")))
 
 
-def _is_picture(name: str) -> bool:
-    """Whether the name says so; hidden files and those that archivers add are left out."""
-    parts = PurePosixPath(name).parts
-    hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
-    from PIL import Image  # not needed by those who only open databases
-
-    form = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
-    return form in Image.OPEN and not hidden and not name.endswith("/")
+def _is_hidden(parts: Sequence[str]) -> bool:
+    """Whether a file is hidden, or one of those that archivers add."""
+    return any(part.startswith((".", "__MACOSX")) for part in parts)
 
 
-def _arrange(
-    found: Sequence[str], part: str | None, where: str
-) -> tuple[tuple[str, ...], list[str]]:
-    """Picks the pictures, in order of their paths, and the class of each (none: no classes)."""
-    paths = sorted(PurePosixPath(name).parts for name in found if _is_picture(name))
-    if not paths:
-        raise SourceError(
-            f"{where} holds no pictures ({len(found)} files); expected names that end in .png, "
-            ".jpg or another PIL format"
-        )
+def _chosen_part(
+    paths: Sequence[tuple[str, ...]], part: str | None, where: str
+) -> tuple[Sequence[tuple[str, ...]], int]:
+    """The pictures of a part, and how many leading folders they share."""
     depth = _shared_folders(paths)
     tops = sorted({path[depth] for path in paths if len(path) > depth + 1})
-    if part is not None:
-        paths = [path for path in paths if path[depth] == part and len(path) > depth + 1]
-        if not paths:
-            raise SourceError(f"{where} has no part {part!r}; it has: {', '.join(tops) or 'none'}")
-        depth = _shared_folders(paths)
-    elif len(tops) > 1 and _SPLITS.issuperset(top.lower() for top in tops):
-        raise SourceError(
-            f"{where} has several parts: {', '.join(tops)}; choose one, as in {where}:{tops[0]}"
-        )
-    names = tuple("/".join(path) for path in paths)
+    if part is None:
+        if len(tops) > 1 and _SPLITS.issuperset(top.lower() for top in tops):
+            raise SourceError(
+                f"{where} has several parts: {', '.join(tops)}; choose one, as in {where}:{tops[0]}"
+            )
+        return paths, depth
+    chosen = [path for path in paths if path[depth] == part and len(path) > depth + 1]
+    if not chosen:
+        raise SourceError(f"{where} has no part {part!r}; it has: {', '.join(tops) or 'none'}")
+    return chosen, _shared_folders(chosen)
+
+
+def _folder_classes(paths: Sequence[tuple[str, ...]], depth: int, where: str) -> ClassLabels:
+    """Classes by the first folders that differ."""
     classes = [path[depth] for path in paths if len(path) > depth + 1]
-    if 0 < len(classes) < len(paths):
+    if not classes:
+        return None, None
+    if len(classes) < len(paths):
         stray = next(path for path in paths if len(path) == depth + 1)
         raise SourceError(
             f"{where} has pictures in class folders and beside them, such as {'/'.join(stray)}; "
             "move those into a class, or take them out"
         )
-    return names, classes
+    names = ["/".join(path) for path in paths]
+    return class_labels(where, classes, names)
 
 
 def _shared_folders(paths: Sequence[tuple[str, ...]]) -> int:
@@ -533,13 +576,26 @@ def _shared_folders(paths: Sequence[tuple[str, ...]]) -> int:
 
 
 @contextmanager
+def _opened(path: Path, name: str) -> Iterator[IO[bytes]]:
+    """A file of labels in a folder or zip."""
+    if path.is_dir():
+        with open_regular(path / name, MAX_LABEL_FILE_BYTES) as stream:
+            yield stream
+        return
+    with zipfile.ZipFile(path) as archive:
+        check_member(path, archive.getinfo(name), MAX_LABEL_FILE_BYTES)
+        with archive.open(name) as stream:
+            yield stream
+
+
+@contextmanager
 def _open_folder(path: Path, names: Sequence[str]) -> Iterator[Callable[[int], IO[bytes]]]:
-    yield lambda number: (path / names[number]).open("rb")
+    yield lambda number: open_regular(path / names[number], _MAX_PICTURE_BYTES)
 
 
 @contextmanager
 def _open_zip(path: Path, names: Sequence[str]) -> Iterator[Callable[[int], IO[bytes]]]:
-    with _explained(path, _DAMAGED):
+    with explained(path, DAMAGED):
         archive = zipfile.ZipFile(path)
     with archive:
         yield lambda number: archive.open(names[number])
@@ -554,24 +610,13 @@ def _survey(
     class_names: tuple[str, ...] | None,
 ) -> PictureSource:
     """Reads the header of every picture: their common size and mode."""
-    from PIL import Image
-
     modes: set[str] = set()
     first: tuple[int, int] | None = resize
     with opener() as read:
         for number, name in enumerate(names):
-            with (
-                _explained(f"{where}: {name}", "fetch that picture again, or take it out"),
-                read(number) as stream,
-                Image.open(stream) as picture,
-            ):
-                if picture.mode not in _MODE_OF:
-                    raise SourceError(
-                        f"{where}: {name} has mode {picture.mode}; convert it to 8 bits a channel"
-                    )
-                clear = picture.mode == "P" and "transparency" in picture.info
-                modes.add("RGBA" if clear else _MODE_OF[picture.mode])
-                size = (picture.height, picture.width)
+            with explained(f"{where}: {name}", _PICTURE_REMEDY), read(number) as stream:
+                mode, size = read_header(stream)
+            modes.add(mode)
             first = first or size
             if resize is None and size != first:
                 raise SourceError(
@@ -579,16 +624,16 @@ def _survey(
                     f"{first[0]} x {first[1]}; scale all with --resize (resize=...)"
                 )
     assert first is not None
-    mode = modes.pop() if len(modes) == 1 else "RGB"
+    common = modes.pop() if len(modes) == 1 else "RGB"
     return PictureSource(
         count=len(names),
-        shape=(len(mode), *first),
+        shape=(len(common), *first),
         labels=labels,
         class_names=class_names,
         where=where,
         names=names,
         opener=opener,
-        mode=mode,
+        mode=common,
         resize=resize,
     )
 
@@ -606,7 +651,7 @@ def _open_hugging_face(name: str, resize: tuple[int, int] | None) -> ImageSource
         ) from error
     name, _, split = name.partition(":")
     where = f"hf:{name}:{split or 'train'}"
-    with _explained(where, "check the name, the split and the network"):
+    with explained(where, "check the name, the split and the network"):
         rows = library.load_dataset(name, split=split or "train")
         image_column = _one_column(where, rows.features, "Image", ("image", "img"))
         if image_column is None:
@@ -614,16 +659,19 @@ def _open_hugging_face(name: str, resize: tuple[int, int] | None) -> ImageSource
                 f"{where} has no Image column, only {', '.join(rows.features)}; choose a data set "
                 "of images"
             )
-        label_column = _one_column(where, rows.features, "ClassLabel", ("label", "fine_label"))
-        labels = class_names = None
-        if label_column is not None:
-            values = np.asarray(list(rows[label_column]))
-            # -1 throughout is how the library marks a split without labels.
-            if (values != -1).any():
-                labels = check_labels(values, len(rows))
-                class_names = check_class_names(rows.features[label_column].names, labels)
+        label_column = _one_column(where, rows.features, "ClassLabel", LABEL_COLUMNS)
+        if label_column is None:
+            columns = (name for name in LABEL_COLUMNS if _holds_classes(rows.features, name))
+            label_column = next(columns, None)
+        values = None if label_column is None else list(rows[label_column])
         rows = rows.cast_column(image_column, library.Image(decode=False))
     names = tuple(f"row {number}" for number in range(len(rows)))
+    labels = class_names = None
+    if values is not None:
+        labels, class_names = class_labels(f"{where}: {label_column}", values, names)
+        if labels is not None and class_names is None:
+            given = getattr(rows.features[label_column], "names", None)
+            class_names = _checked_names(f"{where}: {label_column}", given, labels)
     return _survey(
         where, names, partial(_open_rows, rows, image_column), resize, labels, class_names
     )
@@ -644,13 +692,19 @@ def _one_column(
     return next(iter(best or columns), None)
 
 
+def _holds_classes(features: Mapping[str, Any], column: str) -> bool:
+    """Whether a column is of integers or text."""
+    form = str(getattr(features.get(column), "dtype", ""))
+    return form.startswith(("int", "uint", "string", "large_string"))
+
+
 @contextmanager
 def _open_rows(rows: Any, column: str) -> Iterator[Callable[[int], IO[bytes]]]:
     def read(number: int) -> IO[bytes]:
         picture = rows[number][column]
         if picture["bytes"] is not None:
             return io.BytesIO(picture["bytes"])
-        return Path(picture["path"]).open("rb")
+        return open_regular(Path(picture["path"]), _MAX_PICTURE_BYTES)
 
     yield read
 
@@ -659,7 +713,7 @@ def _open_rows(rows: Any, column: str) -> Iterator[Callable[[int], IO[bytes]]]:
 
 
 def _split_spec(spec: str) -> tuple[Path, str | None]:
-    with _explained(spec, "check the path and its permissions"):
+    with explained(spec, "check the path and its permissions"):
         if Path(spec).exists():
             return Path(spec), None
         path, colon, part = spec.rpartition(":")
@@ -671,8 +725,6 @@ def _split_spec(spec: str) -> tuple[Path, str | None]:
 def _file_kind(path: Path) -> str:
     if path.is_dir():
         return "folder"
-    if not path.is_file():
-        raise SourceError(f"{path} is not a regular file; give a file or folder of images")
     with _open_stream(path) as stream:
         magic = stream.read(6)
     if magic == b"\x93NUMPY":
@@ -691,7 +743,7 @@ def _file_kind(path: Path) -> str:
 
 
 def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return stream.read(2) == b"\x1f\x8b"
 
 
@@ -705,29 +757,7 @@ def _open_stream(path: Path, member: str | None = None) -> Iterator[IO[bytes]]:
         elif _is_gzip(path):
             yield cast(IO[bytes], stack.enter_context(gzip.open(path)))
         else:
-            yield stack.enter_context(path.open("rb"))
-
-
-def _read_exactly(stream: IO[bytes], size: int) -> bytes:
-    block = stream.read(size)
-    if len(block) != size:
-        raise EOFError(f"it ends {size - len(block):,} bytes early")
-    return block
-
-
-@contextmanager
-def _explained(where: object, remedy: str) -> Iterator[None]:
-    """Makes one `SourceError` of whatever a decoder throws at foreign bytes.
-
-    There is no list of those: zipfile, zlib, PIL and numpy throw some twenty kinds between them.
-    """
-    try:
-        yield
-    except SourceError:
-        raise
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise SourceError(f"{where} cannot be used: {reason}; {remedy}") from error
+            yield stack.enter_context(open_regular(path))
 
 
 # Sizes
@@ -739,8 +769,10 @@ def _check_resize(resize: int | tuple[int, int] | None) -> tuple[int, int] | Non
     size = (resize, resize) if isinstance(resize, int) else resize
     if not isinstance(size, tuple) or [type(side) for side in size] != [int, int]:
         raise TypeError(f"resize must be an int or (height, width), got {resize!r}")
-    if min(size) < 1:
-        raise ValueError(f"resize must be at least 1, got {resize!r}")
+    if min(size) < 1 or math.prod(size) > MAX_PIXELS:
+        raise ValueError(
+            f"resize must be at least 1 and give at most {MAX_PIXELS:,} pixels, got {resize!r}"
+        )
     return size
 
 
