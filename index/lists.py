@@ -224,9 +224,33 @@ def write_tables(
     return {name: _write(folder / name, table) for name, table in tables.items()}
 
 
-def open_tables(folder: Path) -> dict[str, NDArray[Any]]:
-    """The tables of an index, memory-mapped."""
-    return {name: np.load(folder / name, mmap_mode="r") for name in TABLES}
+def open_tables(folder: Path, count: int, lists: int, channels: int) -> dict[str, NDArray[Any]]:
+    """The tables of an index of so many patches in so many lists, memory-mapped.
+
+    Raises:
+        ValueError: a table has the wrong type or shape, or tells a distance that is none.
+        OSError: one cannot be read.
+    """
+    expected = {
+        NORMS: (np.float32, (count,)),
+        CENTRES: (np.uint8, (count, channels)),
+        MISFITS: (np.float32, (lists,)),
+        SPREAD: (np.float32, (lists,)),
+    }
+    tables = {}
+    for name, (dtype, shape) in expected.items():
+        try:
+            table = np.load(folder / name, mmap_mode="r")
+        except (ValueError, TypeError, EOFError, SyntaxError, OverflowError) as error:
+            raise ValueError(f"{name} cannot be read ({error})") from error
+        if table.dtype != dtype or table.shape != shape or not table.flags.c_contiguous:
+            raise ValueError(
+                f"{name} is {table.dtype} {table.shape}, and should be {np.dtype(dtype)} {shape}"
+            )
+        if shape == (lists,) and not (np.isfinite(table) & (table >= 0)).all():
+            raise ValueError(f"{name} holds what is not a squared distance")
+        tables[name] = table
+    return tables
 
 
 def _memory(pointer: Callable[[int], Any], sizes: NDArray[np.int64]) -> NDArray[np.uint64]:

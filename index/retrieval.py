@@ -22,6 +22,7 @@ import operator
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -33,7 +34,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import files
 from .database import DatabaseError, PatchDatabase
-from .lists import TABLES, InvertedLists, can_read, open_tables, transforms, write_tables
+from .layout import LayoutError, check_layout
+from .lists import NORMS, TABLES, InvertedLists, can_read, open_tables, transforms, write_tables
 from .manifests import checksum, package_version, sealed
 
 IndexProgress = Callable[[str, int, int], object]
@@ -56,6 +58,10 @@ _LISTS_MOST = 1 << 16
 _PER_LIST, _PER_LIST_LEAST = 64, 32
 _HNSW_FROM, _HNSW_LINKS = 4096, 32
 _ITERATIONS = 10
+# Rows of a chunk, which one thread works on: vectors that are transformed or assigned to a list,
+# and queries. Results may depend on them, not on the number of threads.
+_CHUNK_VECTORS = 2048
+_CHUNK_QUERIES = 64
 _LEVEL = np.float32(127.5)
 # FAISS reads codes of whole vectors of 8 several times as fast as others. With SQ8_direct and a
 # multiple of 16 it would round queries to bytes, which noisy ones are not.
@@ -114,6 +120,8 @@ class PatchIndex:
         lists: 12 million of the 40 million 3 x 3 patches of Fashion-MNIST are black. Lists are in
         random order of the images, so the part that is scanned is a random sample, of every class.
 
+        On a CPU the number of threads changes no bit of the result.
+
         Where FAISS sees a GPU, searches among all images with k <= 2048 run there. That path has
         not been tested on a GPU.
 
@@ -127,7 +135,7 @@ class PatchIndex:
             effort: inverted lists to probe, at least 1; more is slower and finds more. By default
                 32, and under a restriction more: 32 / sqrt(the share of images allowed). An
                 exact index ignores it.
-            threads: of FAISS; by default as many as it is set to use.
+            threads: how many work; by default as many as FAISS is set to use.
 
         Returns:
             (squared distances float32 [Q, k], addresses int64 [Q, k]). The distances are the
@@ -137,6 +145,7 @@ class PatchIndex:
         Raises:
             TypeError: an argument of the wrong type or dtype.
             ValueError: wrong shape, NaN or infinity, or a value out of range.
+            DatabaseError: the index names patches that are not there.
         """
         faiss = _faiss()
         levels = self._check_queries(queries)
@@ -146,13 +155,31 @@ class PatchIndex:
             effort = math.ceil(DEFAULT_EFFORT / math.sqrt(share))
         parameters = self._parameters(_check_count("effort", effort), bits)
         on_gpu = bits is None and self.lists and k <= 2048 and _has_gpu(faiss)
-        index = self._on_gpu if on_gpu else self._index
-        with _threads(threads):
-            distances, addresses = index.search(levels, k, params=parameters)
+        if on_gpu:
+            distances, addresses = self._on_gpu.search(levels, k, params=parameters)
+        else:
+            distances, addresses = _by_chunks(
+                lambda chunk: self._index.search(levels[chunk], k, params=parameters),
+                len(levels),
+                _CHUNK_QUERIES,
+                _check_threads(threads),
+            )
+        self.check_addresses(addresses, least=-1)
         # Rounding makes some distances of Flat slightly negative.
         distances = np.maximum(distances, 0) / _LEVEL**2
         distances[addresses < 0] = np.inf
         return distances, addresses
+
+    def check_addresses(self, addresses: NDArray[np.int64], *, least: int = 0) -> None:
+        """Whether there are patches at addresses that this index has given, or ``least`` for none.
+
+        Raises:
+            DatabaseError: if not.
+        """
+        _, height, width = self._db.shape
+        wrong = (addresses < least) | (addresses >= len(self._db) * height * width)
+        if wrong.any():
+            raise _damaged(self.path, f"it names a patch at {addresses[wrong][0]}, where none is")
 
     def verify(self) -> None:
         """Reads the whole index and compares it with the hash made when it was built.
@@ -175,10 +202,18 @@ class PatchIndex:
 
     @cached_property
     def inverted(self) -> InvertedLists | None:
-        """The lists, to be read whole; None where codes are not one byte per component."""
+        """The lists, to be read whole; None where codes are not one byte per component.
+
+        Raises:
+            DatabaseError: the tables beside the index are damaged.
+        """
         if len(self._sha256) == 1:
             return None
-        return InvertedLists.of(_faiss(), self._index, open_tables(self.path))
+        try:
+            tables = open_tables(self.path, self.count, self.lists, self._db.shape[0])
+        except (OSError, ValueError) as error:
+            raise _damaged(self.path, str(error)) from error
+        return InvertedLists.of(_faiss(), self._index, tables)
 
     def components(self, queries: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Noisy patches as the codes of :attr:`inverted` see them.
@@ -195,7 +230,8 @@ class PatchIndex:
         """
         inverted = self.inverted
         assert inverted is not None
-        return inverted.components(self._check_queries(queries))
+        with _one_thread():
+            return inverted.components(self._check_queries(queries))
 
     def list_sizes(self) -> NDArray[np.int64]:
         """Patches in each inverted list, int64 [lists]: how evenly the index is divided."""
@@ -410,18 +446,22 @@ def build_index(
     on from the last finished checkpoint (the training, or a shard of 2 million patches) when it is
     called again; an index at the same place is usable until the new one is complete.
 
-    The same images, factory and versions make the same file, byte for byte, on the same kind of
-    processor: whatever the number of threads (learned rotations such as ``OPQ`` excepted), and
-    interrupted or not. Where FAISS sees a GPU, k-means and the assignment to lists run there and
-    the file differs from one made without. That path has not been tested on a GPU.
+    The same images, factory and versions make the same files, byte for byte, on the same kind of
+    processor, whatever ``threads`` is, and interrupted or not. Nothing here relies on a BLAS or a
+    k-means to round alike with several threads: learning is done by one, and vectors are
+    transformed and assigned to lists in chunks of a fixed size, each by one thread. This holds
+    where FAISS's BLAS takes its number of threads from OpenMP, as in the wheels on PyPI; another
+    one may make other bytes when its own number of threads is changed.
+    Where FAISS sees a GPU, k-means and the assignment to lists run there and the file differs from
+    one made without. That path has not been tested on a GPU.
 
     Args:
         db: a database on disk.
         patch_size: P, odd, at least 1, at most H and W.
         factory: a FAISS factory string: ``Flat``, or ``IVF...`` with ``Flat``, ``SQ`` or ``PQ``
-            codes, after any linear transformations; by default `choose_factory` chooses.
+            codes, after PCA, OPQ, random rotations or padding; by default `choose_factory` chooses.
         memory: bytes that the build may take; guides the choice and bounds the training sample.
-        threads: of FAISS; by default as many as it is set to use.
+        threads: how many work; by default as many as FAISS is set to use.
         overwrite: replace the index of this size, if there is one.
         progress: called with (stage, done, in all).
 
@@ -437,7 +477,7 @@ def build_index(
     """
     faiss = _faiss()
     patches = _Patches.of(db, patch_size)
-    memory = _check_count("memory", memory)
+    memory, threads = _check_count("memory", memory), _check_threads(threads)
     target = index_folder(db, patch_size)
     if target.exists() and not overwrite:
         raise DatabaseError(
@@ -446,15 +486,15 @@ def build_index(
         )
     report = progress or _silent
     work = target.with_name(f"{target.name}.partial")
-    with _claimed(work), _threads(threads):
+    with _claimed(work), _one_thread():
         plan = _Plan.of(patches, factory, memory, report)
         files.require_space(target, 2 * patches.count * (plan.code_bytes + 8))
         if _written_plan(work) != plan.described:
             _clear(work)
             files.write_json(work / _PLAN, plan.described)
         if not (work / _TRAINED).exists():
-            _write_index(work / _TRAINED, plan.trained(report))
-        _add_shards(work, patches, report)
+            _write_index(work / _TRAINED, plan.trained(threads, report))
+        _add_shards(work, patches, threads, report)
         with files.atomic_directory(target, overwrite=overwrite) as folder:
             index = _merge_shards(work, patches, report)
             ivf = faiss.try_extract_index_ivf(index)
@@ -480,8 +520,10 @@ def build_index(
 def open_index(db: PatchDatabase, patch_size: int) -> PatchIndex:
     """Opens the index of one patch size at once, by memory map.
 
-    Checks the manifest, that it belongs to this database, and the file's size; `PatchIndex.verify`
-    reads everything.
+    Checks the manifest, that it belongs to this database, the files' sizes and the structure of
+    the index, so that no damage makes FAISS or the kernels allocate or read what is not there;
+    addresses are checked when they are read. Damage that only changes what is found is noticed by
+    `PatchIndex.verify`, which reads everything.
 
     Args:
         db: the database on disk.
@@ -504,15 +546,14 @@ def open_index(db: PatchDatabase, patch_size: int) -> PatchIndex:
             size = (path / name).stat().st_size
         if size != stored["size"]:
             raise _damaged(path, f"{name} has {size:,} bytes, built with {stored['size']:,}")
-    index = _read_index(path / _INDEX, faiss.IO_FLAG_MMAP)
-    if (index.d, index.ntotal) != (patches.dimension, patches.count):
-        raise _damaged(
-            path,
-            f"{_INDEX} holds {index.ntotal:,} vectors of dimension {index.d}, built with "
-            f"{patches.count:,} of {patches.dimension}",
-        )
-    if manifest["lists"]:
-        inverted = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)
+    index = _read_index(path / _INDEX, patches, faiss.IO_FLAG_MMAP, full=True)
+    ivf = faiss.try_extract_index_ivf(index)
+    if manifest["lists"] != (0 if ivf is None else ivf.nlist) or can_read(faiss, index) != (
+        NORMS in manifest["files"]
+    ):
+        raise _damaged(path, f"{_INDEX} is not of the kind that {_MANIFEST} says")
+    if ivf is not None:
+        inverted = faiss.downcast_InvertedLists(ivf.invlists)
         if isinstance(inverted, faiss.OnDiskInvertedLists):
             # Prefetching would read the lists whole, that of the black patches too.
             inverted.prefetch_nthread = 0
@@ -663,7 +704,7 @@ class _Plan:
             },
         }
 
-    def trained(self, report: IndexProgress) -> Any:
+    def trained(self, threads: int, report: IndexProgress) -> Any:
         """The index that patches are added to."""
         faiss = _faiss()
         index, sample = self.empty, self.sample.astype(np.float32)
@@ -673,7 +714,7 @@ class _Plan:
                 transform.train(sample)
                 sample = transform.apply(sample)
             if ivf is not None:
-                _train_lists(ivf, sample, report)
+                _train_lists(ivf, sample, threads, report)
                 ivf.train(sample)
                 index.is_trained = True
         except RuntimeError as error:
@@ -685,37 +726,69 @@ class _Plan:
         return index
 
 
-def _train_lists(ivf: Any, sample: NDArray[np.float32], report: IndexProgress) -> None:
-    """Puts centroids into the coarse quantizer, one iteration of k-means at a time."""
+def _train_lists(
+    ivf: Any, sample: NDArray[np.float32], threads: int, report: IndexProgress
+) -> None:
+    """Puts centroids into the coarse quantizer: k-means by Lloyd's iterations.
+
+    Args:
+        ivf: the inverted lists.
+        sample: vectors in random order, ``[n, d]``.
+        threads: how many work.
+        report: called after every iteration.
+    """
     faiss = _faiss()
-    parameters = faiss.ClusteringParameters()
-    parameters.niter, parameters.seed = 1, _SEED
-    parameters.min_points_per_centroid, parameters.max_points_per_centroid = 1, len(sample)
-    clustering = faiss.Clustering(ivf.d, ivf.nlist, parameters)
-    assigner = faiss.IndexFlatL2(ivf.d)
-    if _has_gpu(faiss):
-        assigner = faiss.index_cpu_to_all_gpus(assigner)
+    centroids = sample[: ivf.nlist].copy()
     for iteration in range(_ITERATIONS):
         report("training", iteration, _ITERATIONS)
-        clustering.train(sample, assigner)
-    centroids = faiss.vector_to_array(clustering.centroids).reshape(ivf.nlist, ivf.d)
-    # Links of an HNSW graph depend on the order in which threads add.
-    with _threads(1):
-        ivf.quantizer.train(centroids)
-        ivf.quantizer.add(centroids)
+        flat = faiss.IndexFlatL2(ivf.d)
+        flat.add(centroids)
+        distances, lists = _nearest(flat, threads)(sample)
+        sizes = np.bincount(lists, minlength=ivf.nlist)
+        sums = np.stack([np.bincount(lists, column, ivf.nlist) for column in sample.T], axis=1)
+        centroids = (sums / np.maximum(sizes, 1)[:, None]).astype(np.float32)
+        # A list without vectors moves to one that is far from its centroid.
+        empty = np.flatnonzero(sizes == 0)
+        centroids[empty] = sample[np.argsort(-distances, kind="stable")[: len(empty)]]
+    ivf.quantizer.train(centroids)
+    ivf.quantizer.add(centroids)
 
 
-def _add_shards(work: Path, patches: _Patches, report: IndexProgress) -> None:
+def _nearest(
+    quantizer: Any, threads: int
+) -> Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """Finds squared distance and number of vectors' nearest centroids; on a GPU if there is one."""
+    faiss = _faiss()
+    if _has_gpu(faiss):
+        flat = faiss.IndexFlatL2(quantizer.d)
+        flat.add(quantizer.reconstruct_n(0, quantizer.ntotal))
+        quantizer, threads = faiss.index_cpu_to_all_gpus(flat), 1
+
+    def search(
+        vectors: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        distances, lists = _by_chunks(
+            lambda chunk: quantizer.search(vectors[chunk], 1),
+            len(vectors),
+            _CHUNK_VECTORS,
+            threads,
+        )
+        return distances[:, 0], lists[:, 0]
+
+    return search
+
+
+def _add_shards(work: Path, patches: _Patches, threads: int, report: IndexProgress) -> None:
     done = 0
     report("adding", 0, patches.count)
     for number in range(patches.shards):
         place = _shard(work, number)
         if place.exists():
-            done += int(_read_index(place).ntotal)
+            done += int(_read_index(place, patches).ntotal)
             report("adding", done, patches.count)
             continue
-        shard = _read_index(work / _TRAINED)
-        add = _adder(shard)
+        shard = _read_index(work / _TRAINED, patches)
+        add = _adder(shard, threads)
         for levels, addresses in patches.blocks(number):
             add(levels, addresses)
             done += len(addresses)
@@ -723,21 +796,28 @@ def _add_shards(work: Path, patches: _Patches, report: IndexProgress) -> None:
         _write_index(place, shard)
 
 
-def _adder(index: Any) -> Callable[[NDArray[np.float32], NDArray[np.int64]], object]:
-    """How vectors are added: on a GPU the lists are found there."""
+def _adder(index: Any, threads: int) -> Callable[[NDArray[np.float32], NDArray[np.int64]], object]:
+    """Adds vectors and their addresses to an index."""
     faiss = _faiss()
     ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None or not _has_gpu(faiss):
+    if ivf is None:
         add: Callable[[NDArray[np.float32], NDArray[np.int64]], object] = index.add_with_ids
         return add
-    assigner = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
-    assigner.add(ivf.quantizer.reconstruct_n(0, ivf.nlist))
+    nearest, steps = (
+        _nearest(faiss.downcast_index(ivf.quantizer), threads),
+        transforms(faiss, index),
+    )
 
     def add_assigned(levels: NDArray[np.float32], addresses: NDArray[np.int64]) -> None:
-        for transform in transforms(faiss, index):
-            levels = transform.apply(levels)
-        _, lists = assigner.search(levels, 1)
-        pointers = map(faiss.swig_ptr, (levels, addresses, lists))
+        for step in steps:
+            (levels,) = _by_chunks(
+                lambda chunk, step=step, levels=levels: (step.apply(levels[chunk]),),
+                len(levels),
+                _CHUNK_VECTORS,
+                threads,
+            )
+        _, lists = nearest(levels)
+        pointers = map(faiss.swig_ptr, (levels, addresses, np.ascontiguousarray(lists)))
         ivf.add_core(len(levels), *pointers)
         index.ntotal = ivf.ntotal
 
@@ -747,10 +827,10 @@ def _adder(index: Any) -> Callable[[NDArray[np.float32], NDArray[np.int64]], obj
 def _merge_shards(work: Path, patches: _Patches, report: IndexProgress) -> Any:
     """One index of all shards, in their order."""
     faiss = _faiss()
-    index = _read_index(work / _TRAINED)
+    index = _read_index(work / _TRAINED, patches)
     for number in range(patches.shards):
         report("merging", number, patches.shards)
-        shard = _read_index(_shard(work, number))
+        shard = _read_index(_shard(work, number), patches)
         into = faiss.try_extract_index_ivf(index)
         if into is None:
             index.merge_from(shard, 0)
@@ -792,6 +872,13 @@ def _empty_index(factory: str, dimension: int, distinct: int) -> Any:
             f"factory {factory!r} wants {inner.nlist} lists, but there are {distinct} distinct "
             f"patches to train them; ask for at most {max(1, distinct // _PER_LIST_LEAST)}"
         )
+    known = (faiss.PCAMatrix, faiss.OPQMatrix, faiss.RandomRotationMatrix)
+    for step in transforms(faiss, index):
+        if type(step) not in (*known, faiss.RemapDimensionsTransform):
+            raise ValueError(
+                f"factory {factory!r} transforms vectors by a {type(step).__name__}; take PCA, "
+                "OPQ, RR or Pad"
+            )
     if isinstance(inner, faiss.IndexIVFScalarQuantizer):
         direct = inner.sq.qtype == faiss.ScalarQuantizer.QT_8bit_direct
         pads = all(
@@ -818,9 +905,11 @@ def _explaining(sample: NDArray[np.uint8]) -> int:
     _, dimension = sample.shape
     if dimension <= _REDUCED_MOST or len(sample) < 2:
         return int(dimension)
+    faiss = _faiss()
+    spectrum = faiss.PCAMatrix(dimension, 1)
     # 2^16 patches tell the spectrum; the rest would only cost time.
-    covariance = np.cov(sample[: 1 << 16].astype(np.float64), rowvar=False)
-    explained = np.cumsum(np.linalg.eigvalsh(covariance)[::-1].clip(0))
+    spectrum.train(sample[: 1 << 16].astype(np.float32))
+    explained = np.cumsum(faiss.vector_to_array(spectrum.eigenvalues).astype(np.float64).clip(0))
     return min(int(dimension), 1 + int(np.searchsorted(explained, _VARIANCE * explained[-1])))
 
 
@@ -909,8 +998,16 @@ def _write_index(path: Path, index: Any) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _read_index(path: Path, flags: int | None = None) -> Any:
+def _read_index(
+    path: Path, patches: _Patches, flags: int | None = None, *, full: bool = False
+) -> Any:
+    """An index or checkpoint of some patches; of all of them if it is to be full."""
     faiss = _faiss()
+    try:
+        with _readable(path.parent):
+            check_layout(path, patches.dimension, patches.count if full else None)
+    except LayoutError as error:
+        raise _damaged(path.parent, f"FAISS cannot read {path.name} ({error})") from error
     if flags is None:
         # While building nothing is searched, and tables for it would be made for every shard.
         flags = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
@@ -948,8 +1045,10 @@ def _read_manifest(path: Path, patches: _Patches) -> dict[str, Any]:
             "count": int(count),
             "factory": str(),
             "lists": int(),
-            "files": {"index.faiss": {"size": int(), "sha256": str()}} as stored,
-        } if stored.keys() in ({_INDEX}, {_INDEX, *TABLES}):
+            "files": dict() as stored,
+        } if stored.keys() in ({_INDEX}, {_INDEX, *TABLES}) and all(
+            map(_is_entry, stored.values())
+        ):
             found = (content, size, count)
         case _:
             raise _damaged(path, f"the fields of {_MANIFEST} are not those of a patch index")
@@ -959,6 +1058,14 @@ def _read_manifest(path: Path, patches: _Patches) -> dict[str, Any]:
             f"patch size {found[1]}); {build} and --overwrite"
         )
     return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether it says of a file what the manifest should."""
+    match entry:
+        case {"size": int(), "sha256": str()}:
+            return True
+    return False
 
 
 @contextmanager
@@ -985,16 +1092,37 @@ def _check_count(name: str, value: int) -> int:
     return number
 
 
+def _check_threads(threads: int | None) -> int:
+    return (
+        int(_faiss().omp_get_max_threads()) if threads is None else _check_count("threads", threads)
+    )
+
+
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
+    """FAISS and its BLAS use one thread for what this thread asks of them."""
     faiss = _faiss()
     before = faiss.omp_get_max_threads()
-    if threads is not None:
-        faiss.omp_set_num_threads(_check_count("threads", threads))
+    faiss.omp_set_num_threads(1)
     try:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def _by_chunks(
+    work: Callable[[slice], tuple[NDArray[Any], ...]], count: int, rows: int, threads: int
+) -> list[NDArray[Any]]:
+    """The arrays that ``work`` gives for chunks of so many rows, put together.
+
+    Each chunk is the work of one thread, with one thread of OpenMP and so of FAISS's BLAS, and
+    where chunks end does not depend on the number of threads: so neither do the results.
+    """
+    chunks = [slice(start, start + rows) for start in range(0, max(count, 1), rows)]
+    set_threads = _faiss().omp_set_num_threads  # of the thread that calls it
+    with ThreadPoolExecutor(threads, initializer=set_threads, initargs=(1,)) as pool:
+        parts = list(pool.map(work, chunks))
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 def _has_gpu(faiss: Any) -> bool:
