@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 
 from els.engine import ScoreMachine
 from els.engine.backends import Backend
+from els.engine.native import NativeBackend, instruction_sets
 from els.engine.reference import TorchBackend
+from els.engine.scan import has_tiles
 from els.index import PatchDatabase
 
 # Without a GPU the Triton kernels are interpreted; the switch is read when they are imported.
@@ -23,6 +26,21 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 settings.register_profile("busy-machine", deadline=None)
 settings.load_profile("busy-machine")
+# A shell that starts the tests in the background has Ctrl-C ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What the tests with a marker need and this machine lacks: marker, reason.
+MISSING: dict[str, str] = {}
+try:
+    INSTRUCTION_SETS = instruction_sets()
+except RuntimeError as error:
+    INSTRUCTION_SETS = ()
+    MISSING["native"] = str(error)
+if not INSTRUCTION_SETS or not has_tiles():
+    MISSING["amx"] = "the native backend finds no matrix unit (AMX)"
+if not torch.cuda.is_available():
+    MISSING["gpu"] = "torch finds no GPU"
 
 
 @dataclass(frozen=True)
@@ -91,14 +109,9 @@ TRITON = replace(
 def backends() -> Iterator[object]:
     yield pytest.param(FLOAT32, id="torch-float32")
     yield pytest.param(FLOAT64, id="torch-float64")
-    try:
-        from els.engine.native import NativeBackend, instruction_sets
-
-        available = instruction_sets()
-    except (ImportError, RuntimeError) as error:
-        yield pytest.param(None, id="native", marks=pytest.mark.skip(reason=str(error)))
-        available = ()
-    for name in available:
+    if not INSTRUCTION_SETS:
+        yield pytest.param(None, id="native", marks=pytest.mark.native)
+    for name in INSTRUCTION_SETS:
         native = replace(
             FLOAT32,
             make=lambda threads, name=name: NativeBackend(threads, name),
@@ -112,3 +125,10 @@ def backends() -> Iterator[object]:
 @pytest.fixture(params=backends(), scope="session")
 def backend(request: pytest.FixtureRequest) -> BackendUnderTest:
     return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker, reason in MISSING.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -12,12 +12,9 @@ from els.engine import ScoreMachine
 from els.engine.border import border_states, can_multiply
 from els.engine.native import kernel_module
 from els.engine.posterior import PosteriorQuery, merge_all
-from els.engine.scan import can_scan, has_tiles
 from els.index import PatchDatabase
 
-needs_tiles = pytest.mark.skipif(
-    not can_scan() or not has_tiles(), reason="this processor has no matrix unit"
-)
+needs_tiles = pytest.mark.amx
 
 
 def images_of(count: int, shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:

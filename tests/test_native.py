@@ -12,6 +12,8 @@ from els.engine import ScoreMachine, native
 from els.engine.native import NativeBackend, instruction_sets
 from els.index import PatchDatabase
 
+pytestmark = pytest.mark.native
+
 
 @pytest.fixture(scope="module")
 def db() -> PatchDatabase:

@@ -8,16 +8,17 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import INSTRUCTION_SETS
 
 from els.engine import ScoreMachine
-from els.engine.native import instruction_sets
 from els.engine.scan import ListSums, can_scan, has_tiles, is_precise, scan
 from els.index import DatabaseError, PatchDatabase, PatchIndex
 from els.index.lists import InvertedLists
 from els.index.manifests import sealed
 
 ALPHA = 0.9
-UNITS = [(name, tiles) for name in instruction_sets() for tiles in (False, True)]
+UNITS = [(name, tiles) for name in INSTRUCTION_SETS for tiles in (False, True)]
+pytestmark = pytest.mark.native
 
 
 def smooth_images(count: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:
