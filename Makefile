@@ -2,25 +2,37 @@ PYTHON ?= python3
 BIN := .venv/bin
 FOLDERS := index engine triton_kernels networks bench
 
-.PHONY: install demo test lint types tables clean
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-install: .venv/installed
+.PHONY: install demo test test-all lint types tables clean
 
+install: .venv/installed-dev
+
+# What is needed to run: `make demo` stops here.
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard engine/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP_INSTALL) --editable .
+	touch $@
+
+# The package is there, so this adds what the extra names and compiles nothing again.
+.venv/installed-dev: .venv/installed
+	$(PIP_INSTALL) 'els-machine[dev]'
 	touch $@
 
 # Build a database of real images, sample, and explain one sample: look into demo/.
-demo: install
+demo: .venv/installed
 	test -d demo/db || $(BIN)/els build embedded:fashion-mnist -o demo/db
-	$(BIN)/els sample demo/db -n 16 --steps 20 --machine ELS --boundary zeros \
+	$(BIN)/els sample demo/db -n 8 --steps 20 --machine ELS --boundary zeros \
 		--sizes fashion-mnist-resnet --seed 0 -o demo/run
 	$(BIN)/els explain demo/run --sample 2 --step 9
 
+# The contributor's tier: what pyproject.toml does not deselect.
 test: install
 	$(BIN)/python -m pytest
+
+# The rest, after it: together everything.
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

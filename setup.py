@@ -1,18 +1,19 @@
 """Packaging of els-machine: folder ``X/`` is installed as the package ``els.X``."""
 
+import copy
 import platform
 import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import Extension, setup
 
 FOLDERS = ["index", "engine", "triton_kernels", "networks", "bench"]
 
-# One source, compiled once per instruction set; engine/native.py picks at run time.
-INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
+# One source, compiled once per instruction set; engine/native.py picks at run time. The one that
+# takes longest to compile comes first, so that the cores are done at about the same time.
+INSTRUCTION_SETS: dict[str, list[str]] = {}
 if platform.machine().lower() in {"x86_64", "amd64"}:
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = [
         "-mavx512f",
         "-mavx512bw",
@@ -21,8 +22,21 @@ if platform.machine().lower() in {"x86_64", "amd64"}:
         "-mfma",
         "-mprefer-vector-width=512",
     ]
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+INSTRUCTION_SETS["baseline"] = []
 
 COMPILE_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+
+
+class BuildInParallel(build_ext):
+    """Compiles the instruction sets side by side."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile one, in a folder of its own: all have the same source, so the same object."""
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp, ext.name))
+        super(BuildInParallel, own).build_extension(ext)
+
 
 extensions = [
     Pybind11Extension(
@@ -52,13 +66,14 @@ setup(
     packages=[f"els.{folder}" for folder in FOLDERS],
     package_data={
         "els.index": ["py.typed", "data/*"],
-        "els.engine": ["py.typed", "csrc/*", "page/*", "*.pyi"],
+        "els.engine": ["py.typed", "csrc/*", "page/*"],
         "els.triton_kernels": ["py.typed"],
         "els.networks": ["py.typed", "checkpoints/*/*"],
         "els.bench": ["py.typed"],
     },
     ext_modules=extensions,
-    cmdclass={"build_ext": build_ext},
+    cmdclass={"build_ext": BuildInParallel},
+    options={"build_ext": {"parallel": True}},  # as many at once as there are cores
     install_requires=[
         "matplotlib>=3.8",
         "numpy>=1.26",

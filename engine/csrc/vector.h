@@ -8,7 +8,14 @@
 #include <cstring>
 
 #if defined(__SSE2__)
+// GCC 12 warns of the undefined vectors in its own AVX-512 header (its bug 105593).
+#pragma GCC diagnostic push
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace els {
