@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from itertools import islice
 from types import ModuleType
 from typing import final
 
@@ -34,7 +37,10 @@ _STATES_BYTES = 64 << 20
 
 @final
 class NativeBackend:
-    """Exact LS and ELS posteriors on the CPU (design, section 3); IS and ES through torch.
+    """Exact LS and ELS posteriors on the CPU (docs/performance.md); IS and ES through torch.
+
+    Float32 chooses the candidates that can matter, and weighs them where it knows their logits to
+    1e-5; elsewhere float64 does, so that any noise will do.
 
     Args:
         threads: how many to use; None for one per core that this process may run on.
@@ -46,30 +52,51 @@ class NativeBackend:
 
     def __init__(self, threads: int | None = None, instruction_set: str | None = None) -> None:
         chosen = instruction_set or instruction_sets()[-1]
+        self._arguments = threads, instruction_set
         self._kernel = kernel_module(chosen)
-        self._threads = threads or available_cores()
-        self.name = f"native ({chosen}, {self._threads} threads)"
+        self.threads = threads or available_cores()
+        self.workers = self.threads
+        self.name = f"native ({chosen}, {self.threads} threads)"
         self.device = torch.device("cpu")
-        self.workers = self._threads
+
+    def __reduce__(self) -> tuple[type[NativeBackend], tuple[int | None, str | None]]:
+        return NativeBackend, self._arguments
 
     def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
         """See :class:`els.engine.backends.Backend`."""
-        match query.kind:
-            case "IS":
-                return ideal_state(images, query)
-            case "ES":
-                return equivariant_state(images, query)
+        return self.states(images, query, [query.members])[0]
+
+    def states(
+        self,
+        images: npt.NDArray[np.uint8],
+        query: PosteriorQuery,
+        groups: Sequence[npt.NDArray[np.int64]],
+    ) -> list[PosteriorState]:
+        """See :class:`els.engine.backends.Backend`; all groups share the threads."""
+        if query.kind in ("IS", "ES"):
+            of_whole_images = ideal_state if query.kind == "IS" else equivariant_state
+            return [of_whole_images(images, replace(query, members=group)) for group in groups]
         _, channels, height, width = query.x.shape
         image_bytes = height * width * (8 * (3 + channels) + 16 * query.top)
-        blocks = -(-len(query.members) // self._kernel.LANES)
-        most = min(_STATES_BYTES // image_bytes, blocks // _LEAST_BLOCKS, _MOST_GROUPS)
-        groups = max(1, most)
-        chunk = max(1, _STATES_BYTES // (groups * image_bytes))
-        states = [
-            self._chunk_state(images, query, slice(start, start + chunk), groups)
+        most = min(_STATES_BYTES // (image_bytes * len(groups)), _MOST_GROUPS)
+        parts = [self._parts(len(group), most) for group in groups]
+        chunk = max(1, _STATES_BYTES // (image_bytes * sum(map(len, parts))))
+        members = np.concatenate(groups)
+        starts = np.cumsum([0, *(size for sizes in parts for size in sizes)])
+        chunks = [
+            self._chunk_states(images, query, slice(start, start + chunk), members, starts)
             for start in range(0, len(query.x), chunk)
         ]
-        return states[0] if len(states) == 1 else stack(states)
+        whole = chunks[0] if len(chunks) == 1 else list(map(stack, zip(*chunks, strict=True)))
+        of_parts = iter(whole)
+        return [merge_all(islice(of_parts, len(sizes))) for sizes in parts]
+
+    def _parts(self, count: int, most: int) -> list[int]:
+        """Sizes of the parts of a group of images that have states of their own."""
+        blocks = -(-count // self._kernel.LANES)
+        parts = max(1, min(most, blocks // _LEAST_BLOCKS))
+        ends = [min(blocks * part // parts * self._kernel.LANES, count) for part in range(parts)]
+        return np.diff([*ends, count]).tolist()
 
     def given(
         self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
@@ -81,12 +108,12 @@ class NativeBackend:
         centres = np.empty((*shape, channels), dtype=np.uint8)
         self._kernel.given(
             images=images,
-            x=query.x.to(torch.float64).contiguous().numpy(),
+            x=_as_float64(query.x),
             alpha=query.alpha.numpy(),
             sigma=query.sigma.numpy(),
             patch_size=query.patch_size,
             circular=query.boundary == "circular",
-            threads=self._threads,
+            threads=self.threads,
             addresses=addresses.reshape(shape).contiguous().numpy(),
             logits=logits,
             centres=centres,
@@ -95,11 +122,18 @@ class NativeBackend:
         bytes_ = torch.from_numpy(centres).reshape(*addresses.shape, channels)
         return state_of(found, bytes_.to(torch.float64) / 127.5 - 1), found
 
-    def _chunk_state(
-        self, images: npt.NDArray[np.uint8], query: PosteriorQuery, rows: slice, groups: int
-    ) -> PosteriorState:
+    def _chunk_states(
+        self,
+        images: npt.NDArray[np.uint8],
+        query: PosteriorQuery,
+        rows: slice,
+        members: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
+    ) -> list[PosteriorState]:
+        """The states of some of the queries over members ``starts[g]`` to ``starts[g + 1]``."""
         x = query.x[rows]
         batch, channels, height, width = x.shape
+        groups = len(starts) - 1
         maximum = np.empty((groups, batch, height, width))
         mass = np.empty_like(maximum)
         centre = np.empty((groups, batch, channels, height, width))
@@ -109,15 +143,16 @@ class NativeBackend:
         top_addresses = np.empty(top_shape, dtype=np.int64) if query.top else None
         self._kernel.posterior(
             images=images,
-            members=query.members,
-            x=x.to(torch.float32).contiguous().numpy(),
+            members=members,
+            starts=starts,
+            x=_as_float64(x),
             alpha=query.alpha[rows].numpy(),
             sigma=query.sigma[rows].numpy(),
             patch_size=query.patch_size,
             equivariant=query.kind == "ELS",
             circular=query.boundary == "circular",
             border_only=query.border_only,
-            threads=self._threads,
+            threads=self.threads,
             maximum=maximum,
             mass=mass,
             centre=centre,
@@ -125,7 +160,7 @@ class NativeBackend:
             top_logits=top_logits,
             top_addresses=top_addresses,
         )
-        return merge_all(
+        return [
             PosteriorState(
                 torch.from_numpy(maximum[group]),
                 torch.from_numpy(mass[group]),
@@ -138,7 +173,11 @@ class NativeBackend:
                 ),
             )
             for group in range(groups)
-        )
+        ]
+
+
+def _as_float64(x: Tensor) -> npt.NDArray[np.float64]:
+    return x.to(torch.float64).contiguous().numpy()
 
 
 @cache

@@ -174,6 +174,30 @@ def assert_matches(
             assert_top_matches(answer, b, truth, evidence_error, weight_error)
 
 
+def nearest_wins(
+    answer: LocalPosterior, question: Question, expected: list[OraclePosterior]
+) -> int:
+    """Whether the mean is the nearest patch's pixel where all others are much further away.
+
+    Returns:
+        At how many pixels this is so.
+    """
+    decided = 0
+    _, height, width = question.images.shape[1:]
+    for b, truth in enumerate(expected):
+        parts = np.square(question.x[b], dtype=np.float64).sum() + truth.terms
+        error = FLOAT64_ERROR * parts / (2 * question.sigma[b] ** 2)
+        for pixel, logits in truth.logits.items():
+            ranked = sorted(logits, key=logits.get)[-2:]
+            if len(ranked) == 2 and logits[ranked[1]] - logits[ranked[0]] < 40 + 4 * error:
+                continue
+            decided += 1
+            image, place = divmod(ranked[-1], height * width)
+            clean = question.images[image, :, place // width, place % width] / 127.5 - 1
+            np.testing.assert_allclose(answer.mean[b, :, *pixel], clean, atol=1e-6)
+    return decided
+
+
 def assert_within(
     values: torch.Tensor, truth: NDArray[np.float64], tolerance: object, what: str
 ) -> None:
@@ -249,6 +273,13 @@ def far_ties(sigma: float) -> Question:
 
 
 @cache
+def far_away(size: float) -> Question:
+    """Noisy pixels as large as ``size``, at little noise: distances beyond float32's precision."""
+    question = make_question((2, 7, 6), 35, 5, alpha=[1.0] * 2, sigma=[1e-6, 1e-2], seed=7)
+    return replace(question, x=(question.x * size).astype(np.float32))
+
+
+@cache
 def conditional() -> Question:
     plain = make_question((2, 6, 5), 19, 3, alpha=[0.9] * 4, sigma=[0.9] * 4, seed=5)
     rng = np.random.default_rng(6)
@@ -276,7 +307,7 @@ def test_every_geometry(backend: BackendUnderTest, kind: str, boundary: str, nam
 
 
 @every_machine
-@pytest.mark.parametrize("sigma", [1e-3, 0.03, 0.3, 0.8, 1e3])
+@pytest.mark.parametrize("sigma", [1e-6, 1e-5, 1e-4, 1e-3, 0.03, 0.3, 0.8, 1e3])
 def test_every_noise_level(
     backend: BackendUnderTest, kind: str, boundary: str, sigma: float
 ) -> None:
@@ -288,7 +319,7 @@ def test_every_noise_level(
 
 
 @every_machine
-@pytest.mark.parametrize("sigma", [1e-3, 0.03, 0.3])
+@pytest.mark.parametrize("sigma", [1e-6, 1e-3, 0.03, 0.3])
 def test_near_ties_far_off_the_manifold(
     backend: BackendUnderTest, kind: str, boundary: str, sigma: float
 ) -> None:
@@ -297,6 +328,19 @@ def test_near_ties_far_off_the_manifold(
     machine = backend.machine(question.images, kind, boundary)
     truth = truth_of(far_ties, sigma, kind, boundary)
     assert_matches(question.ask(machine, backend.dtype, top=TOP), question, truth, backend)
+
+
+@every_machine
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e12, 1e30])
+def test_queries_of_any_size(
+    backend: BackendUnderTest, kind: str, boundary: str, size: float
+) -> None:
+    question = far_away(size)
+    machine = backend.machine(question.images, kind, boundary)
+    truth = truth_of(far_away, size, kind, boundary)
+    answer = question.ask(machine, torch.float64, top=TOP)
+    assert_matches(answer, question, truth, backend)
+    assert nearest_wins(answer, question, truth) > 0 or size > 1e4
 
 
 @every_machine
@@ -577,7 +621,7 @@ def test_only_the_border(backend: BackendUnderTest, side: tuple[int, int], patch
 def questions(draw: st.DrawFn) -> Question:
     channels, height, width = (draw(st.integers(1, most)) for most in (4, 6, 6))
     radius = draw(st.integers(0, (min(height, width) - 1) // 2))
-    sigma = 10.0 ** draw(st.floats(-2, 2))
+    sigma = 10.0 ** draw(st.floats(-6, 3))
     return make_question(
         (channels, height, width),
         draw(st.integers(1, 20)),

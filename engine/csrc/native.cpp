@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -90,13 +91,24 @@ void check_members(const Array<std::int64_t>& members, const Array<std::uint8_t>
   }
 }
 
-// Runs `body(cancelled)` on so many threads; Ctrl-C and the first exception end all of them.
+// That groups of members, from starts[g] to starts[g + 1], are all of them.
+void check_starts(const Array<std::int64_t>& starts, const Array<std::int64_t>& members) {
+  const py::ssize_t groups = starts.size() - 1;
+  if (groups < 1 || starts.data()[0] != 0 || starts.data()[groups] != members.size() ||
+      !std::is_sorted(starts.data(), starts.data() + groups + 1)) {
+    throw std::invalid_argument("starts must ascend from 0 to the number of members");
+  }
+}
+
+// Runs `body(cancelled)` on so many threads, but no more than there are tasks, or on as many as can
+// be started; Ctrl-C and the first exception end all of them.
 template <typename Body>
-void on_threads(int threads, const Body& body) {
+void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body) {
+  threads = std::min(threads, std::max<std::int64_t>(tasks, 1));
   std::atomic<bool> cancelled{false};
   std::mutex mutex;
   std::condition_variable finished;
-  int running = threads;
+  int running = 0;
   std::exception_ptr failure;
   std::vector<std::thread> pool;
   const auto guarded = [&] {
@@ -114,7 +126,19 @@ void on_threads(int threads, const Body& body) {
   };
   {
     py::gil_scoped_release release;
-    for (int i = 0; i < threads; ++i) pool.emplace_back(guarded);
+    pool.reserve(threads);
+    try {
+      for (std::int64_t i = 0; i < threads; ++i) {
+        {
+          const std::lock_guard<std::mutex> lock(mutex);
+          ++running;
+        }
+        pool.emplace_back(guarded);
+      }
+    } catch (const std::system_error&) {  // a limit on threads or memory: fewer will do
+      const std::lock_guard<std::mutex> lock(mutex);
+      --running;
+    }
     std::unique_lock<std::mutex> lock(mutex);
     while (!finished.wait_for(lock, std::chrono::milliseconds(100), [&] { return running == 0; })) {
       lock.unlock();
@@ -127,6 +151,10 @@ void on_threads(int threads, const Body& body) {
     lock.unlock();
     for (std::thread& thread : pool) thread.join();
   }
+  if (pool.empty()) {
+    throw std::runtime_error(
+        "no thread can be started: raise the limit on processes or memory (ulimit -u, ulimit -v)");
+  }
   if (PyErr_Occurred()) throw py::error_already_set();
   if (failure) std::rethrow_exception(failure);
 }
@@ -134,7 +162,8 @@ void on_threads(int threads, const Body& body) {
 void run(const els::Problem& problem, int threads) {
   const std::vector<els::Sweep> sweeps = els::plan_sweeps(problem);
   std::atomic<std::int64_t> next{0};
-  on_threads(threads, [&](std::atomic<bool>& cancelled) {
+  const std::int64_t tasks = static_cast<std::int64_t>(problem.groups) * problem.batch;
+  on_threads(threads, tasks, [&](std::atomic<bool>& cancelled) {
     with_channels(problem.channels,
                   [&](auto channels) { work<channels>(problem, sweeps, next, cancelled); });
   });
@@ -174,7 +203,7 @@ void given(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Arr
     }
   }
   std::atomic<std::int64_t> next{0};
-  on_threads(threads, [&](std::atomic<bool>& cancelled) {
+  on_threads(threads, batch * pixels, [&](std::atomic<bool>& cancelled) {
     std::vector<double> patch(channels * patch_size * patch_size), sums(patch_size);
     for (;;) {
       const std::int64_t task = next.fetch_add(1);
@@ -184,16 +213,16 @@ void given(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Arr
   });
 }
 
-void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<float> x,
-               Array<double> alpha, Array<double> sigma, int patch_size, bool equivariant,
-               bool circular, bool border_only, int threads, Array<double> maximum,
-               Array<double> mass, Array<double> centre, std::optional<Array<double>> tilt,
-               std::optional<Array<double>> top_logits,
+void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::int64_t> starts,
+               Array<double> x, Array<double> alpha, Array<double> sigma, int patch_size,
+               bool equivariant, bool circular, bool border_only, int threads,
+               Array<double> maximum, Array<double> mass, Array<double> centre,
+               std::optional<Array<double>> tilt, std::optional<Array<double>> top_logits,
                std::optional<Array<std::int64_t>> top_addresses) {
-  if (images.ndim() != 4 || x.ndim() != 4 || members.ndim() != 1 || maximum.ndim() != 4) {
-    throw std::invalid_argument("images and x must have 4 dimensions, members 1, maximum 4");
+  if (images.ndim() != 4 || x.ndim() != 4 || members.ndim() != 1 || starts.ndim() != 1) {
+    throw std::invalid_argument("images and x must have 4 dimensions, members and starts 1");
   }
-  const py::ssize_t groups = maximum.shape(0), batch = x.shape(0), channels = x.shape(1),
+  const py::ssize_t groups = starts.size() - 1, batch = x.shape(0), channels = x.shape(1),
                     height = x.shape(2), width = x.shape(3);
   check_images(images, channels, height, width);
   if (patch_size < 1 || patch_size % 2 == 0 || patch_size > std::min(height, width)) {
@@ -201,10 +230,11 @@ void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<fl
   }
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
   check_members(members, images);
+  check_starts(starts, members);
   els::Problem problem{};
   problem.images = images.data();
   problem.members = members.data();
-  problem.member_count = members.size();
+  problem.starts = starts.data();
   problem.channels = static_cast<int>(channels);
   problem.height = static_cast<int>(height);
   problem.width = static_cast<int>(width);
@@ -277,7 +307,7 @@ void run_scan(const els::Scan& scan, int threads) {
   bounds[0] = 0;
   const auto deal = [&](std::int64_t count, std::int64_t step, const auto& work) {
     std::atomic<std::int64_t> next{0};
-    on_threads(threads, [&](std::atomic<bool>& cancelled) {
+    on_threads(threads, (count + step - 1) / step, [&](std::atomic<bool>& cancelled) {
       for (;;) {
         const std::int64_t first = next.fetch_add(step);
         if (first >= count || cancelled.load()) return;
@@ -291,7 +321,7 @@ void run_scan(const els::Scan& scan, int threads) {
     plan.spend(static_cast<int>(a), static_cast<int>(b));
   });
   std::atomic<std::int64_t> next{0};
-  on_threads(threads, [&](std::atomic<bool>& cancelled) {
+  on_threads(threads, scan.parts, [&](std::atomic<bool>& cancelled) {
     with_channels(scan.channels,
                   [&](auto channels) { scan_channels<channels>(plan, bounds, next, cancelled); });
   });
@@ -329,9 +359,15 @@ void scan(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<std::int64
   scan.ids = constant(ids, {lists}, "ids");
   scan.sizes = constant(sizes, {lists}, "sizes");
   scan.offsets = constant(offsets, {lists}, "offsets");
-  if (scan.offsets[lists - 1] + scan.sizes[lists - 1] != count) {
-    throw std::invalid_argument("the lists' sizes and centres differ");
+  std::int64_t codes_before = 0;
+  for (py::ssize_t list = 0; list < lists; ++list) {
+    if (scan.offsets[list] != codes_before || scan.sizes[list] < 0 ||
+        scan.sizes[list] > count - codes_before) {
+      throw std::invalid_argument("the lists' sizes and offsets differ");
+    }
+    codes_before += scan.sizes[list];
   }
+  if (codes_before != count) throw std::invalid_argument("the lists' sizes and centres differ");
   scan.code_size = static_cast<int>(size);
   scan.centroids = centroids.data();
   scan.norms = constant(norms, {count}, "norms");
@@ -341,7 +377,11 @@ void scan(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<std::int64
   scan.zero = constant(zero, {size}, "zero");
   scan.residual = residual;
   scan.noise = noise ? constant(*noise, {lists}, "noise") : nullptr;
-  scan.allowed = allowed ? allowed->data() : nullptr;
+  if (pixels < 1) throw std::invalid_argument("pixels must be at least 1");
+  if (allowed) {
+    scan.images = allowed->size();
+    scan.allowed = constant(*allowed, {allowed->size()}, "allowed");
+  }
   scan.pixels = pixels;
   scan.y = constant(y, {queries, size}, "y");
   scan.queries = static_cast<int>(queries);
@@ -373,7 +413,7 @@ void work_on_border(const els::BorderPlan& plan, std::atomic<std::int64_t>& next
 void run_border(const els::Border& border, int threads) {
   const els::BorderPlan plan(border);
   std::atomic<std::int64_t> next{0};
-  on_threads(threads, [&](std::atomic<bool>& cancelled) {
+  on_threads(threads, border.groups, [&](std::atomic<bool>& cancelled) {
     with_channels(border.channels,
                   [&](auto channels) { work_on_border<channels>(plan, next, cancelled); });
   });
@@ -394,10 +434,7 @@ void border(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::
     throw std::invalid_argument("patch_size must be odd, 3 to the image's shorter side or 33");
   }
   if (!can_use_tiles()) throw std::invalid_argument("there is no matrix unit");
-  if (groups < 1 || starts.data()[0] != 0 || starts.data()[groups] != members.size() ||
-      !std::is_sorted(starts.data(), starts.data() + groups + 1)) {
-    throw std::invalid_argument("starts must ascend from 0 to the number of members");
-  }
+  check_starts(starts, members);
   check_members(members, images);
   els::Border problem{};
   problem.images = images.data();
@@ -440,12 +477,12 @@ std::vector<std::string> instruction_sets() {
 PYBIND11_MODULE(ELS_MODULE, module) {
   module.attr("LANES") = els::kLanes;
   module.def("posterior", &posterior, py::arg("images").noconvert(), py::arg("members").noconvert(),
-             py::arg("x").noconvert(), py::arg("alpha").noconvert(), py::arg("sigma").noconvert(),
-             py::arg("patch_size"), py::arg("equivariant"), py::arg("circular"),
-             py::arg("border_only"), py::arg("threads"), py::arg("maximum").noconvert(),
-             py::arg("mass").noconvert(), py::arg("centre").noconvert(),
-             py::arg("tilt").noconvert(), py::arg("top_logits").noconvert(),
-             py::arg("top_addresses").noconvert());
+             py::arg("starts").noconvert(), py::arg("x").noconvert(), py::arg("alpha").noconvert(),
+             py::arg("sigma").noconvert(), py::arg("patch_size"), py::arg("equivariant"),
+             py::arg("circular"), py::arg("border_only"), py::arg("threads"),
+             py::arg("maximum").noconvert(), py::arg("mass").noconvert(),
+             py::arg("centre").noconvert(), py::arg("tilt").noconvert(),
+             py::arg("top_logits").noconvert(), py::arg("top_addresses").noconvert());
   module.def("given", &given, py::arg("images").noconvert(), py::arg("x").noconvert(),
              py::arg("alpha").noconvert(), py::arg("sigma").noconvert(), py::arg("patch_size"),
              py::arg("circular"), py::arg("threads"), py::arg("addresses").noconvert(),

@@ -1,4 +1,4 @@
-// Exact local posteriors without ever forming a patch (design, section 3).
+// Exact local posteriors without ever forming a patch.
 //
 // For a fixed displacement d between a query pixel and a training pixel, the distance of their
 // patches is a P x P box filter of the pixelwise squared difference. Lanes are training images.
@@ -9,7 +9,8 @@
 // All distances here are D' = log2(e) / (2 sigma^2) * ||x_patch - alpha * k_patch||^2 - offset, so
 // the logit to base 2 is -(D' + offset). The offset is a bias per pixel of the patch, about what
 // true noise contributes: D' stays near zero, and its rounding small, for the candidates that
-// matter.
+// matter. Where float32 does not know D' well enough all the same, it only chooses candidates, and
+// float64 measures them again: the nearest patch wins however small sigma is.
 #pragma once
 
 #include <algorithm>
@@ -31,6 +32,10 @@ constexpr double kUnit = 1.0 / (1 << 24);  // unit roundoff of float32
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Exponents of what does not count, and of the reference before anything does.
 constexpr float kNever = -1e30f, kNothing = -1e29f;
+constexpr double kNowhere = std::numeric_limits<double>::infinity();
+// Squared distances up to this can be added up in float32, and are below those of lanes without an
+// image.
+constexpr double kFurthest = 1e28;
 
 // Displacements that share the accumulators of a pixel row while it is in registers and L1.
 constexpr int kMostDisplacements = 4;
@@ -41,10 +46,9 @@ struct Problem {
   // Training images, uint8 [*, C, H, W], and the numbers of those whose patches are candidates.
   const std::uint8_t* images;
   const std::int64_t* members;
-  std::int64_t member_count;
   int channels, height, width;
-  // Queries: float32 [B, C, H, W], and per image the signal scale and the noise.
-  const float* x;
+  // Queries: float64 [B, C, H, W], and per image the signal scale and the noise.
+  const double* x;
   const double* alpha;
   const double* sigma;
   int batch;
@@ -52,8 +56,10 @@ struct Problem {
   bool equivariant;  // ELS, or else LS
   bool circular;
   bool border_only;  // with zeros beyond the border: leave out what only the middle needs
-  // Fixed by the input alone, so that results do not depend on the number of threads.
+  // Members starts[g] to starts[g + 1] are group g, which has states of its own. Fixed by the input
+  // alone, so that results do not depend on the number of threads.
   int groups;
+  const std::int64_t* starts;
   // Results, [groups, B, ...]: float64 natural-log states; tilt and top may be null.
   double* maximum;
   double* mass;
@@ -65,7 +71,6 @@ struct Problem {
 
   int radius() const { return patch_size / 2; }
   int pixels() const { return height * width; }
-  std::int64_t blocks() const { return (member_count + kLanes - 1) / kLanes; }
 };
 
 // Displacements (dy + t, dx), t < count, and the query pixels that they serve: columns
@@ -166,7 +171,7 @@ inline std::vector<Sweep> plan_sweeps(const Problem& problem) {
 
 // Candidates of one image, summed over its pixels' heaviest case: bounds what skipping may omit.
 inline double most_candidates(const Problem& problem) {
-  return static_cast<double>(problem.member_count) *
+  return static_cast<double>(problem.starts[problem.groups]) *
          (problem.equivariant ? static_cast<double>(problem.pixels()) : 1.0);
 }
 
@@ -246,6 +251,7 @@ class Worker {
     lanes_.resize(static_cast<std::size_t>(problem.pixels()) * kSums);
     offset_.resize(problem.pixels());
     reference_.resize(problem.pixels());
+    level_.resize(problem.pixels());
     sorted_.resize(problem.pixels());
     refine_beyond_.resize(problem.pixels());
     sums_.resize(static_cast<std::size_t>(problem.pixels()) * kSums);
@@ -253,7 +259,8 @@ class Worker {
 
   void run(int group, int query, const std::atomic<bool>& cancelled) {
     prepare(query);
-    std::fill_n(reference_.data(), problem_.pixels(), kInfinity);
+    std::fill_n(reference_.data(), problem_.pixels(), kNowhere);
+    std::fill_n(level_.data(), problem_.pixels(), kInfinity);
     std::fill_n(sums_.data(), problem_.pixels() * kSums, 0.0);
     std::fill_n(lanes_.data(), problem_.pixels() * kSums, Vec{});
     adapt_limits();
@@ -265,13 +272,11 @@ class Worker {
       std::fill_n(top_distances_, count, std::numeric_limits<double>::infinity());
       std::fill_n(top_addresses_, count, -1);
     }
-    const std::int64_t blocks = problem_.blocks();
-    const std::int64_t begin = blocks * group / problem_.groups;
-    const std::int64_t end = blocks * (group + 1) / problem_.groups;
+    const std::int64_t begin = problem_.starts[group], end = problem_.starts[group + 1];
     std::size_t done = 0;
-    for (std::int64_t block = begin; block < end; ++block) {
-      load(block);
-      if (block == begin) find_references();
+    for (std::int64_t member = begin; member < end; member += kLanes) {
+      load(member, end);
+      if (member == begin) find_references();
       for (const Sweep& sweep : sweeps_) {
         if (cancelled.load(std::memory_order_relaxed)) return;
         run_sweep(sweep);
@@ -299,7 +304,11 @@ class Worker {
     x_ = problem_.x + static_cast<std::size_t>(query) * C * pixels;
     const double sigma = problem_.sigma[query];
     precision_ = kLog2E / (2.0 * sigma * sigma);
-    const double scale = std::sqrt(precision_);
+    double brightest = 0.0;
+    for (int i = 0; i < C * pixels; ++i) brightest = std::max(brightest, std::abs(x_[i]));
+    const double furthest = precision_ * (brightest + alpha_) * (brightest + alpha_) * area() * C;
+    shrink_ = std::min(1.0, kFurthest / furthest);
+    const double scale = std::sqrt(shrink_ * precision_);
     // Centres are read off the scaled images, so alpha = 0 becomes a number too small to matter.
     image_scale_ = std::max(alpha_ * scale, 1e-20 * std::min(scale, 1.0));
     double power = 0.0, largest = image_scale_;
@@ -310,7 +319,7 @@ class Worker {
     }
     largest_ = largest;
     typical_ = std::sqrt(power / (C * pixels));
-    threshold_ = static_cast<float>(22.0 + std::log2(most_candidates(problem_)));
+    threshold_ = static_cast<float>(shrink_ * (22.0 + std::log2(most_candidates(problem_))));
     set_bias(std::min(0.5 * kLog2E * C, power / pixels));
 
     const int rows = wraps_ ? 2 * height : height + 2 * radius_;
@@ -348,14 +357,18 @@ class Worker {
     }
     looking_ = false;
     for (int pixel = 0; pixel < pixels; ++pixel) {
-      reference_[pixel] = min_lane(nearest(pixel));
+      level_[pixel] = min_lane(nearest(pixel));
       nearest(pixel) = Vec{};
+      if (level_[pixel] == kInfinity) continue;
+      reference_[pixel] = (static_cast<double>(level_[pixel]) + offset_[pixel]) / shrink_;
     }
     adapt_bias();
     adapt_limits();
     for (int pixel = 0; pixel < pixels; ++pixel) {
       // A coarse distance may be off by more than a double's exponent: it is no reference.
-      if (std::abs(reference_[pixel]) > refine_beyond_[pixel]) reference_[pixel] = kInfinity;
+      if (!is_coarse(pixel)) continue;
+      reference_[pixel] = kNowhere;
+      level_[pixel] = kInfinity;
     }
   }
 
@@ -375,19 +388,12 @@ class Worker {
   void adapt_bias() {
     constexpr float kClose = 32.0f;
     const int pixels = problem_.pixels();
-    std::copy_n(reference_.data(), pixels, sorted_.data());
+    std::copy_n(level_.data(), pixels, sorted_.data());
     float* const middle = sorted_.data() + pixels / 2;
     std::nth_element(sorted_.data(), middle, sorted_.data() + pixels);
     if (*middle == kInfinity || std::abs(*middle) <= kClose) return;
-    const float old = bias_;
-    set_bias(std::max(0.0, old + *middle / area()));
-    const double change = static_cast<double>(bias_) - old;
-    for (int pixel = 0; pixel < pixels; ++pixel) {
-      if (reference_[pixel] == kInfinity) continue;
-      const double exact = reference_[pixel] - change * inside(pixel);
-      reference_[pixel] = static_cast<float>(exact);
-      rescale(pixel, reference_[pixel] - exact);
-    }
+    set_bias(std::max(0.0, bias_ + *middle / area()));
+    for (int pixel = 0; pixel < pixels; ++pixel) refer_to(pixel, reference_[pixel]);
     if (!problem_.circular) clear_border();
   }
 
@@ -397,6 +403,7 @@ class Worker {
     for (int pixel = 0; pixel < problem_.pixels(); ++pixel) {
       refine_beyond_[pixel] =
           refinement_limit(sums_[static_cast<std::size_t>(pixel) * kSums + kMass]);
+      refer_to(pixel, reference_[pixel]);
     }
   }
 
@@ -418,6 +425,7 @@ class Worker {
   // 2^-24 * (1.2 |D'| + 1.2 * typical * sqrt(D) + P * bias): of its own rounding, of the scaled
   // coordinates, of the partial sums. Among n equal weights it averages out to a sqrt(n)-th part.
   float refinement_limit(double equal_weights) const {
+    if (shrink_ < 1.0) return -1.0f;
     constexpr double kTolerated = 1e-5 / kUnit;
     const double room =
         kTolerated * std::sqrt(std::max(1.0, equal_weights)) - problem_.patch_size * bias_;
@@ -435,10 +443,10 @@ class Worker {
                                        8.0 * largest_ * std::sqrt(total * area() * C)));
   }
 
-  void load(std::int64_t block) {
+  // Members begin.. of a group that ends at `end`.
+  void load(std::int64_t begin, std::int64_t end) {
     const int height = problem_.height, width = problem_.width, pixels = problem_.pixels();
-    const std::int64_t begin = block * kLanes;
-    filled_ = static_cast<int>(std::min<std::int64_t>(kLanes, problem_.member_count - begin));
+    filled_ = static_cast<int>(std::min<std::int64_t>(kLanes, end - begin));
     for (int lane = 0; lane < filled_; ++lane) {
       member_[lane] = problem_.members[begin + lane];
       const std::uint8_t* image =
@@ -753,18 +761,23 @@ class Worker {
       if (pixel == wrap) pixel -= problem_.width;
       Vec nearest = distances[0];
       for (int t = 1; t < kCount; ++t) nearest = min(nearest, distances[t]);
-      const float reference = reference_[pixel];
-      const bool coarse = std::abs(reference) > refine_beyond_[pixel];
-      const float limit = reference + threshold_ + (coarse ? float_slack(reference) : 0.0f);
+      const float before = level_[pixel];
+      bool coarse = is_coarse(pixel);
+      const float limit = before + threshold_ + (coarse ? float_slack(before) : 0.0f);
       if (mask_less(nearest, splat(limit)) == 0) continue;
-      if (!coarse && mask_less(nearest, splat(reference)) != 0) {
-        lower_reference(pixel, min_lane(nearest));
+      if (!coarse && mask_less(nearest, splat(before)) != 0) {
+        const float least = min_lane(nearest);
+        coarse = std::abs(least) > refine_beyond_[pixel];
+        if (!coarse) {
+          refer_to(pixel, static_cast<double>(least) + offset_[pixel]);
+          coarse = is_coarse(pixel);
+        }
       }
-      if (std::abs(reference_[pixel]) > refine_beyond_[pixel]) {
+      if (coarse) {
         accumulate_refined<kStride>(sweep, row, column, begin, begin + kCount, pixel);
         continue;
       }
-      const Vec level = splat(reference_[pixel]);
+      const Vec level = splat(level_[pixel]);
       Vec* const sums = lanes_.data() + static_cast<std::size_t>(pixel) * kSums;
       Vec mass = sums[kMass], tilt = kTilted ? sums[kTilt] : Vec{};
       Vec centre[C];
@@ -783,10 +796,17 @@ class Worker {
     }
   }
 
-  void lower_reference(int pixel, float reference) {
-    const float old = reference_[pixel];
+  bool is_coarse(int pixel) const { return std::abs(level_[pixel]) > refine_beyond_[pixel]; }
+
+  // Makes a pixel's sums relative to a whole distance. `level` is the same distance as a D'; where
+  // float32 sums are relative to it, it is the reference exactly.
+  void refer_to(int pixel, double reference) {
+    const double old = reference_[pixel];
+    if (reference == kNowhere) return;
+    level_[pixel] = static_cast<float>(shrink_ * reference - offset_[pixel]);
+    if (!is_coarse(pixel)) reference = static_cast<double>(level_[pixel]) + offset_[pixel];
     reference_[pixel] = reference;
-    if (old != kInfinity) rescale(pixel, static_cast<double>(reference) - old);
+    if (old != kNowhere && old != reference) rescale(pixel, reference - old);
   }
 
   // Moves a pixel's sums to a reference distance that is further by `shift`.
@@ -796,6 +816,7 @@ class Worker {
     if (scale < 0.5) refine_beyond_[pixel] = refinement_limit(1.0);
     Vec* lanes = lanes_.data() + static_cast<std::size_t>(pixel) * kSums;
     double* sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
+    if (scale == 0.0) shift = 0.0;  // nothing is left, and the shift may be beyond float32
     lanes[kTilt] += static_cast<float>(shift) * lanes[kMass];
     sums[kTilt] += shift * sums[kMass];
     for (int i = 0; i < kSums; ++i) {
@@ -810,7 +831,7 @@ class Worker {
     double* const sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
     for (int t = begin; t < end; ++t) {
       const Vec distances = distances_[column * kStride + t];
-      const float limit = reference_[pixel] + threshold_ + float_slack(reference_[pixel]);
+      const float limit = level_[pixel] + threshold_ + float_slack(level_[pixel]);
       const std::uint32_t mask = mask_less(distances, splat(limit));
       if (mask == 0) continue;
       const int v = sweep.column_begin + column;
@@ -818,14 +839,16 @@ class Worker {
       exact_distances(row, v, sweep.dy + t, sweep.dx, exact);
       for (int lane = 0; lane < filled_; ++lane) {
         if ((mask >> lane & 1) == 0) continue;
-        const double distance = exact[lane] - offset_[pixel];
-        if (distance < reference_[pixel]) lower_reference(pixel, static_cast<float>(distance));
-        const double exponent = static_cast<double>(reference_[pixel]) - distance;
+        if (exact[lane] < reference_[pixel]) refer_to(pixel, exact[lane]);
+        const double exponent = reference_[pixel] - exact[lane];
         const double weight = std::exp2(exponent);
+        if (weight == 0.0) continue;
         sums[kMass] += weight;
         sums[kTilt] += weight * exponent;
-        const Vec* k = image_row(row + sweep.dy + t) + (v + sweep.dx + image_pad_x_) * C;
-        for (int c = 0; c < C; ++c) sums[kCentre + c] += weight * static_cast<double>(k[c][lane]);
+        const std::uint8_t* const centre = image_bytes(row + sweep.dy + t, v + sweep.dx) + lane;
+        for (int c = 0; c < C; ++c) {
+          sums[kCentre + c] += weight * image_scale_ * (centre[c * kLanes] / 127.5 - 1.0);
+        }
       }
     }
   }
@@ -840,12 +863,10 @@ class Worker {
       const int query_y = wrapped(y, height), image_y = wrapped(y + dy, height);
       for (int v = column - r; v <= column + r; ++v) {
         if (!problem_.circular && (v < 0 || v >= width)) continue;
-        const float* x = x_ + query_y * width + wrapped(v, width);
-        const std::uint8_t* bytes =
-            bytes_.data() +
-            static_cast<std::size_t>(image_y * width + wrapped(v + dx, width)) * C * kLanes;
+        const double* x = x_ + query_y * width + wrapped(v, width);
+        const std::uint8_t* bytes = image_bytes(image_y, wrapped(v + dx, width));
         for (int c = 0; c < C; ++c) {
-          const double shifted = static_cast<double>(x[c * problem_.pixels()]) + alpha_;
+          const double shifted = x[c * problem_.pixels()] + alpha_;
           for (int lane = 0; lane < kLanes; ++lane) {
             const double difference = shifted - scale * bytes[c * kLanes + lane];
             sums[lane] += difference * difference;
@@ -854,6 +875,11 @@ class Worker {
       }
     }
     for (int lane = 0; lane < kLanes; ++lane) distances[lane] = precision_ * sums[lane];
+  }
+
+  // The pixel of every image of the block, [C][lane].
+  const std::uint8_t* image_bytes(int y, int v) const {
+    return bytes_.data() + static_cast<std::size_t>(y * problem_.width + v) * C * kLanes;
   }
 
   static int wrapped(int coordinate, int length) {
@@ -871,7 +897,7 @@ class Worker {
       TopList list(problem_.top, top_distances_ + pixel * problem_.top,
                    top_addresses_ + pixel * problem_.top);
       for (int t = begin; t < end; ++t) {
-        const float worst = static_cast<float>(list.worst() - offset_[pixel]);
+        const float worst = static_cast<float>(shrink_ * list.worst() - offset_[pixel]);
         const Vec limit = splat(worst == kInfinity ? worst : worst + float_slack(worst));
         const std::uint32_t mask = mask_less(distances_[column * kStride + t], limit);
         if (mask == 0) continue;
@@ -900,7 +926,7 @@ class Worker {
     for (int pixel = 0; pixel < pixels; ++pixel) {
       const double* sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
       const std::size_t out = slot * pixels + pixel;
-      problem_.maximum[out] = -kLn2 * (static_cast<double>(reference_[pixel]) + offset_[pixel]);
+      problem_.maximum[out] = -kLn2 * reference_[pixel];
       problem_.mass[out] = sums[kMass];
       if (problem_.tilt != nullptr) problem_.tilt[out] = kLn2 * sums[kTilt];
       for (int c = 0; c < C; ++c) {
@@ -921,11 +947,13 @@ class Worker {
   int image_pad_y_, image_pad_x_, image_stride_, window_stride_;
 
   // The query of this task.
-  const float* x_ = nullptr;
+  const double* x_ = nullptr;
   double alpha_ = 0.0, precision_ = 0.0, image_scale_ = 0.0, largest_ = 0.0, typical_ = 0.0;
+  // Times the whole distances, so that float32 holds them; 1 but for astronomical ones.
+  double shrink_ = 1.0;
   float bias_ = 0.0f, threshold_ = 0.0f;
   Buffer<float> query_;    // scaled, padded, [rows][columns][C]
-  Buffer<double> offset_;  // [H][W]: D' + offset is the whole distance
+  Buffer<double> offset_;  // [H][W]: D' + offset is the whole distance, shrunk
 
   // The block of images in hand.
   int filled_ = 0;
@@ -942,10 +970,12 @@ class Worker {
 
   bool looking_ = false;
 
-  // The state of every pixel: lanes in float32, emptied into float64 sums.
+  // The state of every pixel: lanes in float32, emptied into float64 sums, both relative to a
+  // whole distance.
   Buffer<Vec> lanes_;
-  Buffer<float> reference_, sorted_;
-  Buffer<float> refine_beyond_;  // see refinement_limit
+  Buffer<double> reference_;
+  Buffer<float> level_, sorted_;  // the reference as a D'
+  Buffer<float> refine_beyond_;   // see refinement_limit
   Buffer<double> sums_;
   double* top_distances_ = nullptr;
   std::int64_t* top_addresses_ = nullptr;
