@@ -6,7 +6,8 @@ can outweigh the whole posterior, and float32 would be only 1.3 to 1.7 times fas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from itertools import product
 from typing import NamedTuple, final
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from els.engine.blocks import blocks, in_order
+from els.engine.blocks import blocks, merged_in_order
 from els.engine.posterior import (
     Boundary,
     Kind,
@@ -25,8 +26,9 @@ from els.engine.posterior import (
     PosteriorState,
     best,
     empty,
-    merge_all,
+    merge,
     merge_into,
+    moved,
     state_of,
 )
 from els.engine.whole_image import equivariant_state, ideal_state
@@ -55,8 +57,10 @@ class TorchBackend:
             ) from error
         self.device = torch.device(device)
         self.name = f"torch ({self.device})"
+        self.threads = torch.get_num_threads()
         self.workers = 1
 
+    @torch.no_grad()
     def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
         """See :class:`els.engine.backends.Backend`."""
         match query.kind:
@@ -66,6 +70,18 @@ class TorchBackend:
                 return equivariant_state(images, query)
         return _local_state(images, query)
 
+    def states(
+        self,
+        images: npt.NDArray[np.uint8],
+        query: PosteriorQuery,
+        groups: Sequence[npt.NDArray[np.int64]],
+    ) -> list[PosteriorState]:
+        """See :class:`els.engine.backends.Backend`."""
+        return [
+            moved(self.state(images, replace(query, members=members)), "cpu") for members in groups
+        ]
+
+    @torch.no_grad()
     def given(
         self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
     ) -> tuple[PosteriorState, Tensor]:
@@ -97,7 +113,7 @@ class _Alignment(NamedTuple):
 
 
 def _alignments(kind: Kind, boundary: Boundary, length: int, patch_size: int) -> list[_Alignment]:
-    """Each pair of a query coordinate and one of its candidates, exactly once (design, 1)."""
+    """Each pair of a query coordinate and one of its candidates, exactly once."""
     same = _Alignment(0, 0, length)
     if kind == "LS":
         return [same]
@@ -119,18 +135,20 @@ def _alignments(kind: Kind, boundary: Boundary, length: int, patch_size: int) ->
 
 def _local_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
     """The state of an LS or ELS machine."""
+    if len(query.members) == 0:
+        return empty(query)
     _, channels, height, width = query.x.shape
     radius = query.patch_size // 2
     planes = 4 * channels + 6 + (8 if query.top else 0)
     count = _BLOCK_BYTES // (8 * planes * (height + 2 * radius) * (width + 2 * radius))
     block_state = partial(_members_state, images, query)
-    return merge_all(in_order(block_state, blocks(query.members, count), query.x.device))
+    return merged_in_order(block_state, blocks(query.members, count), merge, query.x.device)
 
 
 def _members_state(
     images: npt.NDArray[np.uint8], query: PosteriorQuery, members: npt.NDArray[np.int64]
-) -> PosteriorState:
-    """The same over a block of the query's members."""
+) -> Iterator[PosteriorState]:
+    """The same over a block of the query's members, with one more alignment each time."""
     total = empty(query)
     batch = len(query.x)
     radius = query.patch_size // 2
@@ -145,7 +163,7 @@ def _members_state(
             distances = _patch_distances(x[image], training, rows, columns, query.patch_size)
             part = _block_state(query, -0.5 * precision * distances, clean, numbers, rows, columns)
             merge_into(total, part, slice(image, image + 1), rows.queries(), columns.queries())
-    return total
+            yield total
 
 
 def _given(

@@ -1,15 +1,17 @@
 """IS and ES posteriors: whole images, compared by matrix products and FFTs in float64.
 
 A clean pixel is an integer over 255, so a correlation with it is exact once the other factor is
-written as two fixed-point halves: the sums are integers that a double holds. Hence duplicates tie
-exactly, and the rest of the batch does not show in the bits. Nor does the number of threads: a
-block of images has one thread, and blocks are merged in order.
+written as two fixed-point halves: the sums are integers that a double holds, in any order and with
+any BLAS. Hence the logits of duplicates are equal, and the rest of the batch does not change any
+bit. Neither does the number of threads: one thread computes a block of images, and blocks are
+merged in order. Results of different processors or builds of torch agree to rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,14 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.blocks import blocks, in_order
+from els.engine.blocks import blocks, merged_in_order
 from els.engine.posterior import (
     PosteriorQuery,
     PosteriorState,
     TopPatches,
     best,
+    empty,
     merge,
-    merge_all,
     stack,
 )
 
@@ -43,11 +45,13 @@ def ideal_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> Posteri
         images: the whole database, uint8 ``[N, C, H, W]``.
         query: what to compute, on any device with float64.
     """
+    if len(query.members) == 0:
+        return empty(query)
     height, width = query.x.shape[2:]
     x = query.x.to(torch.float64).flatten(1)
     count = min(_MOST_IMAGES, _BLOCK_BYTES // (16 * x.shape[1]))
     block_state = partial(_ideal_block, images, query, x, _energy(x))
-    state = merge_all(in_order(block_state, blocks(query.members, count), x.device))
+    state = merged_in_order(block_state, blocks(query.members, count), merge, x.device)
     if state.top is not None:
         # Every pixel's candidates are the same pixel of the heaviest images.
         pixel = torch.arange(height * width, device=x.device).reshape(height, width, 1)
@@ -69,12 +73,18 @@ def equivariant_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> P
         images: the whole database, uint8 ``[N, C, H, W]``.
         query: what to compute, on any device with float64.
     """
+    if len(query.members) == 0:
+        return empty(query)
     x = query.x.to(torch.float64)
     noisy = _noisy_spectra(x)
     count = _BLOCK_BYTES // (8 * (5 * x.shape[1] + 8) * x.shape[2] * x.shape[3])
     block_states = partial(_equivariant_block, images, query, noisy)
-    parts = in_order(block_states, blocks(query.members, count), x.device)
-    states = reduce(lambda first, second: list(map(merge, first, second)), parts)
+    states = merged_in_order(
+        block_states,
+        blocks(query.members, count),
+        lambda first, second: list(map(merge, first, second)),
+        x.device,
+    )
     return _everywhere(stack(states), *x.shape[2:])
 
 
@@ -84,8 +94,8 @@ def _ideal_block(
     x: Tensor,
     energy: Tensor,
     members: npt.NDArray[np.int64],
-) -> PosteriorState:
-    """The state of noisy images ``x`` ``[B, C * H * W]`` over ``images[members]``.
+) -> Iterator[PosteriorState]:
+    """The state of noisy images ``x`` ``[B, C * H * W]`` over ``images[members]``, in one piece.
 
     All pixels share maximum, mass, tilt and top, ``[B, 1, 1]``, whose addresses are image numbers.
     """
@@ -105,7 +115,7 @@ def _ideal_block(
     if query.top:
         numbers = torch.tensor(members, device=x.device).expand(logits.shape)
         top = best(logits[:, None, None], numbers[:, None, None], query.top)
-    return PosteriorState(
+    yield PosteriorState(
         maximum=maximum.unsqueeze(2),
         mass=_exact_product(weights, ones).unsqueeze(2),
         centre=_exact_product(weights, pixels).reshape(query.x.shape) / 255,
@@ -145,14 +155,14 @@ def _equivariant_block(
     query: PosteriorQuery,
     noisy: _NoisySpectra,
     members: npt.NDArray[np.int64],
-) -> list[PosteriorState]:
-    """The state of each noisy image over all shifts of ``images[members]``."""
+) -> Iterator[list[PosteriorState]]:
+    """The states of the noisy images over all shifts of ``images[members]``, one more each time."""
     device = query.x.device
     pixels = _integers(images, members, device)
     spectrum = torch.fft.rfft2(pixels)
     norms = _norms(pixels.flatten(1)).reshape(-1, 1, 1)
     numbers = torch.tensor(members, device=device)
-    states = []
+    states: list[PosteriorState] = []
     for image in range(query.x.shape[0]):
         correlated = noisy.halves[image].conj().unsqueeze(1) * spectrum
         high, low = torch.fft.irfft2(correlated.sum(2), s=pixels.shape[2:]).round()
@@ -164,7 +174,7 @@ def _equivariant_block(
             query.sigma[image].to(device),
         )
         states.append(_equivariant_image(query, logits, spectrum, numbers))
-    return states
+        yield states
 
 
 def _equivariant_image(
