@@ -799,8 +799,9 @@ class Worker {
   bool is_coarse(int pixel) const { return std::abs(level_[pixel]) > refine_beyond_[pixel]; }
 
   // Makes a pixel's sums relative to a whole distance. `level` is the same distance as a D'; where
-  // float32 sums are relative to it, it is the reference exactly.
-  void refer_to(int pixel, double reference) {
+  // float32 sums are relative to it, it is the reference exactly. Inlined, it would take registers
+  // from the loop that hardly ever calls it.
+  [[gnu::noinline]] void refer_to(int pixel, double reference) {
     const double old = reference_[pixel];
     if (reference == kNowhere) return;
     level_[pixel] = static_cast<float>(shrink_ * reference - offset_[pixel]);
