@@ -19,6 +19,8 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "posterior.h"
@@ -47,8 +49,9 @@ struct Scan {
   const float* unit;
   const float* zero;
   bool residual;
-  // Which images are candidates, by id / pixels; null for all.
+  // Which of so many images are candidates, by id / pixels; null for all.
   const std::uint8_t* allowed;
+  std::int64_t images;
   std::int64_t pixels;
   // Queries float32 [Q, code_size].
   const float* y;
@@ -714,6 +717,10 @@ class Scanner {
     std::int64_t id;
     std::memcpy(&id, reinterpret_cast<const char*>(scan_.ids[list_]) + row * sizeof(id),
                 sizeof(id));
+    if (id < 0 || id / scan_.pixels >= scan_.images) {
+      throw std::out_of_range("a list names a patch at " + std::to_string(id) +
+                              ", where none is");
+    }
     return scan_.allowed[id / scan_.pixels] != 0;
   }
 
