@@ -23,7 +23,14 @@ from rich.live import Live
 from rich.progress import TaskID, TextColumn
 from rich.table import Table
 
-from els.engine.console import BoundaryOption, ScheduleOption, print_table, progress_bar, reported
+from els.engine.console import (
+    BoundaryOption,
+    ScheduleOption,
+    prepare_streams,
+    print_table,
+    progress_bar,
+    reported,
+)
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
@@ -63,6 +70,7 @@ class _Backend(StrEnum):
 
 def main() -> None:
     """Run the command line; the console entry point ``els``."""
+    prepare_streams()
     command_line()()
 
 
@@ -90,8 +98,9 @@ def build(
     source: Annotated[
         str,
         typer.Argument(
-            help="A folder or zip of pictures (class subfolders become labels), an .npz, .npy or "
-            "idx file, hf:NAME, or embedded:fashion-mnist."
+            help="A folder or zip of pictures (labels from dataset.json, metadata.csv or "
+            "metadata.jsonl, or from class subfolders), an .npz, .npy or idx file, hf:NAME, or "
+            "embedded:fashion-mnist."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The database folder to make.")],
@@ -274,11 +283,15 @@ def sample(
     On many cores, GPUs or machines: torchrun --nproc-per-node=2 -m els.engine sample db ...
     """
     from els.engine import ScoreMachine
+    from els.engine.devices import device_named
     from els.engine.distributed import local_device, process_mesh
     from els.engine.runs import sample_run
     from els.engine.schedule import schedule_named
     from els.index import PatchDatabase
 
+    if device is not None:
+        device_named(device)
+    patch_sizes = None if sizes is None else _patch_sizes(sizes)
     db = PatchDatabase.open(database)
     with process_mesh(database_shards) as mesh:
         if device is None and backend in (_Backend.AUTO, _Backend.TRITON):
@@ -303,7 +316,7 @@ def sample(
                 output,
                 n=n,
                 steps=steps,
-                patch_sizes=None if sizes is None else _patch_sizes(sizes),
+                patch_sizes=patch_sizes,
                 seed=seed,
                 schedule=schedule_named(schedule.value),
                 eta=eta,
@@ -450,7 +463,8 @@ def bench(
     db = PatchDatabase.open(database)
     levels = _noise_levels(noise)
     allowed = _bytes(memory)
-    if samples and sizes is None:
+    patch_sizes = None if sizes is None else _patch_sizes(sizes)
+    if samples and patch_sizes is None:
         raise ValueError("--samples needs --sizes: the patch sizes to draw them with")
     if queries is None:
         clean = held_out(db, n, seed)
@@ -474,11 +488,11 @@ def bench(
         )
     )
     drawn = None
-    if samples and sizes is not None:
+    if samples and patch_sizes is not None:
         typer.echo(f"{samples} whole samples, exact and to {tolerance:g}", err=True)
         drawn = compare_samples(
             db,
-            _patch_sizes(sizes),
+            patch_sizes,
             n=samples,
             boundary=boundary.value,
             tolerance=tolerance,
@@ -569,13 +583,24 @@ def explain(
 def _patch_sizes(text: str) -> str | int | list[int]:
     """What ``--sizes`` means: a table's name, one size, or a list, written out or in a file."""
     if text.endswith(".json"):
-        listed = json.loads(Path(text).read_bytes())
+        from els.index.manifests import read_json
+
+        try:
+            listed = read_json(text)
+        except FileNotFoundError:
+            raise ValueError(
+                f"--sizes {text} is not there; els calibrate makes one, or write a JSON list of "
+                "sizes, such as [3, 3, 5]"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"--sizes {text}: {error}") from None
         if isinstance(listed, dict) and listed.get("format") == "els-sizes":
             listed = listed.get("sizes")
-        if not isinstance(listed, list):
+        # JSON's true and 3.0 are no integers, though they equal some.
+        if not isinstance(listed, list) or not all(type(size) is int for size in listed):
             raise ValueError(
-                f"{text} must hold a JSON list of sizes, such as [3, 3, 5], or come from els "
-                "calibrate"
+                f"--sizes {text} must hold a JSON list of integers, such as [3, 3, 5], or come "
+                "from els calibrate"
             )
         return listed
     try:

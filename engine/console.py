@@ -1,14 +1,16 @@
-"""What the commands of ``els`` share: choices, errors as one message, tables, progress bars."""
+"""What the commands of ``els`` share: streams, choices, errors as one message, tables, bars."""
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from functools import wraps
-from typing import ParamSpec
+from typing import ParamSpec, get_type_hints
 
 import typer
 from rich.console import Console
@@ -21,8 +23,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from typer.models import OptionInfo
 
 _Arguments = ParamSpec("_Arguments")
+
+# An argument of the library that has another name on the command line.
+_SIZES = "patch_sizes"
 
 
 class BoundaryOption(StrEnum):
@@ -40,6 +46,26 @@ class ScheduleOption(StrEnum):
     EXPONENTIAL = "exponential"
 
 
+def prepare_streams() -> None:
+    """Makes standard output and error take everything, also where they are closed.
+
+    What their encoding lacks is written as an escape sequence.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Else the next file that is opened would get the number, and what is printed.
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(nowhere, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
     """Turns expected failures into one message and an exit code."""
 
@@ -52,8 +78,13 @@ def reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
         except KeyboardInterrupt as interruption:
             _fail("stopped", interruption)
             raise typer.Exit(130) from None
-        except (ValueError, RuntimeError, OSError) as error:
-            _fail(f"error: {error}", error)
+        except BrokenPipeError:
+            _discard_output()
+            raise typer.Exit(1) from None
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+            given = " ".join(map(str, kwargs.values()))
+            _fail(f"error: {_in_options(_described(error), command, given)}", error)
+            _discard_output()
             raise typer.Exit(1) from None
 
     return run
@@ -83,10 +114,74 @@ def progress_bar(unit: str, *extra: TextColumn) -> Iterator[Progress]:
         yield progress
 
 
+def _described(error: Exception) -> str:
+    """An error in words."""
+    match error:
+        case MemoryError():
+            return f"not enough memory; free some, or ask for less at once. {error}".rstrip(". ")
+        # As open and rename raise it: a number, a reason and a path.
+        case OSError(filename=str() | bytes() | os.PathLike() as path, strerror=str() as reason):
+            return f"{os.fsdecode(path)}: {reason}"
+        case OSError(strerror=str() as reason):
+            return reason
+        case _:
+            return str(error) or type(error).__name__
+
+
+def _in_options(message: str, command: Callable[..., None], given: str) -> str:
+    """A message of the library, with the command's options in place of the library's arguments.
+
+    Args:
+        message: names arguments as ``steps=3`` or, where they have an underscore, ``shard_size``.
+        command: whose options they are.
+        given: the values of the command's own arguments, in which nothing is replaced.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    for argument, hint in hints.items():
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                # Typer takes the first declaration of an Annotated option for a default.
+                declared = [
+                    name
+                    for name in (info.default, *(info.param_decls or ()))
+                    if isinstance(name, str) and name.startswith("-")
+                ]
+                option = max(declared, key=len, default="--" + argument.replace("_", "-"))
+                is_sizes = argument == "sizes" and _SIZES not in hints
+                for name in (argument, _SIZES) if is_sizes else (argument,):
+                    message = _renamed(message, name, option, given)
+    return message
+
+
+def _renamed(message: str, name: str, option: str, given: str) -> str:
+    # A word without an underscore may be just that word.
+    value = r"(=True\b|=|\b)" if "_" in name else r"(=True\b|=)"
+    if re.search(rf"\b{name}{value}", given):
+        return message
+    return re.sub(
+        rf"(?<![\w/-]){name}{value}",
+        lambda found: option + " " * (found[1] == "="),
+        message,
+    )
+
+
+def _discard_output() -> None:
+    """Gives up streams that cannot be written to: a pipe without a reader, a full disk."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # Python flushes once more when it ends.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _fail(message: str, error: BaseException) -> None:
     if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
         message = f"[rank {os.environ['RANK']}] {message}"
-    typer.echo("\n".join([message, *getattr(error, "__notes__", [])]), err=True)
+    # Whoever read the messages may have left, too.
+    with suppress(BrokenPipeError):
+        typer.echo("\n".join([message, *getattr(error, "__notes__", [])]), err=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         # torchrun's summary then shows this error in place of an exit code.
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

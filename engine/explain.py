@@ -16,7 +16,7 @@ from els.engine.machines import MAX_TOP, ScoreMachine
 from els.engine.posterior import Boundary, Kind, LocalPosterior
 from els.engine.runs import RunError, RunFolder, RunSettings, read_settings
 from els.engine.sampler import SamplePlan, StepState, sample_plan
-from els.index import PatchDatabase
+from els.index import DatabaseError, PatchDatabase
 
 DEFAULT_TOP = 16
 DEFAULT_WALK_TOP = 6
@@ -341,7 +341,14 @@ def _reopened(
     """The machine of a run, its settings, and the sample that is to be explained."""
     settings = read_settings(folder)
     stored = RunFolder(Path(folder)).load(index)
-    db = PatchDatabase.open(settings.database if database is None else database)
+    try:
+        db = PatchDatabase.open(settings.database if database is None else database)
+    except DatabaseError as error:
+        if database is not None:
+            raise
+        raise DatabaseError(
+            f"{error}; if the run's database was moved, say where it is now with database=PATH"
+        ) from error
     if db.content_hash != settings.content_hash:
         raise RunError(
             f"{db.path} is not the database of {folder}: its content hash is {db.content_hash}, "

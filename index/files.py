@@ -256,7 +256,7 @@ def _create(path: Path, *, folder: bool) -> tuple[Path, int]:
     if not path.parent.is_dir():
         raise FileNotFoundError(
             errno.ENOENT,
-            f"{path.parent} is not a folder that is there; make it, or choose another path",
+            "its folder is not there; make the folder, or choose another path",
             str(path),
         )
     while True:

@@ -1,9 +1,38 @@
-"""What the manifests of databases and indices have in common: a seal against damage."""
+"""What manifests have in common: how they are read, and a seal against damage."""
 
 import hashlib
 import json
+import os
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+MOST_JSON_BYTES = 1 << 26
+"""Most bytes of a JSON file that is read: 64 MB, more than the names of a million classes take."""
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds, in bounded time and memory.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no regular file, too large, or not JSON; without the path.
+        OSError: if it cannot be read.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a file")
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > MOST_JSON_BYTES:
+            raise ValueError(f"its {size:,} bytes are more than the {MOST_JSON_BYTES:,} allowed")
+        text = stream.read()
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:

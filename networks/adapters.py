@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
+import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from els.engine.devices import device_named
 from els.engine.schedule import Cosine, Linear, Schedule
 from els.index import PatchDatabase
+from els.index.manifests import read_json
 from els.networks.architecture import Padding
-from els.networks.folders import EMBEDDED, NetworkError, network_folder
-from els.networks.training import device_named, load
+from els.networks.folders import EMBEDDED, NetworkError, network_folder, tensor_shapes
+from els.networks.training import load
 from els.networks.unet import unet2d_model
 
 _MANIFEST, _DIFFUSERS = "network.json", "config.json"
@@ -53,11 +57,15 @@ class Network:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the weights: names the network in results."""
+        """SHA-256 (hex) of the weights: names the network in results.
+
+        Of what ``get_extra_state`` adds, tensors and plain values count, and of anything else its
+        type alone.
+        """
         digest = hashlib.sha256()
         for name, value in self.module.state_dict().items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            for part in _parts(name, value):
+                digest.update(part)
         return digest.hexdigest()
 
     @classmethod
@@ -70,10 +78,56 @@ class Network:
             module: see the class.
             schedule: the noise that t stands for; the paper's cosine if None.
             num_classes: of a class-conditional network.
+
+        Raises:
+            TypeError: for what is no module.
         """
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"module must be a torch.nn.Module with (t, x, label) -> epsilon, got "
+                f"{_kind_of(module)}"
+            )
         name = f"{type(module).__module__}.{type(module).__qualname__}"
         module = module.eval().requires_grad_(False)
         return cls(module, schedule or Cosine(), num_classes, None, None, {"module": name})
+
+
+def _parts(name: str, value: object) -> Iterator[bytes]:
+    """What a value of a state contributes to its fingerprint; the same in every process."""
+    match value:
+        case Tensor():
+            yield f"{name} {value.dtype} {tuple(value.shape)}\n".encode()
+            plain = value.detach().cpu()
+            if plain.layout != torch.strided:
+                plain = plain.to_dense()
+            elif plain.is_quantized:
+                plain = plain.int_repr()
+            yield plain.reshape(-1).resolve_conj().resolve_neg().view(torch.uint8).numpy().tobytes()
+        case dict():
+            for key in sorted(value, key=repr):
+                yield from _parts(f"{name}[{key!r}]", value[key])
+        case list() | tuple():
+            for place, item in enumerate(value):
+                yield from _parts(f"{name}[{place}]", item)
+        case None | bool() | int() | float() | complex() | str() | bytes():
+            yield f"{name} {value!r}\n".encode("utf-8", "surrogatepass")
+        case _:
+            yield f"{name} {type(value).__module__}.{type(value).__qualname__}\n".encode()
+
+
+def _kind_of(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+@contextmanager
+def _foreign(what: str, remedy: str) -> Iterator[None]:
+    """Around code that is not ours: whatever it raises is one message, with the error as cause."""
+    try:
+        yield
+    # A module that is a script may end the program when it is imported.
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())
+        raise NetworkError(f"{what}: {type(error).__name__}: {reason}; {remedy}") from error
 
 
 def open_network(name: str | Path) -> Network:
@@ -149,7 +203,8 @@ class NetworkDenoiser:
 
         Raises:
             ValueError: for an alpha or a sigma that is not above 0, labels that are missing or not
-                wanted, or an answer of the wrong shape.
+                wanted, or an answer that is not the noise.
+            NetworkError: if the network fails.
         """
         alpha, sigma = float(alpha), float(sigma)
         if not (alpha > 0 and sigma > 0):
@@ -166,16 +221,40 @@ class NetworkDenoiser:
         label = None
         if labels is not None:
             label = torch.as_tensor(labels).expand(len(x)).to(self.device)
-        with torch.inference_mode():
+        with (
+            torch.inference_mode(),
+            _foreign(
+                "the network fails",
+                f"it is called with (t, x, label): {tuple(times.shape)}, {tuple(x.shape)}, "
+                f"{'None' if label is None else tuple(label.shape)}",
+            ),
+        ):
             epsilon = self.network.module(times, x.float() / scale, label)
-        if epsilon.shape != x.shape:
-            raise ValueError(
-                f"the network answers {tuple(epsilon.shape)} to images {tuple(x.shape)}; it must "
-                "answer the noise, of the same shape"
-            )
+        _require_noise(epsilon, x, t)
         # In float64, as the sampler's own trajectory: x and sigma * epsilon cancel where t is high.
         mean = (x.cpu().double() - sigma * epsilon.cpu().double()) / alpha
         return NetworkAnswer(mean.clamp(-1, 1) if self.clip else mean)
+
+
+def _require_noise(answer: object, x: Tensor, t: float) -> None:
+    """Refuses what a network must not answer."""
+    if not isinstance(answer, Tensor):
+        raise ValueError(
+            f"the network answers {_kind_of(answer)}, not a tensor; wrap it in a module that "
+            "returns the noise alone"
+        )
+    if answer.shape != x.shape:
+        raise ValueError(
+            f"the network answers {tuple(answer.shape)} to images {tuple(x.shape)}; it must "
+            "answer the noise, of the same shape"
+        )
+    if not answer.is_floating_point():
+        raise ValueError(f"the network answers {answer.dtype}; it must answer floating numbers")
+    if not bool(answer.isfinite().all()):
+        raise ValueError(
+            f"the network answers numbers that are not finite at t={t:g}; its weights are damaged, "
+            "or it computes with too few bits"
+        )
 
 
 @dataclass(frozen=True)
@@ -235,7 +314,7 @@ def _trained(name: str) -> Network:
         module.config.noise,
         module.config.num_classes,
         module.config.padding,
-        manifest["data"]["content_hash"],
+        manifest["data"].get("content_hash"),
         description,
     )
 
@@ -248,7 +327,7 @@ def _diffusers(path: Path) -> Network:
     """
     is_pipeline = (path / "unet" / _DIFFUSERS).exists()
     folder = path / "unet" if is_pipeline else path
-    config = json.loads((folder / _DIFFUSERS).read_bytes())
+    config = _described(folder / _DIFFUSERS)
     if config.get("_class_name") != "UNet2DModel":
         raise NetworkError(
             f"{folder} holds a {config.get('_class_name')}, not a UNet2DModel; write a function "
@@ -258,12 +337,14 @@ def _diffusers(path: Path) -> Network:
     from diffusers import DDPMScheduler
 
     tables: Any = DDPMScheduler
-    unet = model.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    _require_size(model, config, folder)
     scheduler_file = path / ("scheduler" if is_pipeline else "") / "scheduler_config.json"
-    described = json.loads(scheduler_file.read_bytes()) if scheduler_file.exists() else {}
-    scheduler = tables.from_config(described)
-    bars = scheduler.alphas_cumprod.double()
-    ratios = ((1 - bars) / bars).sqrt()
+    described = _described(scheduler_file) if scheduler_file.exists() else {}
+    with _foreign(f"{path} cannot be opened", "it must hold what diffusers' save_pretrained wrote"):
+        unet = model.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        scheduler = tables.from_config(described)
+        bars = scheduler.alphas_cumprod.double()
+        ratios = ((1 - bars) / bars).sqrt()
     used = scheduler.config
     schedule: Schedule = Cosine()
     if used["beta_schedule"] == "linear":
@@ -280,19 +361,56 @@ def _diffusers(path: Path) -> Network:
     )
 
 
+def _described(path: Path) -> dict[str, Any]:
+    """What a JSON file of diffusers says."""
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise NetworkError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise NetworkError(f"{path} is damaged: it is no JSON object")
+    return content
+
+
+def _require_size(model: Any, config: dict[str, Any], folder: Path) -> None:
+    """Refuses a config of a model larger than its weights, before anything of its size is made.
+
+    Raises:
+        NetworkError: it is, or the weights are missing or damaged.
+    """
+    # Of one file or of shards. Names are not compared: diffusers knows those of older versions.
+    files = sorted(folder.glob("*.safetensors"))
+    shapes = [shape for file in files for shape in tensor_shapes(file).values()]
+    there = sum(math.prod(shape) for shape in shapes)
+    blocks, layers = config.get("block_out_channels", []), config.get("layers_per_block", 1)
+    remedy = f"{folder} must hold what diffusers' save_pretrained wrote"
+    with _foreign(f"{folder / _DIFFUSERS} is damaged", remedy):
+        # Every layer of every block has tensors of its own: more are not even counted.
+        wanted = math.inf
+        if len(blocks) * layers <= len(shapes):
+            # Shapes without values take no memory.
+            with torch.device("meta"):
+                made = model.from_config(config)
+            wanted = sum(value.numel() for value in made.state_dict().values())
+    if wanted > there:
+        raise NetworkError(
+            f"the {there:,} weights in {folder} are too few for the model of {_DIFFUSERS}; {remedy}"
+        )
+
+
 def _made(name: str, module: str, function: str) -> Network:
     if "" not in sys.path:
         sys.path.insert(0, "")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise NetworkError(f"network={name!r}: {error}") from error
-    made = make()
+    with _foreign(
+        f"network={name!r}",
+        "it must name a function without arguments in a module that can be imported",
+    ):
+        made = getattr(importlib.import_module(module), function)()
     if isinstance(made, Network):
         return made
     if not isinstance(made, nn.Module):
         raise NetworkError(
-            f"network={name!r} returned a {type(made).__name__}; it must return a torch.nn.Module "
+            f"network={name!r} returned {_kind_of(made)}; it must return a torch.nn.Module "
             "with (t, x, label) -> epsilon, or a Network"
         )
     return Network.of(made)

@@ -72,14 +72,16 @@ class NetworkConfig:
                     f"{name}={getattr(self, name)!r} is not known; choose one of "
                     f"{', '.join(choices)}"
                 )
+        if len(self.shape) != 3 or not all(_is_count(length, 1) for length in self.shape):
+            raise ValueError(f"shape={self.shape!r} must be channels, height and width")
         least = {"channels": 1, "layers": 2 if self.kind == "resnet" else 1}
         least |= {"levels": 1, "num_classes": 0}
         for name, bound in least.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+            if not _is_count(value, bound):
                 raise ValueError(f"{name}={value!r} must be an integer of at least {bound}")
-        coarsest = 2 ** (self.levels - 1)
-        if any(length % coarsest for length in self.shape[1:]):
+        # The power of two in the sides says how often they can be halved.
+        if any((length & -length).bit_length() < self.levels for length in self.shape[1:]):
             raise ValueError(
                 f"levels={self.levels} halves the image {self.levels - 1} times, but its "
                 f"{self.shape[1]} x {self.shape[2]} pixels cannot be; give fewer levels"
@@ -109,10 +111,10 @@ class NetworkConfig:
         if set(description) != names:
             raise ValueError(f"a network's config has {sorted(names)}, got {sorted(description)}")
         shape = description["shape"]
-        if not isinstance(shape, list | tuple) or len(shape) != 3:
+        if not isinstance(shape, list | tuple):
             raise ValueError(f"shape={shape!r} must be channels, height and width")
         described(description["schedule"])
-        return cls(**{**description, "shape": tuple(int(length) for length in shape)})
+        return cls(**{**description, "shape": tuple(shape)})
 
     def describe(self) -> dict[str, Any]:
         """Plain values, for a JSON file."""
@@ -122,6 +124,10 @@ class NetworkConfig:
     def noise(self) -> Schedule:
         """The schedule that t belongs to."""
         return described(self.schedule)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def noise_scales(schedule: Schedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

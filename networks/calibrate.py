@@ -25,8 +25,7 @@ A sizes file is JSON::
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median_low
@@ -42,12 +41,14 @@ from els.engine.posterior import Boundary
 from els.engine.sampler import StepState, require_count, sample
 from els.engine.schedule import Schedule, describe, described, patch_sizes_for
 from els.index.files import write_json
+from els.index.manifests import read_json
 from els.networks.adapters import NetworkDenoiser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Metric: TypeAlias = Literal["cosine", "l2"]
+LocalKind: TypeAlias = Literal["LS", "ELS"]
 Search: TypeAlias = Literal["neighbours", "all"]
 
 FORMAT = "els-sizes"
@@ -63,7 +64,7 @@ class Calibration:
     """A sizes file, see the module; ``sizes`` follows from the others."""
 
     steps: int
-    kind: Literal["LS", "ELS"]
+    kind: LocalKind
     boundary: Boundary
     schedule: dict[str, str | float]
     metric: Metric
@@ -328,11 +329,11 @@ def _write(path: Path, calibration: Calibration) -> None:
 
 def _read(path: Path) -> Calibration:
     try:
-        content: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        content = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not there; els calibrate makes it") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not a sizes file: {error}; els calibrate makes one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a sizes file; els calibrate makes one")
     if content.get("version") != VERSION:
@@ -346,10 +347,42 @@ def _read(path: Path) -> Calibration:
             values[name] = tuple(
                 tuple(row) if isinstance(row, list) else row for row in values[name]
             )
+        _require_sound(values)
         calibration = Calibration(**values)
-        for row in calibration.per_seed:
-            patch_sizes_for(row, calibration.steps)
-        described(calibration.schedule)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and calibrate again") from error
     return calibration
+
+
+def _require_sound(values: Mapping[str, Any]) -> None:
+    """Refuses fields of a sizes file that no calibration has.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+    counts = {"steps": 1, "seeds": 1, "seed": 0, "images": 1}
+    if values["label"] is not None:
+        counts["label"] = 0
+    for name, least in counts.items():
+        require_count(name, values[name], least)
+    for name, choices in (
+        ("kind", get_args(LocalKind)),
+        ("boundary", get_args(Boundary)),
+        ("metric", get_args(Metric)),
+        ("search", get_args(Search)),
+        ("clip", (False, True)),
+    ):
+        if values[name] not in choices:
+            raise ValueError(f"{name} is {values[name]!r}")
+    for name in ("network", "database"):
+        if not isinstance(values[name], str):
+            raise TypeError(f"{name} is {values[name]!r}")
+    described(values["schedule"])
+    patch_sizes_for(values["candidates"], len(values["candidates"]))
+    rows, agreement = values["per_seed"], values["agreement"]
+    if len(rows) > values["seeds"]:
+        raise ValueError(f"it has {len(rows)} of {values['seeds']} seeds")
+    for row, closeness in zip(rows, agreement, strict=True):
+        patch_sizes_for(row, values["steps"])
+        if len(closeness) != len(row) or not all(isinstance(c, int | float) for c in closeness):
+            raise ValueError(f"agreement is {closeness!r}")

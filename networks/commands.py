@@ -140,11 +140,13 @@ def train(
     """
     import torch
 
+    from els.engine.devices import device_named
     from els.engine.schedule import describe, schedule_named
     from els.index import PatchDatabase
     from els.networks.architecture import NetworkConfig
     from els.networks.training import TrainingSettings, train_network
 
+    place = device_named(device)
     db = PatchDatabase.open(database)
     if conditional and db.labels is None:
         raise ValueError("--conditional needs labels, but the database has none")
@@ -156,7 +158,7 @@ def train(
         kind=network.value,
         shape=db.shape,
         channels=channels,
-        layers=layers or (8 if is_resnet else 2),
+        layers=(8 if is_resnet else 2) if layers is None else layers,
         levels=1 if is_resnet else levels,
         padding=padding.value,
         normalization=normalization.value,
@@ -164,8 +166,9 @@ def train(
         prediction=prediction.value,
         schedule=describe(schedule_named(schedule.value)),
     )
-    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    is_mixed = precision is _Precision.BFLOAT16 or (precision is _Precision.AUTO and on_gpu)
+    is_mixed = precision is _Precision.BFLOAT16 or (
+        precision is _Precision.AUTO and place.type == "cuda"
+    )
     settings = TrainingSettings(
         steps=steps,
         batch_size=batch_size,
@@ -244,6 +247,7 @@ def calibrate(
     file as --sizes.
     """
     from els.engine import ScoreMachine
+    from els.engine.devices import device_named
     from els.index import PatchDatabase
     from els.networks.adapters import NetworkDenoiser, open_network
     from els.networks.calibrate import calibrate as find_sizes
@@ -251,6 +255,7 @@ def calibrate(
 
     if output.suffix != ".json":
         raise ValueError(f"--output {output} must end in .json")
+    device_named(device)
     db = PatchDatabase.open(database)
     opened = open_network(network)
     _warn_of_other_images(opened.content_hash, db)
@@ -305,12 +310,14 @@ def evaluate(
     r is Pearson's correlation, r^2 its square, R^2 the coefficient of determination. Writes
     evaluation.json, scatter.png, grid.png, and all samples.
     """
+    from els.engine.devices import device_named
     from els.index import PatchDatabase
     from els.networks.adapters import NetworkDenoiser, open_network
     from els.networks.calibrate import read_calibration
     from els.networks.evaluate import evaluate as compare
     from els.networks.folders import network_folder
 
+    device_named(device)
     db = PatchDatabase.open(database)
     calibration = read_calibration(sizes or network_folder(network).sizes)
     opened = open_network(network)

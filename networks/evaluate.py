@@ -43,7 +43,7 @@ from els.engine.runs import StepProgress, sample_run
 from els.engine.sampler import StepState, initial_noise, require_count, sample
 from els.index import PatchDatabase, encode
 from els.index.files import atomic_file, remove_stale, visible_names, write_json
-from els.index.manifests import package_version
+from els.index.manifests import package_version, read_json
 from els.networks.adapters import NetworkDenoiser
 from els.networks.calibrate import Calibration
 from els.networks.folders import NetworkError, claimed
@@ -258,11 +258,11 @@ def _seconds_of(path: Path, settings: Mapping[str, Any]) -> dict[str, float]:
         write_json(manifest, {"format": FORMAT, "version": VERSION, "settings": settings})
         return {}
     try:
-        content = json.loads(manifest.read_bytes())
+        content = read_json(manifest)
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise ValueError("another format or version")
-        there = content["settings"]
-        seconds = {str(name): float(value) for name, value in content.get("seconds", {}).items()}
+        there = dict(content["settings"])
+        seconds = {name: float(value) for name, value in dict(content.get("seconds", {})).items()}
     except (KeyError, TypeError, ValueError) as error:
         raise NetworkError(f"{manifest} is not ours ({error}); give another folder") from error
     differing = [name for name in settings if there.get(name) != settings[name]]
@@ -319,7 +319,26 @@ def _drawn_by_network(
             write_png(files[index].with_suffix(".png"), panels(encode(image)))
             with atomic_file(files[index]) as stream:
                 np.save(stream, image)
-    return [np.load(file, allow_pickle=False) for file in files]
+    return [_read_image(file, denoiser.db.shape) for file in files]
+
+
+def _read_image(file: Path, shape: tuple[int, int, int]) -> Image:
+    """A finished image.
+
+    Raises:
+        NetworkError: it is damaged.
+    """
+    try:
+        with file.open("rb") as stream:
+            image: Image = np.load(stream, allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        raise NetworkError(f"{file} is damaged ({error}); remove it and start again") from error
+    if image.shape != shape or image.dtype != np.float32:
+        raise NetworkError(
+            f"{file} holds {image.dtype} of shape {image.shape}, not float32 of {shape}; remove it "
+            "and start again"
+        )
+    return image
 
 
 def _named(

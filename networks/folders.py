@@ -13,7 +13,6 @@ Each file appears whole or not at all, and any weights fit any ``network.json`` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from els.index.files import atomic_file, take_lock, write_json
+from els.index.manifests import read_json
 
 FORMAT = "els-network"
 VERSION = 1
@@ -95,8 +95,8 @@ def read_manifest(folder: NetworkFolder) -> dict[str, Any]:
         NetworkError: if there is none, or it is damaged or too new.
     """
     try:
-        manifest = json.loads(folder.manifest.read_bytes())
-    except FileNotFoundError as error:
+        manifest = read_json(folder.manifest)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NetworkError(
             f"{folder.path} is not a network (no {folder.manifest.name}); els train makes one"
         ) from error
@@ -109,6 +109,9 @@ def read_manifest(folder: NetworkFolder) -> dict[str, Any]:
             f"{folder.manifest} has version {manifest.get('version')}, this els-machine reads "
             f"{VERSION}; upgrade els-machine"
         )
+    for part in ("network", "training", "data"):
+        if not isinstance(manifest.get(part), dict):
+            raise NetworkError(f"{folder.manifest} is damaged: it has no {part!r}")
     return manifest
 
 
@@ -136,13 +139,32 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         NetworkError: if it is missing or damaged.
         RuntimeError: without safetensors.
     """
+    with _opened(path) as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, opened.metadata() or {}
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a safetensors file, none of which is read.
+
+    Raises:
+        NetworkError: if it is missing or damaged.
+        RuntimeError: without safetensors.
+    """
+    with _opened(path) as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open for reading."""
     safetensors = _safetensors()
+    # Opening a fifo would wait for who writes to it.
+    if not path.is_file():
+        raise NetworkError(f"{path} is not there; els train makes it")
     try:
         with safetensors.safe_open(path, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return tensors, opened.metadata() or {}
-    except FileNotFoundError as error:
-        raise NetworkError(f"{path} is not there; els train makes it") from error
+            yield opened
     except Exception as error:
         # The library's own exception class is not public in every version.
         if type(error).__module__.partition(".")[0] != "safetensors":

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from els.engine.devices import device_named
 from els.engine.figures import optional_picture, write_figure
 from els.engine.sampler import require_count
 from els.index import PatchDatabase, decode
@@ -34,6 +35,7 @@ from els.networks.folders import (
     read_manifest,
     read_tensors,
     require_safetensors,
+    tensor_shapes,
     write_manifest,
     write_tensors,
 )
@@ -151,7 +153,7 @@ def train_network(
         The folder, its weights finished.
 
     Raises:
-        ValueError: if network and images do not fit.
+        ValueError: if network and images do not fit, or the device is not there.
         NetworkError: if the folder holds something else or another training, or is in use.
         RuntimeError: if the loss is no longer finite, or without the packages that are needed.
         DiskFullError: (an OSError) no room; the last checkpoint is safe.
@@ -165,12 +167,13 @@ def train_network(
             f"num_classes={config.num_classes}, but the database has {db.num_classes} classes"
         )
     require_safetensors()
+    place = device_named(device)
     network = NetworkFolder(Path(folder))
     with claimed(network.path, "training in"):
         _start(network, db, config, settings)
         if not _is_finished(network, settings):
             with _explained(network):
-                training = _Training(db, network, config, settings, device_named(device))
+                training = _Training(db, network, config, settings, place)
                 training.run(progress, checkpoint_seconds)
         elif network.training.exists() and not network.picture.exists():
             _draw_losses(network)
@@ -186,15 +189,48 @@ def load(folder: NetworkFolder) -> tuple[EpsilonNetwork, dict[str, Any]]:
     """
     manifest = read_manifest(folder)
     try:
-        network = build(NetworkConfig.of(manifest["network"]))
+        config = NetworkConfig.of(manifest["network"])
     except (KeyError, TypeError, ValueError) as error:
         raise NetworkError(f"{folder.manifest} is damaged: {error}") from error
+    _require_fit(config, folder)
+    network = build(config)
     tensors, header = read_tensors(folder.weights)
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise NetworkError(f"{folder.weights} does not fit {folder.manifest}: {error}") from error
+    network.load_state_dict(tensors)
     return network.eval().requires_grad_(False), {**manifest, "trained": dict(header)}
+
+
+def _require_fit(config: NetworkConfig, folder: NetworkFolder) -> None:
+    """Refuses a config that is not that of the weights, before anything of its size is made.
+
+    Raises:
+        NetworkError: they do not fit, or the weights are missing or damaged.
+    """
+    there = tensor_shapes(folder.weights)
+    misfit = f"{folder.weights} does not fit {folder.manifest}"
+    # Every layer of every level has tensors of its own: more are not even counted.
+    if config.layers * config.levels > len(there):
+        raise NetworkError(
+            f"{misfit}: it has {len(there)} tensors, too few for layers={config.layers} and "
+            f"levels={config.levels}"
+        )
+    try:
+        # Shapes without values take no memory.
+        with torch.device("meta"):
+            wanted = {
+                name: tuple(value.shape) for name, value in build(config).state_dict().items()
+            }
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise NetworkError(f"{folder.manifest} is damaged: {error}") from error
+    for name in sorted({*there, *wanted}):
+        if there.get(name) != wanted.get(name):
+            raise NetworkError(
+                f"{misfit}: {name} is {_shape(there.get(name))} there, {_shape(wanted.get(name))} "
+                "by the config"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape))
 
 
 def _start(
@@ -323,7 +359,7 @@ class _Training:
                     }
                 for name, value in self.average.items():
                     value.copy_(tensors[f"average.{name}"])
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise NetworkError(
                 f"{self.folder.training} does not fit {self.folder.manifest} ({error}); "
                 "give another folder"
@@ -386,13 +422,6 @@ class _Training:
 def _seed(seed: int, *key: int) -> int:
     stream = np.random.SeedSequence(seed, spawn_key=key)
     return int(stream.generate_state(1, np.uint64)[0] >> 1)
-
-
-def device_named(name: str | None) -> torch.device:
-    """That device; a GPU, if there is one, for None."""
-    if name is not None:
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _processor_seconds() -> float:

@@ -1,0 +1,33 @@
+"""Devices by name, checked before anything is begun."""
+
+from __future__ import annotations
+
+import torch
+
+
+def device_named(name: str | None) -> torch.device:
+    """A device that torch can compute on; a GPU, if there is one, for None.
+
+    Args:
+        name: such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
+
+    Raises:
+        ValueError: if it is not there; the message has those that are.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        # There and back: "meta" takes values and has none to give.
+        torch.zeros(1, device=device).cpu()
+    # Each kind of device that torch was built without has an exception of its own.
+    except (AssertionError, AttributeError, ImportError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={name} is not here; choose one of {', '.join(_there())}"
+        ) from error
+    return device
+
+
+def _there() -> list[str]:
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
