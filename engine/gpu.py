@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, final
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.posterior import PosteriorQuery, PosteriorState, TopPatches, best
+from els.engine.backends import available_cores
+from els.engine.posterior import (
+    PosteriorQuery,
+    PosteriorState,
+    TopPatches,
+    best,
+    empty,
+    moved,
+)
 from els.engine.whole_image import equivariant_state, ideal_state
 
 if TYPE_CHECKING:
     from els.triton_kernels.configurations import Configuration
     from els.triton_kernels.merge import Totals
     from els.triton_kernels.queries import Queries
-    from els.triton_kernels.tiles import DevicePlan, Part
+    from els.triton_kernels.tiles import DevicePlan
 
 _LN2 = math.log(2.0)
 # Packed images that a kernel is given at once. Fixed, so that where they lie shows in no bit.
 _BLOCK_BYTES = 64 << 20
 # Share of the GPU's free memory that images may stay in.
 _RESIDENT_SHARE = 0.6
-# Images whose distances float32 does not know to this (to base 2) are computed in float64.
+# Pixels whose distances float32 does not know to this (to base 2) are computed in float64.
 _MOST_ERROR = 3e-5
+# The oldest Triton that the kernels are tested with; and on AMD, where float64 products are newer.
+_OLDEST_TRITON = (3, 6)
+_OLDEST_TRITON_AMD = (3, 8)
+# The oldest NVIDIA architecture (compute capability) that Triton compiles for.
+_OLDEST_CAPABILITY = (8, 0)
 # A threshold is raised by so many root-mean-square errors before float64 ranks what passes.
 _SAFETY = 8.0
 # Float64 distances that were summed in different orders are equal if they agree to this.
 _EQUAL = 1e-13
-# The logit of a place that is still free among the nearest; a float32.
-_FAR = -1e30
+# The logit of a place that is still free among the nearest: finite, below every other.
+_FAR = -1e300
+# Plans of tiles that stay on the device.
+_PLANS_KEPT = 64
 # Candidates of one pixel that a selection has room for, in units of how many are wanted.
 _ROOM = 4
 _LEAST_ROOM = 256
@@ -46,21 +64,23 @@ Members = npt.NDArray[np.int64]
 
 @final
 class TritonBackend:
-    """Exact posteriors on a CUDA or ROCm device (design, section 4); IS and ES through torch.
+    """Exact posteriors on a CUDA or ROCm device; IS and ES through torch.
 
     Images are packed, one 32-bit word of bytes a pixel. They stay on the device if they fit, else
     blocks of them stream through pinned memory while the block before is computed; results do not
     depend on which.
 
     Args:
-        device: for example ``"cuda:1"``; None for ``"cuda"``, or ``"cpu"`` where
-            ``TRITON_INTERPRET=1`` is set and kernels are interpreted.
+        device: for example ``"cuda:1"``; None for ``"cuda"``, the current device of the thread
+            that constructs the backend, or ``"cpu"`` where ``TRITON_INTERPRET=1`` is set and
+            kernels are interpreted.
         resident_bytes: device memory that packed images may stay in; None for most of what is
             free when they are first needed.
         configuration: of the exact kernel; None for the shipped one.
 
     Raises:
-        RuntimeError: if Triton is not installed, or the device is not there.
+        RuntimeError: if Triton is not installed or too old, or the device is not there, too old,
+            or cannot be used by Triton.
     """
 
     def __init__(
@@ -77,6 +97,9 @@ class TritonBackend:
                 "backend='triton' needs Triton, which is not installed: pip install "
                 "'els-machine[gpu]', or use backend='native'"
             ) from error
+        _require_version(triton.__version__, _OLDEST_TRITON, "the kernels need")
+        from els.triton_kernels.configurations import SHIPPED
+
         interpreted = bool(triton.knobs.runtime.interpret)
         self.device = torch.device(device or ("cpu" if interpreted else "cuda"))
         if interpreted and self.device.type != "cpu":
@@ -84,37 +107,70 @@ class TritonBackend:
                 f"with TRITON_INTERPRET=1 kernels run on the CPU, not on {self.device}; unset "
                 "it, or use device='cpu'"
             )
-        if not interpreted and (self.device.type != "cuda" or not torch.cuda.is_available()):
-            raise RuntimeError(
-                f"backend='triton' cannot run on {self.device}: it needs a CUDA or ROCm device "
-                f"that torch sees ({torch.cuda.device_count()} here); use backend='native'"
-            )
+        self._on_device: Callable[[], AbstractContextManager[object]] = nullcontext
+        if not interpreted:
+            self.device = _usable(self.device, triton.__version__)
+            # Triton launches on the current device, which in a new thread is the first one.
+            self._on_device = partial(torch.cuda.device, self.device)
         where = "interpreted" if interpreted else torch.cuda.get_device_name(self.device)
         self.name = f"triton ({where})"
+        self.threads = available_cores()
         self.workers = 1
-        self._configuration = configuration
+        # Buffers and streams stay here; a copy makes its own.
+        self._made = partial(
+            TritonBackend, device, resident_bytes=resident_bytes, configuration=configuration
+        )
+        self._choices = SHIPPED if configuration is None else (configuration,)
         self._images = _DeviceImages(self.device, resident_bytes)
-        self._plans: dict[tuple[object, ...], tuple[Configuration, DevicePlan]] = {}
+
+    def __reduce__(self) -> tuple[partial[TritonBackend], tuple[()]]:
+        return self._made, ()
 
     def state(self, images: Images, query: PosteriorQuery) -> PosteriorState:
         """See :class:`els.engine.backends.Backend`."""
-        match query.kind:
-            case "IS":
-                return ideal_state(images, query)
-            case "ES":
-                return equivariant_state(images, query)
-        from els.triton_kernels.queries import Queries
+        with self._on_device():
+            match query.kind:
+                case "IS":
+                    return ideal_state(images, query)
+                case "ES":
+                    return equivariant_state(images, query)
+            return self._local_state(images, query)
 
-        queries = Queries.of(query.x, query.alpha, query.sigma)
-        state = self._natural(query, queries, self._totals(images, query, queries))
-        if query.top:
-            state = replace(state, top=self._top(images, query, queries))
-        return state
+    def states(
+        self, images: Images, query: PosteriorQuery, groups: Sequence[Members]
+    ) -> list[PosteriorState]:
+        """See :class:`els.engine.backends.Backend`."""
+        return [
+            moved(
+                self.state(images, replace(query, members=group)) if len(group) else empty(query),
+                "cpu",
+            )
+            for group in groups
+        ]
 
     def given(
         self, images: Images, query: PosteriorQuery, addresses: Tensor
     ) -> tuple[PosteriorState, Tensor]:
         """See :class:`els.engine.backends.Backend`."""
+        with self._on_device():
+            return self._given(images, query, addresses)
+
+    def _local_state(self, images: Images, query: PosteriorQuery) -> PosteriorState:
+        """The state of an LS or ELS machine."""
+        from els.triton_kernels.queries import Queries
+
+        queries = Queries.of(query.x, query.alpha, query.sigma)
+        state = self._natural(query, queries, self._totals(images, query, queries))
+        if query.top:
+            # Both know the heaviest logit; where that is large, their roundings of it differ by
+            # more than weights may.
+            top = self._top(images, query, queries)
+            state = replace(state, maximum=top.logits[..., 0], top=top)
+        return state
+
+    def _given(
+        self, images: Images, query: PosteriorQuery, addresses: Tensor
+    ) -> tuple[PosteriorState, Tensor]:
         from els.triton_kernels.queries import Queries
         from els.triton_kernels.truncated import truncated
 
@@ -137,37 +193,93 @@ class TritonBackend:
         return self._natural(query, unbiased, totals), (_LN2 * logits).reshape(addresses.shape)
 
     def _totals(self, images: Images, query: PosteriorQuery, queries: Queries) -> Totals:
-        """The biased states, in float64 where float32 would not do."""
-        totals, plan = self._accumulated(images, query, queries, torch.float32)
-        error = queries.distance_error(-totals.maximum, plan.terms)
-        error = torch.where(totals.mass > 0, error, 0.0)
-        coarse = torch.nonzero((error > _MOST_ERROR).any(1)).flatten()
-        if len(coarse):
-            exact, _ = self._accumulated(images, query, queries.rows(coarse), torch.float64)
-            for whole, part in zip(totals, exact, strict=True):
-                if whole is not None and part is not None:
-                    whole[coarse] = part
+        """The biased states; of the pixels that float32 does not know well enough, in float64."""
+        from els.triton_kernels.merge import Totals
+
+        every = frozenset(range(query.x.shape[2])), frozenset(range(query.x.shape[3]))
+        totals = Totals.empty(queries.x, entropy=query.entropy)
+        is_coarse = queries.least_error > _MOST_ERROR
+        batches = {every: torch.nonzero(~is_coarse).flatten().tolist()}
+        self._replace(totals, images, query, queries, torch.float32, batches)
+        terms = self._plan(query, torch.float32)[1].terms
+        unsure = queries.distance_error(-totals.maximum, terms) > _MOST_ERROR
+        unsure = unsure & (totals.mass > 0) | is_coarse[:, None]
+
+        def cost(rows: frozenset[int], columns: frozenset[int]) -> float:
+            plans = self._plans(query, torch.float64, rows, columns)
+            return sum(plan.cost for _, plan in plans)
+
+        # The rows and columns in which images have such pixels, or all where that costs less.
+        batches = {}
+        for image, pixels in enumerate(unsure.reshape(query.x[:, 0].shape).cpu().numpy()):
+            if pixels.any():
+                rows, columns = (
+                    frozenset(np.flatnonzero(pixels.any(axis)).tolist()) for axis in (1, 0)
+                )
+                rectangle = min((rows, columns), every, key=lambda pair: cost(*pair))
+                batches.setdefault(rectangle, []).append(image)
+        self._replace(totals, images, query, queries, torch.float64, batches)
         return totals
 
+    def _replace(
+        self,
+        totals: Totals,
+        images: Images,
+        query: PosteriorQuery,
+        queries: Queries,
+        dtype: torch.dtype,
+        batches: dict[tuple[frozenset[int], frozenset[int]], list[int]],
+    ) -> None:
+        """Compute some rows and columns of some images of the batch anew, in place."""
+        for (rows, columns), batch in batches.items():
+            if not batch:
+                continue
+            which = torch.tensor(batch, device=self.device)
+            found = self._accumulated(images, query, queries.rows(which), dtype, rows, columns)
+            known = found.mass > 0
+            for whole, part in zip(totals, found, strict=True):
+                if whole is not None and part is not None:
+                    of_pixel = known if part.ndim == 2 else known.unsqueeze(1)
+                    whole[which] = torch.where(of_pixel, part, whole[which])
+
     def _accumulated(
-        self, images: Images, query: PosteriorQuery, queries: Queries, dtype: torch.dtype
-    ) -> tuple[Totals, DevicePlan]:
+        self,
+        images: Images,
+        query: PosteriorQuery,
+        queries: Queries,
+        dtype: torch.dtype,
+        rows: frozenset[int],
+        columns: frozenset[int],
+    ) -> Totals:
+        """The biased states of the pixels that are in some rows and some columns."""
         from els.triton_kernels.exact import accumulate
         from els.triton_kernels.merge import Totals
 
-        # The pixels at the border: the ends of the rows with all columns, then the other way round.
-        parts: list[tuple[Part, Part]] = [("all", "all")]
-        if query.border_only:
-            parts = [("ends", "all"), ("middle", "ends")]
-        plans = [self._plan(query, dtype, *part) for part in parts]
+        plans = self._plans(query, dtype, rows, columns)
         totals = Totals.empty(queries.x, entropy=query.entropy)
         x, scales = queries.arguments(dtype)
         for block in self._images.blocks(images, query.members):
             for configuration, plan in plans:
-                if plan.row_tiles * plan.column_tiles == 0:
-                    continue
                 accumulate(totals, block, x, scales, plan, configuration)
-        return totals, self._plan(query, dtype)[1]
+        return totals
+
+    def _plans(
+        self,
+        query: PosteriorQuery,
+        dtype: torch.dtype,
+        rows: frozenset[int],
+        columns: frozenset[int],
+    ) -> list[tuple[Configuration, DevicePlan]]:
+        """The tiles of some rows and columns, of which only the border may be wanted."""
+        parts = [(rows, columns)]
+        if query.border_only:
+            # The ends of the rows with all columns, then the other way round.
+            radius = query.patch_size // 2
+            middle_rows, middle_columns = (
+                frozenset(range(radius, length - radius)) for length in query.x.shape[2:]
+            )
+            parts = [(rows - middle_rows, columns), (rows & middle_rows, columns - middle_columns)]
+        return [self._plan(query, dtype, *part) for part in parts if all(part)]
 
     def _natural(self, query: PosteriorQuery, queries: Queries, totals: Totals) -> PosteriorState:
         """Natural logarithms and clean pixels, without the bias."""
@@ -209,7 +321,8 @@ class TritonBackend:
         height = query.x.shape[2]
         pixels = queries.x.shape[2]
         members = torch.tensor(query.members, device=self.device)
-        dtype = torch.float32
+        is_coarse = bool((queries.least_error > _MOST_ERROR).any())
+        dtype = torch.float64 if is_coarse else torch.float32
         nearest = TopPatches(
             queries.x.new_full((len(queries.x), pixels, query.top), -torch.inf),
             members.new_full((len(queries.x), pixels, query.top), -1),
@@ -264,28 +377,96 @@ class TritonBackend:
         self,
         query: PosteriorQuery,
         dtype: torch.dtype,
-        row_part: Part = "all",
-        column_part: Part = "all",
+        rows: frozenset[int] | None = None,
+        columns: frozenset[int] | None = None,
     ) -> tuple[Configuration, DevicePlan]:
-        from els.triton_kernels.configurations import PRECISE, SHIPPED, cheapest
-        from els.triton_kernels.tiles import DevicePlan
+        """The tiles of some rows and columns of a query, None for all."""
+        from els.triton_kernels.configurations import PRECISE
 
-        shape = query.x.shape[2:]
-        key = (query.kind, query.boundary, query.patch_size, *shape, dtype, row_part, column_part)
-        if key not in self._plans:
-            choices = SHIPPED if self._configuration is None else (self._configuration,)
-            configuration, plan = cheapest(
-                (PRECISE,) if dtype == torch.float64 else choices,
-                equivariant=query.kind == "ELS",
-                circular=query.boundary == "circular",
-                height=query.x.shape[2],
-                width=query.x.shape[3],
-                patch_size=query.patch_size,
-                row_part=row_part,
-                column_part=column_part,
-            )
-            self._plans[key] = configuration, DevicePlan.of(plan, self.device)
-        return self._plans[key]
+        return _device_plan(
+            (PRECISE,) if dtype == torch.float64 else self._choices,
+            self.device,
+            equivariant=query.kind == "ELS",
+            circular=query.boundary == "circular",
+            height=query.x.shape[2],
+            width=query.x.shape[3],
+            patch_size=query.patch_size,
+            wanted_rows=rows,
+            wanted_columns=columns,
+        )
+
+
+@lru_cache(_PLANS_KEPT)
+def _device_plan(
+    choices: tuple[Configuration, ...], device: torch.device, **machine: Any
+) -> tuple[Configuration, DevicePlan]:
+    """The cheapest choice and its tiles, on the device; see :func:`.configurations.cheapest`."""
+    from els.triton_kernels.configurations import cheapest
+    from els.triton_kernels.tiles import DevicePlan
+
+    configuration, plan = cheapest(choices, **machine)
+    return configuration, DevicePlan.of(plan, device)
+
+
+def _require_version(version: str, oldest: tuple[int, int], why: str) -> None:
+    """Whether an installed Triton is new enough.
+
+    Raises:
+        RuntimeError: if not.
+    """
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < oldest:
+        needed = ".".join(map(str, oldest))
+        raise RuntimeError(
+            f"backend='triton': {why} Triton {needed} or later, but {version} is installed: "
+            f"pip install 'triton>={needed}', or use backend='torch'"
+        )
+
+
+def _usable(device: torch.device, version: str) -> torch.device:
+    """A device that the kernels run on, with its index.
+
+    Args:
+        device: as it was asked for.
+        version: of Triton.
+
+    Raises:
+        RuntimeError: if they do not.
+    """
+    from triton.runtime import driver
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type != "cuda" or count <= (device.index or 0):
+        has_support = torch.version.cuda or torch.version.hip
+        why = "" if has_support else "; this torch was built without CUDA and ROCm"
+        raise RuntimeError(
+            f"backend='triton' cannot run on {device}: it needs a CUDA or ROCm device that torch "
+            f"sees, and a driver for it ({count} devices here{why}); use backend='native'"
+        )
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if torch.version.hip:
+        _require_version(version, _OLDEST_TRITON_AMD, "on AMD, products in float64 need")
+    elif torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
+        found, oldest = (
+            ".".join(map(str, pair))
+            for pair in (torch.cuda.get_device_capability(device), _OLDEST_CAPABILITY)
+        )
+        raise RuntimeError(
+            f"backend='triton' cannot run on {device}, a {torch.cuda.get_device_name(device)} of "
+            f"compute capability {found}: Triton needs {oldest} or later; use backend='torch' with "
+            f"device='{device}'"
+        )
+    try:
+        with torch.cuda.device(device):
+            driver.active.get_current_target()
+    except Exception as error:
+        raise RuntimeError(
+            f"backend='triton' cannot run on {device}, since Triton cannot talk to its driver "
+            f"({error}); it needs a C compiler and the driver's library: install them, or use "
+            f"backend='torch' with device='{device}'"
+        ) from error
+    return device
 
 
 class _DeviceImages:
@@ -301,7 +482,7 @@ class _DeviceImages:
         self._resident_bytes = resident_bytes
         self._known: weakref.ref[Images] | None = None
         self._resident: Tensor | None = None
-        self._staging: list[_Staging] = []
+        self._staging = [_Staging(device), _Staging(device)]
 
     def blocks(self, images: Images, members: Members) -> Iterator[Tensor]:
         """The members' images in their order, a fixed number at a time.
@@ -357,14 +538,8 @@ class _DeviceImages:
         return _RESIDENT_SHARE * torch.cuda.mem_get_info(self._device)[0]
 
     def _uploaded(self, images: Images, members: Members) -> Tensor:
-        if self._device.type != "cuda":
-            return _packed(torch.from_numpy(images[members]))
-        if not self._staging:
-            size = self.most(images) * math.prod(images.shape[1:])
-            stream = torch.cuda.Stream(self._device)
-            self._staging = [_Staging(size, stream) for _ in range(2)]
         self._staging.reverse()
-        return _packed(self._staging[0].upload(images, members, self._device))
+        return _packed(self._staging[0].upload(images, members))
 
     @staticmethod
     def _bytes_each(images: Images) -> int:
@@ -373,31 +548,42 @@ class _DeviceImages:
 
 
 class _Staging:
-    """A pinned buffer on the way to the device; two of them take turns.
+    """A buffer on the way to the device, which grows; two of them take turns.
 
     Args:
-        size: in bytes.
-        stream: on which copies run, beside the kernels.
+        device: where to. To a GPU copies run beside the kernels, from pinned memory.
     """
 
-    def __init__(self, size: int, stream: torch.cuda.Stream) -> None:
-        self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        self._stream = stream
-        self._copied = torch.cuda.Event()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_gpu = device.type == "cuda"
+        self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._copied: torch.cuda.Event | None = None
 
-    def upload(self, images: Images, members: Members, device: torch.device) -> Tensor:
+    def upload(self, images: Images, members: Members) -> Tensor:
         """Images of some members, uint8 ``[n, C, H, W]`` on the device, when its queue gets there.
 
-        Returns as soon as they are in the buffer.
+        Returns as soon as they are in the buffer; on the CPU they stay there until the next call.
         """
-        self._copied.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         shape = (len(members), *images.shape[1:])
-        pinned = self._buffer[: math.prod(shape)].reshape(shape)
-        np.take(images, members, axis=0, out=pinned.numpy())
+        size = math.prod(shape)
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(
+                size, dtype=torch.uint8, device="cpu", pin_memory=self._is_gpu
+            )
+        staged = self._buffer[:size].reshape(shape)
+        # Members exist, so nothing is clipped; "raise" would write to a buffer of its own first.
+        np.take(images, members, axis=0, out=staged.numpy(), mode="clip")
+        if not self._is_gpu:
+            return staged
+        if self._copied is None:
+            self._stream, self._copied = torch.cuda.Stream(self._device), torch.cuda.Event()
         with torch.cuda.stream(self._stream):
-            copy = pinned.to(device, non_blocking=True)
+            copy = staged.to(self._device, non_blocking=True)
             self._copied.record(self._stream)
-        computing = torch.cuda.current_stream(device)
+        computing = torch.cuda.current_stream(self._device)
         computing.wait_event(self._copied)
         copy.record_stream(computing)
         return copy

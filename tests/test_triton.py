@@ -58,9 +58,16 @@ def machine_with(backend: TritonBackend, images: NDArray[np.uint8], kind: str, b
     radius=st.integers(0, 9),
     block=st.sampled_from([4, 8, 16]),
     chunks=st.integers(1, 4),
+    wanted=st.none() | st.frozensets(st.integers(0, 23)),
 )
-def test_tiles_hold_every_pair_once_with_its_window(
-    kind: str, boundary: str, length: int, radius: int, block: int, chunks: int
+def test_tiles_hold_every_wanted_pair_once_with_its_window(
+    kind: str,
+    boundary: str,
+    length: int,
+    radius: int,
+    block: int,
+    chunks: int,
+    wanted: frozenset[int] | None,
 ) -> None:
     patch_size = 2 * min(radius, (length - 1) // 2) + 1
     plan = plan_axis(
@@ -70,6 +77,7 @@ def test_tiles_hold_every_pair_once_with_its_window(
         patch_size=patch_size,
         block=block,
         chunks=chunks,
+        wanted=wanted,
     )
     if plan is None:
         assert block * chunks < patch_size
@@ -77,6 +85,7 @@ def test_tiles_hold_every_pair_once_with_its_window(
     expected = {
         (y, row)
         for y in range(length)
+        if wanted is None or y in wanted
         for row, _ in oracle.candidates(kind, boundary, length, length, patch_size, y, y)
     }
     found = [
@@ -139,6 +148,81 @@ def test_float64_kernels(kind: str, boundary: str, monkeypatch: pytest.MonkeyPat
         replace(FLOAT64, logit_error=1e-6, relative=1e-6),
     )
     assert machine._backend._plan(query_for(question, machine), torch.float64)[0] == PRECISE
+
+
+@every_local_machine
+def test_few_unsure_pixels_are_computed_alone(
+    kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pixel of one image is far off, and so are the windows that contain it."""
+    question = make_question((1, 12, 12), 3, 3, alpha=[0.9] * 2, sigma=[0.5] * 2, seed=18)
+    question.x[1, 0, 6, 7] = 40.0
+    asked = []
+
+    def spy(totals, images, x, scales, plan, configuration) -> None:
+        covered = (
+            len(x),
+            *((pairs >= 0).any(1).sum() for pairs in (plan.row_pairs, plan.column_pairs)),
+        )
+        if x.dtype == torch.float64:
+            asked.append(tuple(map(int, covered)))
+        accumulate(totals, images, x, scales, plan, configuration)
+
+    accumulate = exact.accumulate
+    monkeypatch.setattr(exact, "accumulate", spy)
+    answer = question.ask(
+        machine_with(triton_backend(1), question.images, kind, boundary), torch.float32
+    )
+    assert_matches(answer, question, question.expected(kind, boundary), TRITON)
+    assert asked == [(1, 3, 3)]
+
+
+# In both, float32 logits would overflow or be known to no digit.
+little_noise = pytest.mark.parametrize("sigma", [1e-6, 1e-30])
+
+
+@every_local_machine
+@little_noise
+@pytest.mark.parametrize("patch_size", [1, 5])
+def test_hardly_any_noise(kind: str, boundary: str, patch_size: int, sigma: float) -> None:
+    """As the torch backend, which is float64 throughout: the nearest patch wins."""
+    question = make_question(
+        (3, 5, 5), 3, patch_size, alpha=[1.0, 1.0, 0.5, 0.0], sigma=[sigma] * 4, seed=19
+    )
+    question.x[1] *= 1e4
+    question.x[3] *= 1e4
+    ours, theirs = (
+        question.ask(machine, torch.float64, top=3)
+        for machine in (
+            machine_with(triton_backend(1), question.images, kind, boundary),
+            FLOAT64.machine(question.images, kind, boundary),
+        )
+    )
+    for value in fields(ours):
+        assert torch.isfinite(value).all()
+    assert (ours.mean - theirs.mean).abs().max() <= 1e-6
+    assert (ours.effective_patches / theirs.effective_patches - 1).abs().max() <= 1e-6
+    assert torch.equal(ours.top_addresses, theirs.top_addresses)
+    assert (ours.top_weights - theirs.top_weights).abs().max() <= 1e-6
+
+
+@little_noise
+def test_given_candidates_at_hardly_any_noise(sigma: float) -> None:
+    question = make_question((2, 6, 6), 4, 3, alpha=[1.0] * 2, sigma=[sigma] * 2, seed=20)
+    question.x[1] *= 1e4
+    theirs = FLOAT64.machine(question.images, "ELS", "circular")
+    machines = [machine_with(triton_backend(1), question.images, "ELS", "circular"), theirs]
+    addresses = question.ask(theirs, torch.float64, top=20).top_addresses
+    addresses[..., 3] = -1
+    answers = []
+    for machine in machines:
+        state, logits = machine._backend.given(
+            question.images, query_for(question, machine), addresses.to(machine.device)
+        )
+        answers.append((state.centre / state.mass.unsqueeze(1), state.tilt / state.mass, logits))
+    for ours, expected in zip(*answers, strict=True):
+        # A difference of x and a patch, known to 16 digits, has fewer where the two are near.
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-7, atol=1e-6)
 
 
 @every_local_machine
@@ -270,9 +354,13 @@ def test_the_error_of_distances_is_as_predicted(kind: str, boundary: str, sigma:
     query = query_for(question, machine)
     backend = machine._backend
     queries = Queries.of(query.x, query.alpha, query.sigma)
-    totals, plan = backend._accumulated(question.images, query, queries, torch.float32)
-    exact_totals, _ = backend._accumulated(question.images, query, queries, torch.float64)
-    predicted = queries.distance_error(-exact_totals.maximum, plan.terms)
+    everywhere = frozenset(range(9)), frozenset(range(8))
+    totals, exact_totals = (
+        backend._accumulated(question.images, query, queries, dtype, *everywhere)
+        for dtype in (torch.float32, torch.float64)
+    )
+    terms = backend._plan(query, torch.float32)[1].terms
+    predicted = queries.distance_error(-exact_totals.maximum, terms)
     known = -exact_totals.maximum < 1e4  # beyond, squares are cut
     ratio = ((totals.maximum - exact_totals.maximum) / predicted)[known]
     assert known.any()

@@ -2,7 +2,7 @@
 
 The choice is a table and not a tuner at run time: a configuration shows in the last bits of a
 result, and the same input must give the same bits. ``bench/gpu_check.py`` measures every entry of
-:data:`CANDIDATES`; what it finds best is written into :func:`configuration`.
+:data:`CANDIDATES`; what it finds best is written into :data:`SHIPPED`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from els.triton_kernels.tiles import Part, TilePlan, plan_tiles
+from els.triton_kernels.tiles import TilePlan, plan_tiles
 
 # Programs that keep the largest GPU busy; fewer and longer ones where there are more tiles anyway.
 _PROGRAMS = 4096
 # float32 sums inside a program: a float64 merge takes over after so many images.
 _MOST_IMAGES = 1024
 _LEAST_IMAGES = 16
+# Whether a product and a sum may be rounded once. Named at every launch, since errors and
+# instruction counts depend on it and Triton's default is not the same in all versions.
+FP_FUSION = True
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ def cheapest(
     height: int,
     width: int,
     patch_size: int,
-    row_part: Part = "all",
-    column_part: Part = "all",
+    wanted_rows: frozenset[int] | None = None,
+    wanted_columns: frozenset[int] | None = None,
 ) -> tuple[Configuration, TilePlan]:
     """The configuration whose tiles cost least, and its plan; arguments as of `plan_tiles`."""
     plans = [
@@ -87,8 +90,8 @@ def cheapest(
             patch_size=patch_size,
             row_block=choice.row_block,
             column_block=choice.column_block,
-            row_part=row_part,
-            column_part=column_part,
+            wanted_rows=wanted_rows,
+            wanted_columns=wanted_columns,
         )
         for choice in choices
     ]

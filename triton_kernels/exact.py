@@ -1,4 +1,4 @@
-"""Exact LS and ELS posteriors: window sums on tensor cores, softmax in registers (design, 4).
+"""Exact LS and ELS posteriors: window sums on tensor cores, softmax in registers.
 
 A program owns one tile of (query pixel, training pixel) pairs (:mod:`.tiles`) of one query and
 loops over training images. So the query's pixels stay in registers, every image is read at the
@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from els.triton_kernels.configurations import Configuration, images_per_split
+from els.triton_kernels.configurations import FP_FUSION, Configuration, images_per_split
 from els.triton_kernels.merge import Totals, merge_partial
 from els.triton_kernels.primitives import (
     LOWEST,
+    LOWEST_FLOAT64,
     channel_scale,
     clean_values,
+    exponents,
     load_tile,
     tile_distances,
 )
@@ -29,7 +31,7 @@ _QUERY_BYTES = 64 << 20
 _BATCH_BYTES = 512 << 20
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "images_per_split", "first_row_tile", "column_tiles"])
 def exact_kernel(
     images,  # [n, H * W] of C packed bytes
     x,  # [B, C, H * W], scaled: see accumulate
@@ -76,7 +78,7 @@ def exact_kernel(
     )
 
     REAL: tl.constexpr = tl.float64 if PRECISE else tl.float32
-    largest = tl.full([ROW_BLOCK, COLUMN_BLOCK], LOWEST, REAL)
+    largest = tl.full([ROW_BLOCK, COLUMN_BLOCK], LOWEST_FLOAT64 if PRECISE else LOWEST, REAL)
     mass = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float32)
     tilt = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float32)
     sums = ()
@@ -113,7 +115,7 @@ def exact_kernel(
             logits = logits + (-distance,)
             cleans = cleans + (b_clean,)
         # Online softmax: what was summed so far is rescaled to the new reference.
-        shift = (largest - highest).to(tl.float32)
+        shift = exponents(largest, highest, PRECISE)
         rescale = tl.exp2(shift)
         if ENTROPY:
             tilt = rescale * (tilt + shift * mass)
@@ -122,7 +124,7 @@ def exact_kernel(
         for c in tl.static_range(C):
             rescaled = rescaled + (rescale * sums[c],)
         for j in tl.static_range(TOGETHER):
-            excess = (logits[j] - highest).to(tl.float32)
+            excess = exponents(logits[j], highest, PRECISE)
             weight = tl.exp2(excess)
             mass += weight
             if ENTROPY:
@@ -209,5 +211,6 @@ def accumulate(
                 PRECISE=x.dtype == torch.float64,
                 STAGES=configuration.stages,
                 num_warps=configuration.warps,
+                enable_fp_fusion=FP_FUSION,
             )
             merge_partial(totals.of(here), partial, plan, first_row, row_tiles)

@@ -1,7 +1,7 @@
 """The merge of partial states: what the tiles found, per query pixel, in float64.
 
-The rule is that of ``els.engine.merge``; here it takes the states of all pairs of a pixel, which
-lie scattered over tiles and splits, in a fixed order.
+The rule is that of ``els.engine.posterior.merge``; here it takes the states of all pairs of a
+pixel, which lie scattered over tiles and splits, in a fixed order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from els.triton_kernels.primitives import LOWEST
+from els.triton_kernels.configurations import FP_FUSION
+from els.triton_kernels.primitives import LOWEST_FLOAT64
 from els.triton_kernels.tiles import DevicePlan
 
 
@@ -38,7 +39,7 @@ class Totals(NamedTuple):
         """The states of no candidates for queries ``[B, C, H * W]``."""
         zero = torch.zeros_like(x[:, 0], dtype=torch.float64)
         return cls(
-            torch.full_like(zero, LOWEST.value),
+            torch.full_like(zero, LOWEST_FLOAT64.value),
             zero,
             torch.zeros_like(x, dtype=torch.float64),
             zero.clone() if entropy else None,
@@ -54,7 +55,17 @@ class Totals(NamedTuple):
         )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "splits",
+        "tiles",
+        "column_tiles",
+        "first_row_tile",
+        "row_tiles",
+        "row_pair_count",
+        "column_pair_count",
+    ]
+)
 def merge_kernel(
     partial,  # [B, splits, tiles, fields, ROW_BLOCK * COLUMN_BLOCK]
     row_pairs,  # [H, K]: pairs of a query row, see AxisPlan.pairs_of
@@ -95,7 +106,7 @@ def merge_kernel(
     b_column = tl.maximum(b_column, 0)
     o_column = (b_column // COLUMN_BLOCK) * FIELDS * SIZE + b_column % COLUMN_BLOCK
 
-    largest = tl.full([PIXEL_BLOCK, LANES], LOWEST, tl.float64)
+    largest = tl.full([PIXEL_BLOCK, LANES], LOWEST_FLOAT64, tl.float64)
     sum_mass = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
     sum_tilt = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
     sums = ()
@@ -111,7 +122,8 @@ def merge_kernel(
         m_pair = m_column & (b_row >= 0) & (row_tile >= 0) & (row_tile < row_tiles)
         slot = (i_query * splits + i // row_pair_count) * tiles + row_tile * column_tiles
         p_pair = partial + slot * FIELDS * SIZE + (b_row % ROW_BLOCK) * COLUMN_BLOCK + o_column
-        found = tl.load(p_pair, mask=m_pair, other=LOWEST).to(tl.float64)
+        found = tl.load(p_pair, mask=m_pair, other=0.0).to(tl.float64)
+        found = tl.where(m_pair, found, LOWEST_FLOAT64)
         highest = tl.maximum(largest, found)
         old = tl.exp2(largest - highest)
         new = tl.exp2(found - highest)
@@ -131,7 +143,7 @@ def merge_kernel(
 
     # All lanes together, and with what was there before.
     p_pixel = i_query * PIXELS + o_pixel
-    before = tl.load(maximum + p_pixel, mask=m_pixel, other=LOWEST)
+    before = tl.load(maximum + p_pixel, mask=m_pixel, other=LOWEST_FLOAT64)
     highest = tl.maximum(before, tl.max(largest, 1))
     old = tl.exp2(before - highest)
     new = tl.exp2(largest - highest[:, None])
@@ -193,4 +205,5 @@ def merge_partial(
         LANES=lanes,
         ENTROPY=totals.tilt is not None,
         num_warps=4,
+        enable_fp_fusion=FP_FUSION,
     )

@@ -12,12 +12,26 @@ import triton.language as tl
 
 from els.triton_kernels import tiles
 
-# Finite, yet below every logit: exp2 of it is 0, and differences of it are not nan.
+# Finite, yet below every logit: exp2 of it is 0, and differences of it are not nan. In float32:
 LOWEST = tl.constexpr(-1e30)
+# In float64, where distances are not cut and sigma may be tiny:
+LOWEST_FLOAT64 = tl.constexpr(-1e300)
 # Squares above this are cut: float16 ends at 65504. A candidate so far has no weight.
 HIGHEST = tl.constexpr(30000.0)
 # The plan counts on the same number.
 RESIDENT_CHUNKS = tl.constexpr(tiles.RESIDENT_CHUNKS)
+
+
+@triton.jit
+def exponents(logits, reference, PRECISE: tl.constexpr):
+    """``logits - reference`` as float32, of which a tilt can be summed.
+
+    ``PRECISE``: of float64 logits, whose differences may be beyond float32; those weigh nothing.
+    """
+    difference = logits - reference
+    if PRECISE:
+        difference = tl.maximum(difference, LOWEST)
+    return difference.to(tl.float32)
 
 
 @triton.jit

@@ -67,16 +67,28 @@ class Queries:
     def distance_error(self, biased: Tensor, terms: Tensor) -> Tensor:
         """Root-mean-square error of float32 kernels' distances, to base 2, ``[B, H * W]``.
 
-        Two float16 hold 22 bits of what is summed, and ``x`` is rounded to 24. In interpreted
-        runs (C = 1, 3; P = 1 to 9; sigma = 0.02 to 4) errors were 0.15 to 1 of this; tensor cores
-        cut their sums where the interpreter rounds them, for which the first term leaves room.
+        Two float16 hold 22 bits of what is summed, and ``x`` is rounded to 24, which shows in
+        proportion to a difference and, at little noise, in its square. In interpreted runs
+        (C = 1, 3; P = 1 to 9; sigma = 0.02 to 4) errors were 0.15 to 1 of this; tensor cores cut
+        their sums where the interpreter rounds them, for which the first term leaves room.
 
         Args:
             biased: distances less ``bias * terms``, ``[B, H * W]``.
             terms: pixels of a window, ``[H * W]``.
         """
         bias = self.bias[:, None]
+        rounded_x = self._rounding[:, None]
         distance = (biased + bias * terms).clamp(min=0)
         rounded_sums = biased.abs() + terms.sqrt() * bias
-        rounded_x = 1.5 * self.size[:, None] * distance.sqrt()
-        return 2.0**-22 * rounded_sums + 2.0**-24 * rounded_x
+        rounded_squares = rounded_x * distance.sqrt() + self.x.shape[1] * terms * rounded_x**2
+        return 2.0**-22 * rounded_sums + rounded_squares
+
+    @property
+    def least_error(self) -> Tensor:
+        """What :meth:`distance_error` is at least, for any distance and any window, ``[B]``."""
+        return 2.0**-22 * self.bias + self.x.shape[1] * self._rounding**2
+
+    @property
+    def _rounding(self) -> Tensor:
+        """Root-mean-square error of a difference of ``x`` and a training pixel, ``[B]``."""
+        return 2.0**-24 * 1.5 * self.size

@@ -1,6 +1,6 @@
 """Which pairs of a query pixel and a training pixel a program weighs: tiles of packed diagonals.
 
-A machine's candidates are a product of two axes (design, section 1): query row p may meet training
+A machine's candidates are a product of two axes (docs/theory.md): query row p may meet training
 row q, query column likewise. Pairs with one displacement q - p form a *diagonal*, along which
 patch distances are window sums. A tile holds, for each axis, a fixed number of slots; a slot is a
 pair (q, p) whose pixelwise squared difference is formed, and pieces of diagonals, each with the
@@ -11,8 +11,8 @@ displacements are, and a window sum is a product with a banded 0/1 matrix.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal, NamedTuple, Self
+from functools import lru_cache
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from torch import Tensor
 _SLOT_COST, _RELOADED_SLOT_COST, _PAIR_COST = 43.0, 74.0, 12.0
 # A tile that has so many blocks of slots keeps what they need in registers.
 RESIDENT_CHUNKS = 4
+# Plans that are kept for the next call: those of a few machines, and of single pixels.
+PLANS_KEPT = 256
 
 
 class Diagonal(NamedTuple):
@@ -70,12 +72,7 @@ class AxisPlan:
         return int(self.training.shape[1] // self.pair_training.shape[1])
 
 
-Part = Literal["all", "ends", "middle"]
-
-
-def diagonals(
-    *, equivariant: bool, circular: bool, length: int, patch_size: int, part: Part = "all"
-) -> list[Diagonal]:
+def diagonals(*, equivariant: bool, circular: bool, length: int, patch_size: int) -> list[Diagonal]:
     """All pairs of one axis, each exactly once.
 
     Args:
@@ -83,8 +80,6 @@ def diagonals(
         circular: the query (for LS: both) is read cyclically, else zeros lie beyond the border.
         length: of the axis.
         patch_size: odd side of the patch.
-        part: of ELS with zeros beyond the border, only coordinates within P // 2 of an end, or
-            only the others.
     """
     if not equivariant:
         return [Diagonal(0, 0, length)]
@@ -92,17 +87,14 @@ def diagonals(
     inside = length - 2 * radius
     if circular:
         return [Diagonal(radius, shift, inside) for shift in range(length)] if inside > 0 else []
-    ends = [Diagonal(start, 0, radius) for start in (0, length - radius) if radius]
-    if part == "ends":
-        return ends
-    found = [Diagonal(0, 0, length)] if part == "all" else [Diagonal(radius, 0, inside)]
+    found = [Diagonal(0, 0, length)]
     for shift in range(1, inside):
         found.append(Diagonal(radius + shift, shift, inside - shift))
         found.append(Diagonal(radius, -shift, inside - shift))
     return found
 
 
-@cache
+@lru_cache(PLANS_KEPT)
 def plan_axis(
     *,
     equivariant: bool,
@@ -111,12 +103,21 @@ def plan_axis(
     patch_size: int,
     block: int,
     chunks: int,
-    part: Part = "all",
+    wanted: frozenset[int] | None = None,
 ) -> AxisPlan | None:
     """Pack the diagonals of one axis into tiles of ``block * chunks`` slots.
 
     With one chunk a pair lies in the slot of its own (q, p): the centre pixel is the one whose
     difference was formed.
+
+    Args:
+        equivariant: see :func:`diagonals`; so ``circular``, ``length`` and ``patch_size``.
+        circular: see ``equivariant``.
+        length: see ``equivariant``.
+        patch_size: see ``equivariant``.
+        block: pairs of a tile.
+        chunks: blocks of slots of a tile.
+        wanted: the query coordinates whose pairs are packed; None for all.
 
     Returns:
         The plan, or None if a window does not fit into a tile.
@@ -131,19 +132,21 @@ def plan_axis(
         low, high = q - radius, q + radius + 1
         return (max(0, low), min(length, high)) if clips else (low, high)
 
+    def is_wanted(q: int, displacement: int) -> bool:
+        return wanted is None or (q - displacement) % length in wanted
+
     # A piece: displacement, first and one past the last training coordinate.
     pieces: list[tuple[int, int, int]] = []
     for diagonal in diagonals(
-        equivariant=equivariant,
-        circular=circular,
-        length=length,
-        patch_size=patch_size,
-        part=part,
+        equivariant=equivariant, circular=circular, length=length, patch_size=patch_size
     ):
         begin, end = diagonal.start, diagonal.start + diagonal.length
         while begin < end:
+            if not is_wanted(begin, diagonal.displacement):
+                begin += 1
+                continue
             stop = begin
-            while stop < end and stop - begin < block:
+            while stop < end and stop - begin < block and is_wanted(stop, diagonal.displacement):
                 if window(stop)[1] - window(begin)[0] > slots:
                     break
                 stop += 1
@@ -233,7 +236,7 @@ class TilePlan:
         return tiles * size * (chunks * slot_cost + _PAIR_COST)
 
 
-@cache
+@lru_cache(PLANS_KEPT)
 def plan_tiles(
     *,
     equivariant: bool,
@@ -243,8 +246,8 @@ def plan_tiles(
     patch_size: int,
     row_block: int,
     column_block: int,
-    row_part: Part = "all",
-    column_part: Part = "all",
+    wanted_rows: frozenset[int] | None = None,
+    wanted_columns: frozenset[int] | None = None,
 ) -> TilePlan:
     """The cheapest plan with blocks of this size.
 
@@ -256,11 +259,11 @@ def plan_tiles(
         patch_size: odd side of the patch, at most the image's shorter side.
         row_block: pairs of rows in a tile.
         column_block: pairs of columns in a tile.
-        row_part: see :func:`diagonals`.
-        column_part: likewise.
+        wanted_rows: rows of the query whose pairs are packed; None for all.
+        wanted_columns: columns, likewise.
     """
 
-    def axis(length: int, block: int, part: Part) -> list[AxisPlan]:
+    def axis(length: int, block: int, wanted: frozenset[int] | None) -> list[AxisPlan]:
         # The longest window is that of LS on a torus.
         most = -(-(2 * length + patch_size) // block)
         plans = (
@@ -271,7 +274,7 @@ def plan_tiles(
                 patch_size=patch_size,
                 block=block,
                 chunks=chunks,
-                part=part,
+                wanted=wanted,
             )
             for chunks in range(1, most + 1)
         )
@@ -280,8 +283,8 @@ def plan_tiles(
     return min(
         (
             TilePlan(rows, columns, row_block, column_block)
-            for rows in axis(height, row_block, row_part)
-            for columns in axis(width, column_block, column_part)
+            for rows in axis(height, row_block, wanted_rows)
+            for columns in axis(width, column_block, wanted_columns)
         ),
         key=lambda plan: plan.cost,
     )
@@ -297,6 +300,7 @@ class DevicePlan:
         row_pairs: the rows' ``pairs_of``, int32 ``[H, K]``.
         column_pairs: the columns' ``pairs_of``, int32 ``[W, K]``.
         terms: how many pixels a window has, float64 ``[H * W]``.
+        cost: see :class:`TilePlan`.
     """
 
     row_tables: tuple[Tensor, ...]
@@ -312,6 +316,7 @@ class DevicePlan:
     column_chunks: int
     width: int
     candidates: int
+    cost: float
 
     @classmethod
     def of(cls, plan: TilePlan, device: torch.device) -> Self:
@@ -345,4 +350,5 @@ class DevicePlan:
             column_chunks=columns.chunks,
             width=len(columns.pairs_of),
             candidates=plan.candidates,
+            cost=plan.cost,
         )

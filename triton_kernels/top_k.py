@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from els.triton_kernels.configurations import Configuration, images_per_split
+from els.triton_kernels.configurations import FP_FUSION, Configuration, images_per_split
 from els.triton_kernels.primitives import clean_values, load_tile, tile_distances
 from els.triton_kernels.tiles import DevicePlan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "images_per_split", "room", "column_tiles"])
 def select_kernel(
     images,  # [n, H * W] of C packed bytes
     x,  # [B, C, H * W], scaled: see exact.accumulate
@@ -150,5 +150,6 @@ def select(
         PRECISE=x.dtype == torch.float64,
         STAGES=configuration.stages,
         num_warps=configuration.warps,
+        enable_fp_fusion=FP_FUSION,
     )
     return counts, found

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from els.triton_kernels.configurations import FP_FUSION
 from els.triton_kernels.merge import Totals, pixel_block
-from els.triton_kernels.primitives import LOWEST, channel_scale, clean_values
+from els.triton_kernels.primitives import LOWEST_FLOAT64, channel_scale, clean_values
 
 _MOST_LANES = 128
 
@@ -34,7 +35,7 @@ def window_places(
     return place, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def truncated_kernel(
     images,  # [n, H * W] of C packed bytes
     x,  # [B, C, H * W] float64, scaled: see exact.accumulate
@@ -66,7 +67,7 @@ def truncated_kernel(
     slope = tl.load(slopes + i_query)
     # A pixel beyond the border is 0, of which ``scale * (x + alpha)`` is ``slope * 127.5``.
     outside = slope * 127.5
-    largest = tl.full([PIXEL_BLOCK, LANES], LOWEST, tl.float64)
+    largest = tl.full([PIXEL_BLOCK, LANES], LOWEST_FLOAT64, tl.float64)
     sum_mass = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
     sum_tilt = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
     sums = ()
@@ -97,7 +98,7 @@ def truncated_kernel(
                 scaled = (slope * channel_scale(c)) * b_clean[c].to(tl.float64)
                 difference = b_query[:, None] - tl.where(clean_inside, scaled, outside)
                 distance += difference * difference
-        logit = tl.where(m_candidate, -distance, LOWEST)
+        logit = tl.where(m_candidate, -distance, LOWEST_FLOAT64)
         tl.store(logits + p_pixel[:, None] * k + o_lane, logit, mask=m_lane)
         highest = tl.maximum(largest, logit)
         rescale = tl.exp2(largest - highest)
@@ -185,5 +186,6 @@ def truncated(
         PIXEL_BLOCK=block,
         LANES=lanes,
         num_warps=4,
+        enable_fp_fusion=FP_FUSION,
     )
     return totals, torch.where(addresses < 0, -torch.inf, logits)
