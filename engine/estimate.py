@@ -1,8 +1,9 @@
-"""Posteriors with known error from a part of the candidates: head, tail, and both (design, 5).
+"""Posteriors with known error from a part of the candidates: head, tail, and both.
 
 The *head* are the k nearest patches that an index finds, weighed exactly. The *tail* is everything
 else, estimated from a random subset of the images (`els.engine.subset`), whose sums are scaled by
-N / n; what the head already counts is left out. The error of a tail is measured and not assumed.
+N / n; what the head already counts is left out. The error of a tail is measured and not assumed
+(docs/retrieval.md). A pixel of which a part says nothing is computed from everything.
 
 Where the index's lists can be read whole (`els.engine.scan`), sampling them takes the place of
 both: all patches are drawn from, the heavier the more densely. Pixels near a border of zeros have
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -36,7 +36,7 @@ from els.engine.posterior import (
     merge_all,
     moved,
 )
-from els.engine.scan import COARSEST, can_read, scan
+from els.engine.scan import COARSEST, can_read, is_precise, scan
 from els.engine.subset import (
     GROUPS,
     Allotments,
@@ -88,10 +88,14 @@ _MARGIN = 0.9
 _MEAN_ABSOLUTE = math.sqrt(2 / math.pi)
 # Float32 sums of a group are known to this, so a head that is a larger share of it leaves no tail.
 _CANCELS = 1e-5
+# Natural logarithm of the most by which a candidate may seem heavier than its group's reference.
+_MOST_ABOVE = 50.0
 # Rounding of an index's squared distances, as a share of the squared norms.
 _INDEX_ROUNDING = 4e-6
 _RANGE = 2.0  # of clean pixels
-_LEAST_MASS = 1e-290  # of a group; below, there is nothing to average
+# Largest query over alpha: beyond, float32 squares of up to 10^4 components would overflow, and an
+# index could not tell patches apart.
+_LARGEST_QUERY = 1e15
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,13 @@ class Estimator:
         self._list_seed = int(self._rng.integers(1 << 63))
 
     def state(self, approximation: Approximation) -> tuple[PosteriorState, Error]:
-        """The estimated state of the whole posterior, and its error."""
+        """The estimated state of the whole posterior, and its error.
+
+        Raises:
+            DatabaseError: the index names patches that are not there.
+        """
+        if approximation.mode in ("topk", "topk+subset", "lists") and not self._can_search:
+            return self._exact()
         match approximation.mode:
             case "topk":
                 return self._head_alone(self.head(approximation.k))
@@ -331,7 +341,8 @@ class Estimator:
     def _can_search(self) -> bool:
         """Whether there is an index, pixels that it serves, and a signal to search for."""
         has_pixels = bool(self._is_served().any())
-        return self._index is not None and has_pixels and bool(self._query.alpha[0] > 0)
+        alpha, largest = float(self._query.alpha[0]), float(self._query.x.abs().max())
+        return self._index is not None and has_pixels and largest < _LARGEST_QUERY * alpha
 
     @property
     def _can_scan(self) -> bool:
@@ -375,7 +386,7 @@ class Estimator:
             again[served] = torch.from_numpy(larger > shares)
             result = _chosen(again, self._lists(larger[larger > shares], again), result)
             shares = larger
-        return result
+        return result if _all_known(result[0], served) else None
 
     @cached_property
     def _first_share(self) -> float:
@@ -408,15 +419,24 @@ class Estimator:
         return max(min(by_size, 1 / 32), 1.5 * 2.0**-COARSEST)
 
     def _with_lists(self, share: float) -> tuple[PosteriorState, Error]:
-        """The lists' posterior, and the exact one of the pixels that the index does not serve."""
+        """The lists' posterior, and the exact one of the pixels that the index does not serve.
+
+        If a pixel has met no patch, everything is computed.
+        """
         served = self._is_served()
         state, error = self._lists(share, served)
+        if not _all_known(state, served):
+            # The exact state of some pixels costs as much as that of all.
+            return self._exact()
         if bool(served.all()):
             return state, error
         return _chosen(served, (state, error), self._whole_border())
 
     def _lists(self, share: float | Array, served: Tensor) -> tuple[PosteriorState, Error]:
-        """Of some of the interior's pixels, each with its share; others have anything."""
+        """Of some of the interior's pixels, each with its share.
+
+        Others, and those that have met no patch, have no mass and the largest error.
+        """
         index, query = self._index, self._query
         assert index is not None
         lists = index.inverted
@@ -427,32 +447,44 @@ class Estimator:
         if len(self._order) < len(self._db):
             allowed = np.zeros(len(self._db), dtype=np.uint8)
             allowed[self._order] = 1
-        sums = scan(
-            lists,
-            y,
-            rest,
-            alpha=float(query.alpha[0]),
-            sigma=float(query.sigma[0]),
-            share=share,
-            seed=self._list_seed,
-            allowed=allowed,
-            pixels=height * width,
-            threads=self._backend.workers if self._backend.device.type == "cpu" else None,
-        )
+        alpha, sigma = float(query.alpha[0]), float(query.sigma[0])
+        largest = math.sqrt(float(np.square(y.astype(np.float64)).sum(1).max()))
+        try:
+            sums = scan(
+                lists,
+                y,
+                rest,
+                alpha=alpha,
+                sigma=sigma,
+                share=share,
+                seed=self._list_seed,
+                allowed=allowed,
+                pixels=height * width,
+                threads=self._backend.threads,
+            )
+        except IndexError as error:
+            raise index.damaged(str(error)) from error
+        known = sums.known & is_precise(lists, alpha, sigma, largest)
 
         def placed(values: npt.NDArray[np.float64], elsewhere: float) -> Tensor:
             room = torch.full((*served.shape, *values.shape[1:]), elsewhere, dtype=torch.float64)
             room[served] = torch.from_numpy(values)
             return room.movedim(-1, 0).unsqueeze(0) if values.ndim == 2 else room.unsqueeze(0)
 
+        mass = np.where(known, sums.mass, 1.0)
         state = PosteriorState(
-            placed(sums.maximum, -math.inf),
-            placed(sums.mass, 0.0),
-            placed(sums.centre, 0.0),
-            placed(sums.tilt, 0.0),
+            placed(np.where(known, sums.maximum, -math.inf), -math.inf),
+            placed(np.where(known, sums.mass, 0.0), 0.0),
+            placed(np.where(known[:, None], sums.centre, 0.0), 0.0),
+            placed(np.where(known, sums.tilt, 0.0), 0.0),
         )
-        omitted = placed(1 - sums.seen / sums.mass, 0.0).clamp(0, 1)
-        deviation = placed(sums.deviation * _doubt(sums.effective, lists.is_lossless)[:, None], 0.0)
+        share_omitted = np.where(known, np.clip(1 - sums.seen / mass, 0, 1), 1.0)
+        omitted = placed(share_omitted, 1.0)
+        doubted = sums.deviation * _doubt(sums.effective, lists.is_lossless)[:, None]
+        # A spread needs several blocks, and knows as little of what is between them.
+        least = share_omitted / np.maximum(sums.blocks, 1.0)
+        doubted = np.where(known[:, None], np.hypot(doubted, least[:, None]), _RANGE)
+        deviation = placed(doubted, _RANGE)
         worst, typical = deviation.amax(1), deviation.mean(1)
         return state, Error(omitted, worst, "estimate", "lists", 0, typical)
 
@@ -537,7 +569,11 @@ class Estimator:
         addresses = torch.full((1, *served.shape, k), -1, dtype=torch.int64)
         patches = self._patches(chosen)
         _, found = index.search(
-            patches, k, members=None if everyone else np.sort(self._order), effort=effort
+            patches,
+            k,
+            members=None if everyone else np.sort(self._order),
+            effort=effort,
+            threads=self._backend.threads,
         )
         addresses[0, chosen] = torch.from_numpy(found)
         device = self._query.x.device
@@ -556,8 +592,13 @@ class Estimator:
         return patches.astype(np.float32)
 
     def _head_alone(self, head: _Head) -> tuple[PosteriorState, Error]:
-        """The head as the whole posterior, with what may have been left out."""
+        """The head as the whole posterior, with what may have been left out.
+
+        If the index has found nothing for a pixel, everything is computed.
+        """
         query, served = self._query, head.served
+        if not _all_known(head.state, served):
+            return self._exact()
         state = self._with_border(head)
         log_mass = head.state.maximum + head.state.mass.log()
         # A full list may leave out candidates as heavy as its last one, and no heavier.
@@ -573,9 +614,8 @@ class Estimator:
         rounding = _INDEX_ROUNDING * alpha**2 * (norms + terms) / (2 * sigma**2)
         left = (places - found).clamp(min=0)
         log_ratio = left.double().log() + last + rounding - log_mass
+        # With nothing left log 0 is -inf, of which the sigmoid is 0.
         omitted = torch.where(served, torch.sigmoid(log_ratio), 0.0)
-        # With nothing left log 0 is -inf, of which the sigmoid is 0; an empty list knows nothing.
-        omitted = torch.where(served & (found == 0), 1.0, omitted)
         kind: ErrorKind = "bound" if head.is_exact else "estimate"
         bound = _RANGE * omitted
         return state, Error(omitted, bound, kind, "topk", 0, bound)
@@ -603,8 +643,8 @@ class Estimator:
     def _border_states(
         self, groups: Sequence[Members], wanted: npt.NDArray[np.bool_] | None = None
     ) -> list[PosteriorState]:
-        workers = self._backend.workers
-        return border_states(self._db.images, self._query, groups, wanted=wanted, threads=workers)
+        threads = self._backend.threads
+        return border_states(self._db.images, self._query, groups, wanted=wanted, threads=threads)
 
     @cached_property
     def _multiplies(self) -> bool:
@@ -636,45 +676,39 @@ class Estimator:
         """
         number = np.arange(first, min(last, len(self._order)))
         members = [np.sort(self._order[number[number % GROUPS == g]]) for g in range(GROUPS)]
-
-        def weigh(members: Members) -> PosteriorState:
-            return moved(
-                self._backend.state(self._db.images, replace(query, members=members)), "cpu"
-            )
-
         if query.border_only and self._multiplies:
             return Groups.of(self._border_states(members, wanted))
-        with ThreadPoolExecutor(self._backend.workers) as pool:
-            return Groups.of(list(pool.map(weigh, members)))
+        return Groups.of(self._backend.states(self._db.images, query, members))
 
     def combined(self, head: _Head | None, tail: Tail) -> tuple[PosteriorState, Error]:
         """Head and scaled tail as one state; the error from leaving out each group in turn."""
-        reference = tail.groups.maximum.max(0)
-        if head is not None:
-            reference = np.maximum(reference, head.state.maximum[0].numpy())
-        groups = tail.groups.on(reference)
-        head_mass, head_centre, head_tilt = np.zeros(()), np.zeros(()), np.zeros(())
-        if head is not None:
-            groups = self._without(head, tail, groups)
-            assert head.state.tilt is not None
-            mass = head.state.mass[0].numpy()
-            shift = np.where(mass > 0, head.state.maximum[0].numpy() - reference, 0.0)
-            factor = np.where(mass > 0, np.exp(shift), 0.0)
-            head_mass = factor * mass
-            head_centre = factor * head.state.centre[0].numpy()
-            head_tilt = factor * (head.state.tilt[0].numpy() + shift * mass)
+        groups = tail.groups if head is None else self._without(head, tail)
+        nothing = groups.first().where(np.zeros(groups.mass[:1].shape, dtype=np.bool_))
+        apart = nothing if head is None else Groups.of([head.state])
         total, sizes = len(self._order), tail.sizes
-        ratio = total / sizes
-        all_mass = head_mass + ratio * groups.mass.sum(0)
-        all_centre = head_centre + ratio * groups.centre.sum(0)
-        all_tilt = head_tilt + ratio * groups.tilt.sum(0)
-        ratios = total / (sizes - counts_of(sizes))
-        less_mass = head_mass + ratios * sums_without_each(groups.mass)
-        less_centre = head_centre + ratios[:, None] * sums_without_each(groups.centre)
-        means = np.clip(less_centre / np.maximum(less_mass, _LEAST_MASS)[:, None], -1, 1)
+        ratio, ratios = total / sizes, total / (sizes - counts_of(sizes))
+        reference = np.maximum(groups.maximum.max(0), apart.maximum[0])
+        own, kept = groups.on(reference), apart.on(reference)
+        all_mass = kept.mass[0] + ratio * own.mass.sum(0)
+        all_centre = kept.centre[0] + ratio * own.centre.sum(0)
+        all_tilt = kept.tilt[0] + ratio * own.tilt.sum(0)
+        seen_mass = kept.mass[0] + own.mass.sum(0)
+        less_mass = kept.mass + ratios * sums_without_each(own.mass)
+        less_centre = kept.centre + ratios[:, None] * sums_without_each(own.centre)
+        # Beside the heaviest group the others may be too light to be seen; without it they are not.
+        heaviest = np.arange(GROUPS)[:, None, None] == groups.maximum.argmax(0)
+        others = groups.where(~heaviest)
+        below = np.maximum(others.maximum.max(0), apart.maximum[0])
+        own, kept = others.on(below), apart.on(below)
+        less_mass = np.where(heaviest, kept.mass + ratios * own.mass.sum(0), less_mass)
+        rest_centre = kept.centre + ratios[:, None] * own.centre.sum(0)
+        less_centre = np.where(heaviest[:, None], rest_centre, less_centre)
+        means = np.clip(less_centre / np.where(less_mass > 0, less_mass, 1.0)[:, None], -1, 1)
         spread = np.square(means - means.mean(0)).sum(0) * (GROUPS - 1) / GROUPS
-        deviation = np.sqrt(spread * (1 - sizes / total))
-        omitted = np.clip(1 - (head_mass + groups.mass.sum(0)) / all_mass, 0, 1)
+        omitted = np.clip(1 - seen_mass / np.where(all_mass > 0, all_mass, 1.0), 0, 1)
+        # Images that differ from those of a subset and weigh as much as one of it are not seen.
+        least = omitted / sizes
+        deviation = np.hypot(np.sqrt(spread * (1 - sizes / total)), least)
         reference, all_mass, all_centre, all_tilt, omitted, worst, typical = (
             torch.from_numpy(values[None])
             for values in (
@@ -691,8 +725,9 @@ class Estimator:
         error = Error(omitted, worst, "estimate", mode, len(tail), typical)
         return PosteriorState(reference, all_mass, all_centre, all_tilt), error
 
-    def _without(self, head: _Head, tail: Tail, groups: Groups) -> Groups:
-        """The groups' sums, on one reference, less what the head counts already."""
+    def _without(self, head: _Head, tail: Tail) -> Groups:
+        """The groups' sums less what the head counts already."""
+        groups = tail.groups
         _, height, width = groups.mass.shape
         pixels = height * width
         addresses = head.addresses[0].numpy().reshape(pixels, -1)
@@ -702,27 +737,25 @@ class Estimator:
         flat = addresses[pixel, place]
         clean = self._db.images[flat // pixels, :, flat % pixels // width, flat % width]
         centres = clean / 127.5 - 1  # [M, C]
-        logits = head.logits[0].numpy().reshape(pixels, -1)[pixel, place]
-        shifted = logits - groups.maximum[0].ravel()[pixel]
-        weights = np.exp(shifted)
         slot = group[pixel, place] * pixels + pixel
+        logits = head.logits[0].numpy().reshape(pixels, -1)[pixel, place]
+        # A candidate of a group is no heavier than its heaviest but for rounding, which in float32
+        # may be much where logits are huge.
+        shifted = np.minimum(logits - groups.maximum.ravel()[slot], _MOST_ABOVE)
+        weights = np.exp(shifted)
 
         def sums(values: Array) -> Array:
             counted: Array = np.bincount(slot, values, GROUPS * pixels).astype(np.float64)
             return counted.reshape(GROUPS, height, width)
 
-        counted = sums(weights)
-        left = groups.mass - counted
-        # Below the rounding of the sums nothing is known to be left.
-        there = left > _CANCELS * groups.mass
+        left = groups.mass - sums(weights)
         counted_centre = np.stack([sums(weights * c) for c in centres.T], axis=1)
         counted_tilt = sums(np.where(weights > 0, weights * shifted, 0.0))
-        return Groups(
-            groups.maximum,
-            np.where(there, left, 0.0),
-            np.where(there[:, None], groups.centre - counted_centre, 0.0),
-            np.where(there, groups.tilt - counted_tilt, 0.0),
+        rest = Groups(
+            groups.maximum, left, groups.centre - counted_centre, groups.tilt - counted_tilt
         )
+        # Below the rounding of the sums nothing is known to be left.
+        return rest.where(left > _CANCELS * groups.mass)
 
 
 @final
@@ -848,6 +881,11 @@ def _absolute_errors(error: Error) -> Array:
     """Expected absolute errors of one image, ``[H, W]``."""
     errors: Array = _MEAN_ABSOLUTE * error.typical[0].numpy()
     return errors
+
+
+def _all_known(state: PosteriorState, pixels: Tensor) -> bool:
+    """Whether each of some pixels has met a candidate."""
+    return bool((state.mass[0][pixels] > 0).all())
 
 
 def _mean(state: PosteriorState) -> Tensor:

@@ -57,6 +57,8 @@ class ListSums:
         centre: ``[Q, C]``.
         tilt: ``[Q]``.
         seen: the part of the mass that was read, ``[Q]``.
+        blocks: effective number of blocks that stand for what was not read, infinite where
+            everything was, ``[Q]``.
         deviation: standard error of the mean, ``[Q, C]``.
     """
 
@@ -65,12 +67,20 @@ class ListSums:
     centre: npt.NDArray[np.float64]
     tilt: npt.NDArray[np.float64]
     seen: npt.NDArray[np.float64]
+    blocks: npt.NDArray[np.float64]
     deviation: npt.NDArray[np.float64]
 
     @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """Which pixels have met a patch, ``[Q]``; the sums of others say nothing."""
+        return (self.mass > 0) & np.isfinite(self.mass) & np.isfinite(self.maximum)
+
+    @property
     def effective(self) -> npt.NDArray[np.float64]:
-        """Effective number of patches, exp(entropy of the weights), ``[Q]``."""
-        return self.mass * np.exp(-self.tilt / self.mass)
+        """Effective number of patches, exp(entropy of the weights), ``[Q]``; 0 for none."""
+        known = self.known
+        mass = np.where(known, self.mass, 1.0)
+        return np.where(known, mass * np.exp(-self.tilt / mass), 0.0)
 
 
 def can_scan() -> bool:
@@ -86,10 +96,20 @@ def has_tiles(instruction_set: str | None = None) -> bool:
     return bool(kernel_module(instruction_set).can_use_tiles())
 
 
-def is_precise(lists: InvertedLists, alpha: float, sigma: float) -> bool:
-    """Whether float32 sums and the lists' codes tell logits well enough at this noise."""
+def is_precise(
+    lists: InvertedLists, alpha: float, sigma: float, largest_query: float = 0.0
+) -> bool:
+    """Whether float32 sums and the lists' codes tell logits well enough at this noise.
+
+    Args:
+        lists: of an index.
+        alpha: signal scale.
+        sigma: noise.
+        largest_query: largest norm of a query's components; 0 if it is not known yet.
+    """
     ratio = (alpha / sigma) ** 2 / _LEVEL**2
-    rounding = ratio * lists.largest_norm * 2.0**-22
+    largest = math.sqrt(lists.largest_norm)
+    rounding = ratio * largest * max(largest, largest_query) * 2.0**-22
     return rounding < LOGIT_ERROR and ratio * lists.misfit < _MISFIT
 
 
@@ -130,6 +150,9 @@ def scan(
         instruction_set: of the kernel; None for the best.
         tiles: whether to use the matrix unit; None where there is one. Sums with it differ by the
             rounding of queries to 16 bits.
+
+    Raises:
+        IndexError: the lists name an image that ``allowed`` does not have.
     """
     shares = np.broadcast_to(np.asarray(share, dtype=np.float64), len(y))
     chunk = max(64, _RANK_BYTES // (2 * len(lists.sizes)) // 64 * 64)
@@ -185,12 +208,15 @@ def scan(
     crossed, squared = squares[1 : 1 + channels], squares[1 + channels :]
     variance = squared - 2 * mean * crossed + mean**2 * squares[0]
     deviation = np.sqrt(np.maximum(variance, 0)) / np.maximum(mass, 1e-300) / _LEVEL
+    blocks = np.full(len(y), np.inf)
+    np.divide(np.square(mass - seen), squares[0], out=blocks, where=squares[0] > 0)
     return ListSums(
         maximum=_LN2 * (maximum - precision * powers),
         mass=mass,
         centre=(centre / _LEVEL - mass).T,
         tilt=_LN2 * tilt,
         seen=seen,
+        blocks=blocks,
         deviation=deviation.T,
     )
 

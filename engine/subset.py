@@ -40,7 +40,7 @@ class Groups:
 
     @classmethod
     def of(cls, states: Sequence[PosteriorState]) -> Groups:
-        """Of states on the CPU with tilt, each of one image."""
+        """Of states on the CPU with tilt, each of one query."""
         tilts = [state.tilt for state in states if state.tilt is not None]
         return cls(
             np.concatenate([state.maximum.numpy() for state in states]),
@@ -59,6 +59,19 @@ class Groups:
             scale * self.mass,
             scale[:, None] * self.centre,
             scale * (self.tilt + shift * self.mass),
+        )
+
+    def first(self) -> Groups:
+        """The first group alone."""
+        return Groups(self.maximum[:1], self.mass[:1], self.centre[:1], self.tilt[:1])
+
+    def where(self, condition: npt.NDArray[np.bool_]) -> Groups:
+        """The same, but of no candidates where the condition ``[G, H, W]`` does not hold."""
+        return Groups(
+            np.where(condition, self.maximum, -np.inf),
+            np.where(condition, self.mass, 0.0),
+            np.where(condition[:, None], self.centre, 0.0),
+            np.where(condition, self.tilt, 0.0),
         )
 
     def merged(self, other: Groups, where: npt.NDArray[np.bool_]) -> Groups:

@@ -97,6 +97,10 @@ class PatchIndex:
     _index: Any
     _sha256: dict[str, str]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as its place: it is opened again."""
+        return open_index, (self._db, self.patch_size)
+
     def __repr__(self) -> str:
         return (
             f"PatchIndex(P={self.patch_size}, {self.count} patches, {self.factory!r}, "
@@ -179,7 +183,11 @@ class PatchIndex:
         _, height, width = self._db.shape
         wrong = (addresses < least) | (addresses >= len(self._db) * height * width)
         if wrong.any():
-            raise _damaged(self.path, f"it names a patch at {addresses[wrong][0]}, where none is")
+            raise self.damaged(f"it names a patch at {addresses[wrong][0]}, where none is")
+
+    def damaged(self, reason: str) -> DatabaseError:
+        """The error that says what to do with an index that is damaged."""
+        return _damaged(self.path, reason)
 
     def verify(self) -> None:
         """Reads the whole index and compares it with the hash made when it was built.
