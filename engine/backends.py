@@ -37,6 +37,10 @@ class Backend(Protocol):
     def threads(self) -> int:
         """How many CPU threads work around the backend may use, such as reading an index."""
 
+    @property
+    def shards(self) -> int:
+        """Among how many processes, each of which asks the same, the images are divided."""
+
     def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
         """The posterior state over the patches of ``images[query.members]``.
 

@@ -346,8 +346,8 @@ class Estimator:
 
     @property
     def _can_scan(self) -> bool:
-        """Whether the index has lists that tell the posterior well enough at this noise."""
-        if not self._can_search:
+        """Whether lists are cheap enough to read here and tell the posterior well enough."""
+        if not (self._can_search and self._is_here):
             return False
         assert self._index is not None
         alpha, sigma = float(self._query.alpha[0]), float(self._query.sigma[0])
@@ -649,7 +649,16 @@ class Estimator:
     @cached_property
     def _multiplies(self) -> bool:
         """Whether the border's pixels are weighed by products on a matrix unit."""
-        return self._backend.device.type == "cpu" and can_multiply(self._query)
+        return self._is_here and can_multiply(self._query)
+
+    @property
+    def _is_here(self) -> bool:
+        """Whether this process's CPU computes everything.
+
+        Elsewhere reading lists and products would cost what they cost here, and where processes
+        share the images, every one of them would do all of it.
+        """
+        return self._backend.device.type == "cpu" and self._backend.shards == 1
 
     def _tail(
         self, images: int, before: Tail | None = None, query: PosteriorQuery | None = None

@@ -115,7 +115,7 @@ class TritonBackend:
         where = "interpreted" if interpreted else torch.cuda.get_device_name(self.device)
         self.name = f"triton ({where})"
         self.threads = available_cores()
-        self.workers = 1
+        self.shards = 1
         # Buffers and streams stay here; a copy makes its own.
         self._made = partial(
             TritonBackend, device, resident_bytes=resident_bytes, configuration=configuration

@@ -55,9 +55,9 @@ class NativeBackend:
         self._arguments = threads, instruction_set
         self._kernel = kernel_module(chosen)
         self.threads = threads or available_cores()
-        self.workers = self.threads
         self.name = f"native ({chosen}, {self.threads} threads)"
         self.device = torch.device("cpu")
+        self.shards = 1
 
     def __reduce__(self) -> tuple[type[NativeBackend], tuple[int | None, str | None]]:
         return NativeBackend, self._arguments
