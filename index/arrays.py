@@ -159,8 +159,8 @@ def check_class_names(
     """
     if names is None:
         return None
-    names = names if isinstance(names, str) else tuple(names)
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    sequence = isinstance(names, Sequence | np.ndarray) and not isinstance(names, str)
+    if not sequence or not all(isinstance(name, str) for name in names):
         raise TypeError(f"class_names must be a sequence of strings, got {names!r}")
     # numpy strings are str, but do not survive JSON unchanged.
     names = tuple(str(name) for name in names)

@@ -1,11 +1,14 @@
 """Opening what a stranger sent: regular files of bounded size, and one error for every failure."""
 
+import errno
+import io
+import os
 import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 DAMAGED = "it seems damaged: fetch or export it again"
 # Bytes that deflate makes of one, at most (zlib's documentation); a header that claims more is
@@ -43,27 +46,41 @@ def open_regular(path: Path, limit: int | None = None) -> IO[bytes]:
         SourceError: not a regular file, or a larger one.
         OSError: it cannot be opened.
     """
-    status = path.stat()
+    refused = f"{path} is not a regular file; replace it by one, or take it out"
+    try:
+        # Without O_NONBLOCK a pipe waits for its writer.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise SourceError(refused) from error
+        raise
+    # Sized here, because otherwise Python asks whether it is a terminal.
+    stream = os.fdopen(handle, "rb", io.DEFAULT_BUFFER_SIZE)
+    status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
-        raise SourceError(f"{path} is not a regular file; replace it by one, or take it out")
+        stream.close()
+        raise SourceError(refused)
     if limit is not None and status.st_size > limit:
+        stream.close()
         raise SourceError(_too_large(path, status.st_size, limit))
-    return path.open("rb")
+    return stream
 
 
-def check_member(path: Path, entry: zipfile.ZipInfo, limit: int | None = None) -> None:
-    """Checks what the directory of a zip says of one member, before that is unpacked.
+def open_member(archive: zipfile.ZipFile, name: str, limit: int | None = None) -> IO[bytes]:
+    """Opens a member of a zip, after a check of what the directory says of it.
 
     Args:
-        path: the zip.
-        entry: the member.
+        archive: the zip, open.
+        name: the member.
         limit: the most bytes it may unpack to.
 
     Raises:
         SourceError: encrypted, packed in a way that has no bound, larger than the limit, or
             larger than it can be.
+        Exception: whatever else zipfile throws at damaged bytes.
     """
-    where = f"{path}: {entry.filename}"
+    entry = archive.getinfo(name)
+    where = f"{archive.filename}: {name}"
     # Bit 0 marks encryption (the zip format, APPNOTE 4.4.4).
     if entry.flag_bits & 1:
         raise SourceError(f"{where} is encrypted; unpack the zip, and zip it without a password")
@@ -74,10 +91,13 @@ def check_member(path: Path, entry: zipfile.ZipInfo, limit: int | None = None) -
     if limit is not None and entry.file_size > limit:
         raise SourceError(_too_large(where, entry.file_size, limit))
     ratio = 1 if entry.compress_type == zipfile.ZIP_STORED else MAX_DEFLATE_RATIO
-    if entry.file_size > ratio * min(entry.compress_size, path.stat().st_size):
+    # The directory comes after all members.
+    if entry.file_size > ratio * min(entry.compress_size, archive.start_dir):
         raise SourceError(
             f"{where} claims {entry.file_size:,} bytes, more than the zip can hold; {DAMAGED}"
         )
+    # zipfile's own stream is slow to read in small pieces.
+    return io.BufferedReader(cast(io.RawIOBase, archive.open(entry)))
 
 
 def read_exactly(stream: IO[bytes], size: int) -> bytes:

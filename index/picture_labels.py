@@ -112,7 +112,7 @@ def class_labels(where: str, values: Sequence[object], items: Sequence[str]) -> 
             return np.array(integers, np.int64), None
     kinds = ", ".join(f"{kind} ({item})" for kind, item in sorted(of_kind.items()))
     raise SourceError(
-        f"{where} has labels of type {kinds}; only integers throughout, or names throughout, are "
+        f"{where}: labels of type {kinds}; only integers throughout, or names throughout, are "
         "supported (no vectors, no fractions, no gaps): give one class for each picture"
     )
 
@@ -132,13 +132,14 @@ def _entries(kind: str, stream: IO[bytes]) -> Iterator[tuple[str, object]]:
                     raise ValueError(f"{str(pair)[:80]} is not [file name, label]")
                 yield pair[0], pair[1]
         case "metadata.csv":
-            text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
-            for row in _some(csv.DictReader(text, strict=True)):
-                name, label = _labelled(row)
-                yield name, _typed(label) if isinstance(label, str) else label
+            with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+                for row in _some(csv.DictReader(text, strict=True)):
+                    name, label = _labelled(row)
+                    yield name, _typed(label) if isinstance(label, str) else label
         case "metadata.jsonl":
-            lines = io.TextIOWrapper(stream, "utf-8-sig")
-            yield from map(_labelled, _some(json.loads(line) for line in lines if line.strip()))
+            with io.TextIOWrapper(stream, "utf-8-sig") as lines:
+                rows = (json.loads(line) for line in lines if line.strip())
+                yield from map(_labelled, _some(rows))
         case _:
             raise ValueError("it is not read; save it as metadata.csv or metadata.jsonl")
 

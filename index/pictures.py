@@ -1,11 +1,11 @@
 """One encoded picture: its size and mode from its header, its pixels as a viewer shows them.
 
-PIL is imported late: those who only open databases need none of it.
+PIL is imported late: those who only open databases need none of it. It warns of damage that changes
+no pixel; callers ignore that.
 """
 
 import os
 import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -33,6 +33,16 @@ _WIDTH, _HEIGHT, _BITS, _ORIENTATION = 256, 257, 258, 274
 # Where PIL keeps what may hold an orientation: EXIF, and XMP, of PNG or other formats.
 _ORIENTED_BY = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 _PNG_ORIENTED_BY = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+# What undoes an orientation, but for 1, which is upright.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 # The place of the bits a channel in the header of a PNG.
 _PNG_DEPTH = 24
 
@@ -93,16 +103,7 @@ def decode_picture(stream: IO[bytes], mode: str) -> NDArray[np.uint8]:
 
     with _opened(stream) as picture:
         picture.load()
-        turns = {
-            2: Image.Transpose.FLIP_LEFT_RIGHT,
-            3: Image.Transpose.ROTATE_180,
-            4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_270,
-            7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_90,
-        }
-        turn = turns.get(_orientation(picture))
+        turn = _TURNS.get(_orientation(picture))
         colour: Image.Image = picture
         if _is_deep(picture):
             colour = _eight_bits(picture)
@@ -114,7 +115,7 @@ def decode_picture(stream: IO[bytes], mode: str) -> NDArray[np.uint8]:
                 white = Image.new("RGBA", colour.size, "white")
                 colour = Image.alpha_composite(white, colour)
         if turn is not None:
-            colour = colour.transpose(turn)
+            colour = colour.transpose(Image.Transpose[turn])
         pixels = np.asarray(colour.convert(mode))
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
@@ -124,40 +125,39 @@ def _opened(stream: IO[bytes]) -> Iterator["ImageFile.ImageFile"]:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
-    too_many = f"it has {{}} pixels, more than the {MAX_PIXELS:,} of the limit"
-    # PIL warns of damage that changes no pixel, and of sizes, which are checked here.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            # PIL may be built without some.
-            picture = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
-        except UnidentifiedImageError as error:
-            raise ValueError(f"it is no picture of the formats {', '.join(FORMATS)}") from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(too_many.format("far too many")) from error
-        with picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(too_many.format(f"{height:,} x {width:,}"))
-            yield picture
+    too_many = f"it has {{}} pixels, more than the {MAX_PIXELS:,} of the limit (scale it down)"
+    try:
+        # PIL may be built without some.
+        picture = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is no picture of the formats {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(too_many.format("far too many")) from error
+    with picture:
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(too_many.format(f"{height:,} x {width:,}"))
+        yield picture
 
 
 def _is_oriented_late(stream: IO[bytes]) -> bool:
-    """Whether a PNG has EXIF or XMP behind its pixels, where PIL finds it only with those."""
+    """Whether a PNG has EXIF or XMP behind its pixels, where PIL finds it only with those.
+
+    The stream is where PIL leaves it: behind the length and kind of the first chunk of pixels.
+    """
     place = stream.tell()
-    stream.seek(8)
-    pixels = late = False
-    while not late and len(head := stream.read(8)) == 8:
+    stream.seek(place - 8)
+    while len(head := stream.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
-        pixels = pixels or kind == b"IDAT"
         start = b""
-        if pixels and kind in (b"tEXt", b"zTXt", b"iTXt"):
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
             start = stream.read(min(length, max(map(len, _PNG_ORIENTED_BY))))
-        late = pixels and (kind == b"eXIf" or start.startswith(_PNG_ORIENTED_BY))
+        if kind == b"eXIf" or start.startswith(_PNG_ORIENTED_BY):
+            stream.seek(place)
+            return True
         # Four bytes of check sum follow.
         stream.seek(length - len(start) + 4, os.SEEK_CUR)
-    stream.seek(place)
-    return late
+    return False
 
 
 def _orientation(picture: "ImageFile.ImageFile") -> int:

@@ -29,8 +29,8 @@ from .foreign import (
     DAMAGED,
     MAX_DEFLATE_RATIO,
     SourceError,
-    check_member,
     explained,
+    open_member,
     open_regular,
     read_exactly,
 )
@@ -169,7 +169,9 @@ class PictureSource(ImageSource):
         with self.opener() as read:
             for start in range(0, self.count, size):
                 numbers = range(start, min(start + size, self.count))
-                yield np.stack([self._decoded(read, number) for number in numbers])
+                with warnings.catch_warnings(action="ignore"):
+                    images = [self._decoded(read, number) for number in numbers]
+                yield np.stack(images)
 
     def _decoded(self, read: Callable[[int], IO[bytes]], number: int) -> NDArray[np.uint8]:
         # Read whole, so that an archive compares its check sum.
@@ -211,20 +213,33 @@ def open_source(
     ==============================  ===========================================================
     spec                            what it is
     ==============================  ===========================================================
-    a folder, or a zip of one       pictures of any PIL format; subfolders are classes, in sorted
-                                    order; leading folders that all share are skipped
+    a folder, or a zip of one       pictures; subfolders are classes, in sorted order, unless
+                                    there are labels beside the pictures; leading folders that
+                                    all share are skipped
     ``PATH:PART``                   one part (``train``) of a folder or zip that has several
     an ``.npz``                     uint8 under `images`, `x_train`, `x` or `data`; integers under
                                     `labels`, `y_train` or `y`, if any; names under `class_names`
     an ``.npy``                     uint8
     an idx file, ``.gz`` or not     the images of an idx pair; labels by the standard name beside
     ``hf:NAME`` / ``hf:NAME:PART``  a data set of the Hugging Face library `datasets` (part
-                                    ``train`` unless named)
+                                    ``train`` unless named); labels in its ClassLabel column, or
+                                    in a column of integers or text that is named as below
     ``embedded:fashion-mnist``      4,096 images that come with this package
     ==============================  ===========================================================
 
-    Arrays are [N, H, W], [N, C, H, W] or [N, H, W, C], C in 1..4. Pictures become one mode: grey,
-    RGB or RGBA where all are alike, otherwise RGB (alpha is dropped).
+    Arrays are [N, H, W], [N, C, H, W] or [N, H, W, C], C in 1..4.
+
+    Pictures are PNG, JPEG, WebP, GIF, BMP, TIFF, PPM, AVIF, JPEG 2000, QOI or TGA, of at most
+    8,192 x 8,192 pixels; of several frames the first. They are read as a viewer shows them:
+    turned as their EXIF says, and grey values of 16 bits scaled to 8. They become one mode: grey,
+    RGB or RGBA where all are alike, otherwise RGB, in which transparency shows white.
+
+    Labels beside pictures are read from ``dataset.json``, as the dataset_tool of StyleGAN and EDM
+    writes it (class numbers, or null for none; vectors are not supported), or from a
+    ``metadata.csv`` or ``metadata.jsonl`` of Hugging Face image folders: the picture in
+    `file_name`, relative to that file, its class in the first of the columns `label`, `labels`,
+    `fine_label`, `class`, `category`, `target` that is there. Classes are integers, or names, which
+    are numbered in sorted order.
 
     Args:
         spec: what to open, as above.
@@ -243,7 +258,7 @@ def open_source(
     size = _check_resize(resize)
     kind, _, name = str(spec).partition(":")
     if kind in ("hf", "embedded") and labels is not None:
-        raise SourceError(f"{spec} has its own labels; leave out labels={str(labels)!r}")
+        raise SourceError(f"{spec} has its own labels; leave out --labels (labels={str(labels)!r})")
     if kind == "hf":
         return _open_hugging_face(name, size)
     if kind == "embedded":
@@ -258,7 +273,8 @@ def open_source(
         raise SourceError(f"{path} has no parts to choose from; leave out ':{part}'")
     if labels is not None and kind not in ("npy", "idx"):
         raise SourceError(
-            f"{path} has its own labels; labels={str(labels)!r} is for idx and .npy files"
+            f"{path} has its own labels; --labels (labels={str(labels)!r}) is for idx and .npy "
+            "files"
         )
     match kind:
         case "folder" | "zip":
@@ -282,11 +298,8 @@ def _open_npz(path: Path) -> ImageSource:
                 f"{', '.join(keys[:20]) or 'nothing'}; save it as np.savez(path, images=...)"
             )
         label_key = _one_of(path, "labels", keys, _LABEL_KEYS)
-        for key in (image_key, label_key, "class_names"):
-            if key in keys:
-                check_member(path, archive.getinfo(f"{key}.npy"))
         member = f"{image_key}.npy"
-        with archive.open(member) as stream:
+        with open_member(archive, member) as stream:
             shape, dtype = _read_npy_header(stream, f"{path}: {image_key}")
             source = _raw_source(path, member, stream.tell(), shape, dtype)
         expected = source.offset + source.count * math.prod(source.shape)
@@ -297,10 +310,10 @@ def _open_npz(path: Path) -> ImageSource:
             )
         labels = names = None
         if label_key is not None:
-            with archive.open(f"{label_key}.npy") as stream:
+            with open_member(archive, f"{label_key}.npy") as stream:
                 labels = _read_label_array(stream, f"{path}: {label_key}", source.count)
         if "class_names" in keys:
-            with archive.open("class_names.npy") as stream:
+            with open_member(archive, "class_names.npy") as stream:
                 names = _read_class_names(stream, f"{path}: class_names")
     return replace(source, labels=labels, class_names=_checked_names(path, names, labels))
 
@@ -410,8 +423,7 @@ def _read_npy_header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np
     # A part of the file, because numpy reads a header whatever length it claims.
     head = io.BytesIO(stream.read(_MAX_NPY_HEADER))
     # numpy warns of old types and of headers that Python 2 wrote.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         match npy.read_magic(head):
             case (1, 0):
                 shape, fortran, dtype = npy.read_array_header_1_0(head)
@@ -524,9 +536,6 @@ def _folder_names(path: Path) -> list[str]:
 
 def _zip_names(path: Path) -> list[str]:
     with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if is_picture(entry.filename) and not _is_hidden(PurePosixPath(entry.filename).parts):
-                check_member(path, entry, _MAX_PICTURE_BYTES)
         return list(dict.fromkeys(name for name in archive.namelist() if not name.endswith("/")))
 
 
@@ -582,10 +591,8 @@ def _opened(path: Path, name: str) -> Iterator[IO[bytes]]:
         with open_regular(path / name, MAX_LABEL_FILE_BYTES) as stream:
             yield stream
         return
-    with zipfile.ZipFile(path) as archive:
-        check_member(path, archive.getinfo(name), MAX_LABEL_FILE_BYTES)
-        with archive.open(name) as stream:
-            yield stream
+    with zipfile.ZipFile(path) as archive, open_member(archive, name, MAX_LABEL_FILE_BYTES) as file:
+        yield file
 
 
 @contextmanager
@@ -598,7 +605,7 @@ def _open_zip(path: Path, names: Sequence[str]) -> Iterator[Callable[[int], IO[b
     with explained(path, DAMAGED):
         archive = zipfile.ZipFile(path)
     with archive:
-        yield lambda number: archive.open(names[number])
+        yield lambda number: open_member(archive, names[number], _MAX_PICTURE_BYTES)
 
 
 def _survey(
@@ -612,7 +619,7 @@ def _survey(
     """Reads the header of every picture: their common size and mode."""
     modes: set[str] = set()
     first: tuple[int, int] | None = resize
-    with opener() as read:
+    with opener() as read, warnings.catch_warnings(action="ignore"):
         for number, name in enumerate(names):
             with explained(f"{where}: {name}", _PICTURE_REMEDY), read(number) as stream:
                 mode, size = read_header(stream)
@@ -753,7 +760,7 @@ def _open_stream(path: Path, member: str | None = None) -> Iterator[IO[bytes]]:
     with ExitStack() as stack:
         if member is not None:
             archive = stack.enter_context(zipfile.ZipFile(path))
-            yield stack.enter_context(archive.open(member))
+            yield stack.enter_context(open_member(archive, member))
         elif _is_gzip(path):
             yield cast(IO[bytes], stack.enter_context(gzip.open(path)))
         else:
