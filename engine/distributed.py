@@ -13,12 +13,14 @@ Which rank computes what shows in no sample beyond the rounding of the sums.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, final
 
@@ -27,7 +29,6 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from els.engine.backends import Backend
 from els.engine.posterior import (
@@ -38,13 +39,24 @@ from els.engine.posterior import (
     empty,
     moved,
     rescaled,
+    stack,
+    take,
 )
 
-# Ranks of a group wait for each other at every step; a step that takes longer is a hung rank.
+# Longest wait of a rank for another of its group, at every step: a longer step is a hung rank.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+# Longest wait for all processes to start. Launchers start them together, so that they differ by
+# the time that importing torch from a busy file system takes, a minute or two.
+DEFAULT_START_TIMEOUT = timedelta(minutes=5)
+# Seconds between two looks at a counter that other processes change, at most.
 _LONGEST_PAUSE = 0.5
-# What torchrun tells each process.
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Seconds that a try to reach rank 0 may take.
+_CONNECT_SECONDS = 5.0
+# Seconds between two tries, and between two looks at who came.
+_MEETING_PAUSE = 0.02
+_LARGEST_PORT = 65535
+
+logger = logging.getLogger("els")
 
 
 class RankError(RuntimeError):
@@ -146,7 +158,7 @@ class ProcessMesh:
         """What the rank that leads the group says; errors as in :meth:`merge`."""
         if self._group is None:
             return number
-        told = torch.tensor([number])
+        told = torch.tensor([number], device="cpu")
         with _answered():
             dist.broadcast(told, src=self.rank - self.shard, group=self._group)
         return int(told)
@@ -245,22 +257,31 @@ class ShardedBackend:
         self._own: npt.NDArray[np.uint8] | None = None
         self.name = f"{inner.name}, the images on {mesh.database_shards} ranks"
         self.device = inner.device
-        # One question at a time: threads would ask them in another order on every rank.
-        self.workers = 1
+        self.threads = inner.threads
+        self.shards = mesh.database_shards
 
     def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
         """See :class:`els.engine.backends.Backend`."""
         own, first = self._shard(images)
-        mine = np.searchsorted(query.members, [first, first + len(own)])
-        members = query.members[mine[0] : mine[1]] - first
+        members = _members_between(query.members, first, first + len(own))
         if len(members) == 0:
             return self._mesh.merge(moved(empty(query), self.device))
         state = self._inner.state(own, replace(query, members=members))
-        if state.top is not None:
-            addresses = state.top.addresses
-            addresses = torch.where(addresses < 0, -1, addresses + first * _pixels(images))
-            state = replace(state, top=TopPatches(state.top.logits, addresses))
-        return self._mesh.merge(state)
+        return self._mesh.merge(_addressed(state, first * _pixels(images)))
+
+    def states(
+        self,
+        images: npt.NDArray[np.uint8],
+        query: PosteriorQuery,
+        groups: Sequence[npt.NDArray[np.int64]],
+    ) -> list[PosteriorState]:
+        """See :class:`els.engine.backends.Backend`; all groups meet in one merge."""
+        own, first = self._shard(images)
+        mine = [_members_between(group, first, first + len(own)) for group in groups]
+        together = stack(self._inner.states(own, query, mine))
+        merged = self._mesh.merge(_addressed(together, first * _pixels(images)))
+        rows = torch.arange(len(merged.maximum), device="cpu").chunk(len(groups))
+        return [take(merged, of_group) for of_group in rows]
 
     def given(
         self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
@@ -281,40 +302,159 @@ class ShardedBackend:
         return self._own, first
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """What the environment says of the processes of a run, as torchrun sets it.
+
+    Attributes:
+        rank: of this process (RANK).
+        world_size: number of processes, more than 1 (WORLD_SIZE).
+        address: where rank 0 or torchrun listens (MASTER_ADDR).
+        port: likewise (MASTER_PORT).
+        local_rank: of this process among those of its machine (LOCAL_RANK).
+        local_world_size: number of processes on this machine (LOCAL_WORLD_SIZE).
+    """
+
+    rank: int
+    world_size: int
+    address: str
+    port: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def of_environment(cls) -> _Launch | None:
+        """The launch of this process; None if it is the only one.
+
+        RANK and WORLD_SIZE together make a process one of several. Where one of them is not set,
+        the other variables are left over from something else and mean nothing.
+
+        Raises:
+            ValueError: for a variable that is missing or out of range.
+        """
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return None
+        world_size = _variable("WORLD_SIZE", 1)
+        if world_size == 1:
+            return None
+        rank = _variable("RANK", 0, world_size - 1)
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise ValueError(
+                    f"the environment says RANK={rank} and WORLD_SIZE={world_size}, but not "
+                    f"{name}; start the processes with torchrun, which sets it, or {_ALONE}"
+                )
+        local_world_size = _variable("LOCAL_WORLD_SIZE", 1, world_size, default=1)
+        return cls(
+            rank,
+            world_size,
+            os.environ["MASTER_ADDR"],
+            _variable("MASTER_PORT", 1, _LARGEST_PORT),
+            _variable("LOCAL_RANK", 0, local_world_size - 1, default=0),
+            local_world_size,
+        )
+
+    @property
+    def listens(self) -> bool:
+        """Whether this process is to listen at the address, where the others meet."""
+        return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+    def store(self, until: float) -> dist.Store:
+        """The store of all processes, as soon as somebody listens at the address.
+
+        Torch waits where Ctrl-C does not reach it, so it is asked when it need not wait.
+
+        Args:
+            until: when to give up, as time.monotonic() counts.
+
+        Raises:
+            OSError: if nobody listens, or the address is not known.
+            RuntimeError: if whoever listens there is not another process of the run.
+        """
+        while True:
+            try:
+                if self.listens:
+                    socket.getaddrinfo(self.address, self.port)
+                else:
+                    where = (self.address, self.port)
+                    socket.create_connection(where, timeout=_CONNECT_SECONDS).close()
+                break
+            except OSError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_MEETING_PAUSE)
+        return dist.TCPStore(
+            self.address,
+            self.port,
+            is_master=self.listens,
+            timeout=timedelta(seconds=max(1.0, until - time.monotonic())),
+            wait_for_workers=False,
+        )
+
+
+# The remedy for variables that are left over.
+_ALONE = "let this process work alone: unset RANK WORLD_SIZE"
+
+
+def _variable(name: str, least: int, most: int | None = None, default: int | None = None) -> int:
+    """An integer of the environment."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        number = int(text or "")
+        if number >= least and (most is None or number <= most):
+            return number
+    except ValueError:
+        pass
+    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise ValueError(
+        f"the environment variable {name}={text!r} must be an integer {allowed}; start the "
+        f"processes with torchrun, which sets it, or {_ALONE}"
+    )
+
+
 @contextmanager
 def process_mesh(
-    database_shards: int = 1, *, timeout: timedelta = DEFAULT_TIMEOUT
+    database_shards: int = 1,
+    *,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+    start_timeout: timedelta = DEFAULT_START_TIMEOUT,
 ) -> Iterator[ProcessMesh]:
     """The mesh of the processes that torchrun started, or of this one alone.
 
-    Posterior states are merged by NCCL where they are on CUDA devices, by gloo elsewhere.
+    A process is one of several if the environment has RANK and WORLD_SIZE, and WORLD_SIZE is not 1;
+    it then waits for the others, and says so in the log ``els``. Posterior states are merged by
+    NCCL where they are on CUDA devices, by gloo elsewhere.
 
     Args:
         database_shards: S, how many ranks share the images; divides the number of processes.
         timeout: how long a rank waits for another of its group.
+        start_timeout: how long a rank waits for all others to start.
 
     Raises:
-        ValueError: if S does not fit the number of processes.
+        ValueError: if S does not fit the number of processes, or for a variable of the environment
+            that is missing or out of range.
         RankError: if the processes do not find each other.
     """
-    launched = all(name in os.environ for name in _LAUNCHED)
-    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    launch = _Launch.of_environment()
+    world_size = 1 if launch is None else launch.world_size
     if type(database_shards) is not int or database_shards < 1 or world_size % database_shards:
         raise ValueError(
             f"database_shards={database_shards!r} must be a positive divisor of the number of "
             f"processes, which is {world_size}; torchrun --nproc-per-node=N -m els.engine ... "
             "starts N of them on a machine"
         )
-    if not launched:
+    if launch is None:
         yield ProcessMesh.alone()
         return
+    store = _meeting(launch, start_timeout)
+    store.set_timeout(timeout)
     with _answered():
-        shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
-        store = _fresh(shared, rank, world_size, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if _has_nccl() else "gloo",
             store=store,
-            rank=rank,
+            rank=launch.rank,
             world_size=world_size,
             timeout=timeout,
         )
@@ -329,10 +469,10 @@ def process_mesh(
                 )
         yield ProcessMesh(
             dist.PrefixStore("els", store),
-            rank=rank,
+            rank=launch.rank,
             world_size=world_size,
             database_shards=database_shards,
-            processes_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            processes_here=launch.local_world_size,
             group=group,
         )
     finally:
@@ -340,14 +480,16 @@ def process_mesh(
 
 
 def local_device() -> str | None:
-    """The GPU of this rank where torchrun started several: ``"cuda:LOCAL_RANK"``; else None.
+    """The GPU of this rank where several processes were started: ``"cuda:LOCAL_RANK"``; else None.
 
     Raises:
-        ValueError: if this machine has GPUs, but fewer than processes.
+        ValueError: if this machine has GPUs, but fewer than processes, or as
+            :func:`process_mesh` does.
     """
-    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+    launch = _Launch.of_environment()
+    if launch is None or not torch.cuda.is_available():
         return None
-    rank, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    rank, there = launch.local_rank, torch.cuda.device_count()
     if rank >= there:
         raise ValueError(
             f"this is process {rank} (from 0) of a machine with {there} GPUs; give torchrun "
@@ -357,7 +499,38 @@ def local_device() -> str | None:
     return f"cuda:{rank}"
 
 
-def _fresh(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def _meeting(launch: _Launch, patience: timedelta) -> dist.Store:
+    """A store that all processes of the run have come to, and nobody else has written to.
+
+    Raises:
+        RankError: if they do not come in time.
+    """
+    others = launch.world_size - 1
+    logger.warning(
+        "waiting for %d other process%s (RANK=%d, WORLD_SIZE=%d) at %s:%d (MASTER_ADDR, "
+        "MASTER_PORT), at most %d s; if there are none, %s",
+        others,
+        "es" if others > 1 else "",
+        launch.rank,
+        launch.world_size,
+        launch.address,
+        launch.port,
+        patience.total_seconds(),
+        _ALONE,
+    )
+    until = time.monotonic() + patience.total_seconds()
+    try:
+        return _fresh(launch.store(until), launch.rank, launch.world_size, until)
+    except (OSError, RuntimeError) as error:
+        raise RankError(
+            f"not all of the {launch.world_size} processes (WORLD_SIZE) met at "
+            f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT) in "
+            f"{patience.total_seconds():g} s ({str(error).splitlines()[0]}); start all of them "
+            f"with torchrun, or {_ALONE}"
+        ) from error
+
+
+def _fresh(store: dist.Store, rank: int, world_size: int, until: float) -> dist.Store:
     """A part of a store that nobody has written to.
 
     After a restart by torchrun the store still holds what the dead processes wrote, the addresses
@@ -368,22 +541,27 @@ def _fresh(store: dist.Store, rank: int, world_size: int, timeout: timedelta) ->
     if rank > 0:
         number = secrets.token_hex(8)
         meeting.set(f"asked by {rank}", number)
+        while not meeting.check([f"told {number}"]):
+            _pause(until, "rank 0 did not answer")
         name = meeting.get(f"told {number}").decode()
         meeting.add(f"met {name}", 1)
         return dist.PrefixStore(name, store)
     name = f"els-{secrets.token_hex(8)}"
     told: set[str] = set()
-    until = time.monotonic() + timeout.total_seconds()
-    while meeting.add(f"met {name}", 0) < world_size - 1:
+    while (met := meeting.add(f"met {name}", 0)) < world_size - 1:
         # Dead processes asked, too: telling them does no harm.
         asked = [key for r in range(1, world_size) if meeting.check([key := f"asked by {r}"])]
         for number in {meeting.get(key).decode() for key in asked} - told:
             meeting.set(f"told {number}", name)
             told.add(number)
-        if time.monotonic() > until:
-            raise RuntimeError(f"not all of the {world_size} processes came")
-        time.sleep(0.01)
+        _pause(until, f"{met + 1} came")
     return dist.PrefixStore(name, store)
+
+
+def _pause(until: float, missing: str) -> None:
+    if time.monotonic() > until:
+        raise RuntimeError(missing)
+    time.sleep(_MEETING_PAUSE)
 
 
 @contextmanager
@@ -400,6 +578,23 @@ def _answered() -> Iterator[None]:
 
 def _has_nccl() -> bool:
     return torch.cuda.is_available() and dist.is_nccl_available()
+
+
+def _members_between(
+    members: npt.NDArray[np.int64], first: int, stop: int
+) -> npt.NDArray[np.int64]:
+    """Those of some ascending image numbers that are in a shard, counted from its first."""
+    start, end = np.searchsorted(members, [first, stop])
+    return members[start:end] - first
+
+
+def _addressed(state: PosteriorState, offset: int) -> PosteriorState:
+    """The state of a shard with addresses in the whole database."""
+    if state.top is None:
+        return state
+    addresses = state.top.addresses
+    addresses = torch.where(addresses < 0, -1, addresses + offset)
+    return replace(state, top=TopPatches(state.top.logits, addresses))
 
 
 def _pixels(images: npt.NDArray[np.uint8]) -> int:

@@ -50,15 +50,14 @@ class TorchBackend:
 
     def __init__(self, device: str = "cpu") -> None:
         try:
-            torch.empty(0, dtype=torch.float64, device=device)
+            self.device = torch.empty(0, dtype=torch.float64, device=device).device
         except (AssertionError, RuntimeError, TypeError) as error:
             raise RuntimeError(
                 f"device={device!r} cannot compute in float64 here ({error}); use device='cpu'"
             ) from error
-        self.device = torch.device(device)
         self.name = f"torch ({self.device})"
+        self.shards = 1
         self.threads = torch.get_num_threads()
-        self.workers = 1
 
     @torch.no_grad()
     def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
@@ -111,6 +110,10 @@ class _Alignment(NamedTuple):
     def candidates(self) -> slice:
         return slice(self.start + self.shift, self.start + self.shift + self.length)
 
+    def widened(self, patch_size: int) -> _Alignment:
+        """The coordinates of padded images that the patches of this run read."""
+        return self._replace(length=self.length + patch_size - 1)
+
 
 def _alignments(kind: Kind, boundary: Boundary, length: int, patch_size: int) -> list[_Alignment]:
     """Each pair of a query coordinate and one of its candidates, exactly once."""
@@ -151,16 +154,14 @@ def _members_state(
     """The same over a block of the query's members, with one more alignment each time."""
     total = empty(query)
     batch = len(query.x)
-    radius = query.patch_size // 2
-    mode = "constant" if query.boundary == "zeros" else "circular"
-    x = pad(query.x.to(torch.float64), (radius,) * 4, mode)
+    x = padded(query.x.to(torch.float64), query)
     numbers = torch.tensor(members, device=x.device)
     clean = torch.from_numpy(images[members]).to(x.device, torch.float64) / 127.5 - 1
     for image in range(batch):
-        training = pad(query.alpha[image].item() * clean, (radius,) * 4, mode)
+        training = padded(query.alpha[image].item() * clean, query)
         precision = query.sigma[image].item() ** -2
-        for rows, columns in _aligned(query):
-            distances = _patch_distances(x[image], training, rows, columns, query.patch_size)
+        for rows, columns in aligned(query):
+            distances = patch_distances(x[image], training, rows, columns, query.patch_size)
             part = _block_state(query, -0.5 * precision * distances, clean, numbers, rows, columns)
             merge_into(total, part, slice(image, image + 1), rows.queries(), columns.queries())
             yield total
@@ -175,15 +176,13 @@ def _given(
 ) -> tuple[Tensor, Tensor]:
     """Logits ``[W, k]`` and centres ``[W, k, C]`` of the candidates of one row of pixels."""
     _, _, height, width = query.x.shape
-    radius = query.patch_size // 2
-    mode = "constant" if query.boundary == "zeros" else "circular"
-    x = pad(query.x[image : image + 1].to(torch.float64), (radius,) * 4, mode)[0]
+    x = padded(query.x[image : image + 1].to(torch.float64), query)[0]
     here = addresses[image, row]
     numbers = here.clamp(min=0) // (height * width)
     distinct, which = torch.unique(numbers, return_inverse=True)
     clean = torch.from_numpy(images[distinct.cpu().numpy()]).to(x.device, torch.float64)
     clean = clean / 127.5 - 1
-    training = pad(query.alpha[image].to(x.device) * clean, (radius,) * 4, mode)
+    training = padded(query.alpha[image].to(x.device) * clean, query)
     place = here.clamp(min=0) % (height * width)
     y, v = place // width, place % width
     columns = torch.arange(width, device=x.device)
@@ -195,7 +194,13 @@ def _given(
     return torch.where(here < 0, -torch.inf, logits), clean[which, :, y, v]
 
 
-def _aligned(query: PosteriorQuery) -> Iterator[tuple[_Alignment, _Alignment]]:
+def padded(images: Tensor, query: PosteriorQuery) -> Tensor:
+    """Images ``[n, C, H, W]`` with what patches read beyond the border, P // 2 on every side."""
+    mode = "constant" if query.boundary == "zeros" else "circular"
+    return pad(images, (query.patch_size // 2,) * 4, mode)
+
+
+def aligned(query: PosteriorQuery) -> Iterator[tuple[_Alignment, _Alignment]]:
     """Each run of pairs of rows, with each run of pairs of columns."""
     rows, columns = (
         _alignments(query.kind, query.boundary, length, query.patch_size)
@@ -216,7 +221,7 @@ def _aligned(query: PosteriorQuery) -> Iterator[tuple[_Alignment, _Alignment]]:
     yield from product(rows[1:], ends(width))
 
 
-def _patch_distances(
+def patch_distances(
     x: Tensor, training: Tensor, rows: _Alignment, columns: _Alignment, patch_size: int
 ) -> Tensor:
     """Squared distances of aligned patches, ``[n, rows.length, columns.length]``.
@@ -228,19 +233,16 @@ def _patch_distances(
         columns: how the columns are aligned.
         patch_size: the patch's side.
     """
-    halo = patch_size - 1
-    down, right = (
-        _Alignment(axis.start, axis.shift, axis.length + halo) for axis in (rows, columns)
-    )
+    down, right = rows.widened(patch_size), columns.widened(patch_size)
     differences = (
         x[:, down.queries(), right.queries()]
         - training[:, :, down.candidates(), right.candidates()]
     )
     squares = reduce(torch.add, differences.square_().unbind(1))
-    return _window_sums(_window_sums(squares, patch_size, -1), patch_size, -2)
+    return window_sums(window_sums(squares, patch_size, -1), patch_size, -2)
 
 
-def _window_sums(values: Tensor, size: int, dim: int) -> Tensor:
+def window_sums(values: Tensor, size: int, dim: int) -> Tensor:
     """Sums of ``size`` neighbours by doubling: log2(size) additions, and no subtraction.
 
     Every window is summed in the same order, so that equal windows tie exactly.

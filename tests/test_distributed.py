@@ -3,23 +3,36 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from distributed_worker import IMAGES, LABELS, MANY, RUN, answers
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from els.engine import ScoreMachine, cli
-from els.engine.distributed import ProcessMesh, RankError, process_mesh
+from els.engine.distributed import (
+    ProcessMesh,
+    RankError,
+    ShardedBackend,
+    local_device,
+    process_mesh,
+)
+from els.engine.native import NativeBackend
+from els.engine.posterior import PosteriorQuery, merge_all
+from els.engine.reference import TorchBackend
 from els.engine.runs import (
     RunError,
     RunFolder,
@@ -231,6 +244,144 @@ def test_a_rank_with_another_database_is_refused(tmp_path: Path) -> None:
     assert "content_hash is" in str(second)
 
 
+def launched(monkeypatch: pytest.MonkeyPatch, **other: str | None) -> None:
+    """The environment of rank 0 of two, but for some variables; None for one that is not set."""
+    usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (usual | other).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"WORLD_SIZE": "1", "MASTER_ADDR": "nohost.invalid"}, id="one-process"),
+        pytest.param({"WORLD_SIZE": "1", "RANK": "5", "MASTER_PORT": "x"}, id="one-and-nonsense"),
+        pytest.param({"RANK": None}, id="no-rank"),
+        pytest.param({"WORLD_SIZE": None}, id="no-world-size"),
+        pytest.param({"RANK": None, "WORLD_SIZE": None}, id="address-alone"),
+    ],
+)
+def test_a_process_that_is_not_one_of_several_meets_nobody(monkeypatch, caplog, other) -> None:
+    launched(monkeypatch, LOCAL_RANK="3", **other)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with process_mesh() as mesh:
+        assert (mesh.rank, mesh.world_size, mesh.processes_here) == (0, 1, 1)
+    assert not caplog.records
+    assert local_device() is None
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        pytest.param({"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' .* at least 1", id="no-number"),
+        pytest.param({"WORLD_SIZE": ""}, "WORLD_SIZE=''", id="empty"),
+        pytest.param({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'", id="none"),
+        pytest.param({"WORLD_SIZE": "2(x3)"}, r"WORLD_SIZE='2\(x3\)'", id="tasks-per-node"),
+        pytest.param({"RANK": "5"}, "RANK='5' must be an integer from 0 to 1", id="rank-too-large"),
+        pytest.param({"RANK": "-1"}, "RANK='-1'", id="rank-negative"),
+        pytest.param({"MASTER_PORT": ""}, "but not MASTER_PORT", id="port-empty"),
+        pytest.param({"MASTER_PORT": "http"}, "MASTER_PORT='http'", id="port-name"),
+        pytest.param({"MASTER_PORT": "70000"}, "MASTER_PORT='70000'", id="port-too-large"),
+        pytest.param({"MASTER_PORT": None}, "but not MASTER_PORT", id="no-port"),
+        pytest.param({"MASTER_ADDR": None}, "but not MASTER_ADDR", id="no-address"),
+        pytest.param({"LOCAL_WORLD_SIZE": "all"}, "LOCAL_WORLD_SIZE='all'", id="local-world-size"),
+        pytest.param({"LOCAL_RANK": "1"}, "LOCAL_RANK='1' .* from 0 to 0", id="local-rank"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_refused_at_once(monkeypatch, other, words) -> None:
+    launched(monkeypatch, **other)
+    with pytest.raises(ValueError, match=words) as refused, process_mesh():
+        pass
+    assert "unset RANK WORLD_SIZE" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "reason"),
+    [
+        pytest.param("0", "127.0.0.1", "1 came", id="nobody-comes"),
+        pytest.param("1", "127.0.0.1", "refused", id="nobody-listens"),
+        pytest.param("0", "nohost.invalid", "nohost.invalid:", id="unknown-host"),
+        pytest.param("1", "nohost.invalid", "nohost.invalid:", id="unknown-host-of-another"),
+    ],
+)
+def test_a_wait_for_others_is_announced_and_ends(
+    monkeypatch, caplog, rank: str, address: str, reason: str
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched(monkeypatch, RANK=rank, MASTER_ADDR=address, MASTER_PORT=str(port))
+    mesh = process_mesh(start_timeout=timedelta(seconds=0.3))
+    with pytest.raises(RankError, match=reason) as failed, mesh:
+        pass
+    (said,) = caplog.messages
+    where = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)"
+    assert said.startswith(f"waiting for 1 other process (RANK={rank}, WORLD_SIZE=2) at {where}")
+    for message in (said, str(failed.value)):
+        assert where in message
+        assert "unset RANK WORLD_SIZE" in message
+
+
+def test_ctrl_c_ends_the_wait_for_others(tmp_path: Path) -> None:
+    db = PatchDatabase.build(IMAGES, path=tmp_path / "db")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    waiting = subprocess.Popen(
+        [sys.executable, *command(db.path, tmp_path / "run", 1)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | told | {"RANK": "0"},
+    )
+    assert waiting.stderr.readline().startswith("waiting for 1 other process")
+    waiting.send_signal(signal.SIGINT)
+    # The wait itself would go on for five minutes.
+    _, said = waiting.communicate(timeout=100)
+    assert waiting.returncode == 130, said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["IS", "ES", "LS", "ELS"])
+@pytest.mark.parametrize("make", [TorchBackend, NativeBackend], ids=["torch", "native"])
+def test_states_of_groups_are_those_of_all_ranks_together(make, kind: str) -> None:
+    """A mesh without a group merges nothing, so that the ranks' states can be merged here."""
+    backend = make()
+    groups = [np.array([0, 3]), np.arange(len(IMAGES)), np.array([], dtype=np.int64)]
+    query = PosteriorQuery(
+        torch.linspace(-1, 1, 2 * IMAGES[0].size).reshape(2, *IMAGES.shape[1:]),
+        torch.tensor([0.8, 0.9], dtype=torch.float64),
+        torch.tensor([0.6, 0.4], dtype=torch.float64),
+        kind,
+        "zeros",
+        3,
+        np.array([], dtype=np.int64),
+        entropy=True,
+        top=2,
+    )
+    of_ranks = []
+    for rank in range(2):
+        mesh = ProcessMesh(dist.HashStore(), rank=rank, world_size=2, database_shards=2)
+        of_ranks.append(ShardedBackend(backend, mesh).states(IMAGES, query, groups))
+    for members, *parts in zip(groups, *of_ranks, strict=True):
+        found = merge_all(parts)
+        (expected,) = backend.states(IMAGES, query, [members])
+        if len(members) == 0:
+            assert bool(torch.isneginf(found.maximum).all())
+            assert not bool(found.mass.any())
+            continue
+        # Float64 sums in another order; the native ones of LS and ELS have float32 terms.
+        assert_near = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+        assert_near(found.mass.log() + found.maximum, expected.mass.log() + expected.maximum)
+        assert_near(
+            found.centre / found.mass.unsqueeze(1), expected.centre / expected.mass.unsqueeze(1)
+        )
+        assert torch.equal(found.top.addresses, expected.top.addresses)
+
+
 @pytest.mark.parametrize(
     ("world_size", "shards", "words"),
     [
@@ -241,9 +392,7 @@ def test_a_rank_with_another_database_is_refused(tmp_path: Path) -> None:
 )
 def test_shards_must_fit_the_processes(monkeypatch, world_size, shards, words) -> None:
     if world_size is not None:
-        told = {"RANK": "0", "WORLD_SIZE": world_size, "MASTER_ADDR": "-", "MASTER_PORT": "0"}
-        for name, value in told.items():
-            monkeypatch.setenv(name, value)
+        launched(monkeypatch, WORLD_SIZE=world_size)
     with pytest.raises(ValueError, match=words), process_mesh(shards):
         pass
 
