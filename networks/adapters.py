@@ -100,8 +100,6 @@ def _parts(name: str, value: object) -> Iterator[bytes]:
             plain = value.detach().cpu()
             if plain.layout != torch.strided:
                 plain = plain.to_dense()
-            elif plain.is_quantized:
-                plain = plain.int_repr()
             yield plain.reshape(-1).resolve_conj().resolve_neg().view(torch.uint8).numpy().tobytes()
         case dict():
             for key in sorted(value, key=repr):

@@ -220,7 +220,9 @@ def _require_fit(config: NetworkConfig, folder: NetworkFolder) -> None:
                 name: tuple(value.shape) for name, value in build(config).state_dict().items()
             }
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise NetworkError(f"{folder.manifest} is damaged: {error}") from error
+        # Below its first line torch shows where in its own code it was.
+        reason = str(error).partition("\n")[0]
+        raise NetworkError(f"{folder.manifest} is damaged: {reason}") from error
     for name in sorted({*there, *wanted}):
         if there.get(name) != wanted.get(name):
             raise NetworkError(

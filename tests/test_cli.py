@@ -1,6 +1,7 @@
 """The command line: what it says, what it writes, how it fails."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from els.engine import ScoreMachine, cli
+from els.engine import ScoreMachine, cli, console
 from els.engine.runs import RunError, RunFolder, read_settings, sample_run
 from els.index import PatchDatabase
 
@@ -155,7 +156,7 @@ def test_whole_image_machines_need_no_sizes(db: Path, tmp_path: Path) -> None:
         pytest.param(["sample", "db", "-o", "run", "--sizes", "x"], "celeba", id="unknown-sizes"),
         pytest.param(["sample", "db", "-o", "run", "--sizes", "n.json"], "n.json", id="no-file"),
         pytest.param(["sample", "db", "-o", "run", "--sizes", "o.json"], "list", id="no-list"),
-        pytest.param(["sample", "db", "-o", "run", "--sizes", "3", "-n", "0"], "n=0", id="n"),
+        pytest.param(["sample", "db", "-o", "run", "--sizes", "3", "-n", "0"], "-n 0", id="n"),
         pytest.param(["sample", "db", "-o", "run", "--sizes", "3", "--label", "9"], "9", id="lbl"),
         pytest.param(["sample", "db", "-o", "o.json", "--sizes", "3"], "is a file", id="file"),
         pytest.param(["explain", "run", "--sample", "0"], "not a run", id="no-run"),
@@ -174,6 +175,162 @@ def test_expected_failures_are_one_message(db, tmp_path, monkeypatch, arguments,
     assert result.stderr.count("error: ") == 1
     assert words in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[3.0, 3.0]",
+        "[true, true]",
+        '["3", "3"]',
+        "[[3], [3]]",
+        "[null, 3]",
+        "[NaN, 3]",
+        "[Infinity, 3]",
+        "[]",
+        "[3, 3, 3, 3, 3]",
+        "[-3, 3]",
+        "[4, 4]",
+        "3",
+        "null",
+        '"3"',
+        "{",
+        "",
+        '{"format": "els-sizes", "sizes": 3}',
+        '{"format": "els-sizes"}',
+        "[" * 100_000,
+        "\xff",
+    ],
+    ids=lambda text: text[:24],
+)
+def test_sizes_that_are_none_are_refused(db: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "s.json").write_bytes(text.encode("latin-1"))
+    options = ("--steps", 2, "-n", 1, "--backend", "torch")
+    result = els("sample", db, *options, "--sizes", tmp_path / "s.json", "-o", tmp_path / "run")
+    assert result.exit_code == 1, result.output
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "--sizes" in message
+    assert not isinstance(result.exception, TypeError)
+
+
+def test_a_file_of_sizes_is_read_in_bounded_memory(db: Path, tmp_path: Path) -> None:
+    with (tmp_path / "large.json").open("wb") as stream:
+        stream.truncate(1 << 40)
+    os.mkfifo(tmp_path / "fifo.json")
+    for name, words in (("large.json", "1,099,511,627,776 bytes"), ("fifo.json", "not a file")):
+        result = els("sample", db, "--sizes", tmp_path / name, "-o", tmp_path / "run")
+        assert result.exit_code == 1
+        assert words in result.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta", "xla", "cuda:-1", ""])
+def test_a_device_that_is_not_there_is_refused_before_any_work(db, tmp_path, device: str) -> None:
+    run = tmp_path / "run"
+    result = els("sample", db, *SAMPLE, "--device", device, "-o", run)
+    assert result.exit_code == 1
+    assert f"error: --device {device} is not here; choose one of cpu" in result.stderr
+    assert not run.exists()
+
+
+def test_messages_name_options_in_place_of_arguments(db: Path, tmp_path: Path) -> None:
+    for options, words in (
+        (("--steps", 0), "error: --steps 0 must be"),
+        (("--shard-size", 0), "error: --shard-size 0 must be"),
+        (("--batch-size", 0), "error: --batch-size 0 must be"),
+        (("--sizes", "3,3"), "error: --sizes has 2 entries for --steps 3"),
+        (("--label", -1), "error: --label -1 must be"),
+    ):
+        result = els("sample", db, *SAMPLE, *options, "-o", tmp_path / "run")
+        assert result.exit_code == 1
+        assert words in result.stderr
+    # What the user wrote stays as it is.
+    (tmp_path / "steps=3").write_text("x")
+    result = els("sample", db, *SAMPLE, "-o", tmp_path / "steps=3")
+    assert f"{tmp_path / 'steps=3'} is a file" in result.stderr
+
+
+def test_errors_of_the_system_name_the_path_and_the_remedy(db: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert els("sample", db, *SAMPLE, "-o", run).exit_code == 0
+    result = els("grid", run, "-o", tmp_path / "none" / "z.png")
+    assert result.exit_code == 1
+    assert "none/z.png: its folder is not there; make the folder" in result.stderr
+    assert "[Errno" not in result.stderr
+    db.rename(tmp_path / "moved")
+    result = els("explain", run, "--sample", 0)
+    assert result.exit_code == 1
+    assert "say where it is now with --db PATH" in result.stderr
+    assert els("explain", run, "--sample", 0, "--db", tmp_path / "moved").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        pytest.param(MemoryError("4 GB"), "error: not enough memory", id="memory"),
+        pytest.param(RecursionError("too deep"), "error: too deep", id="recursion"),
+        pytest.param(OSError(5, "I/O error"), "error: I/O error\n", id="no-path"),
+        pytest.param(PermissionError(13, "denied", "a/b"), "error: a/b: denied\n", id="path"),
+        pytest.param(ValueError(), "error: ValueError\n", id="no-words"),
+    ],
+)
+def test_errors_in_words(error: Exception, words: str) -> None:
+    app = Typer()
+
+    @app.command()
+    @console.reported
+    def fail() -> None:
+        raise error
+
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 1
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize("error", [AssertionError, TypeError, AttributeError, KeyError])
+def test_faults_of_the_program_keep_their_traceback(error: type[Exception]) -> None:
+    @console.reported
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(error):
+        fail()
+
+
+def shell(command: str, folder: Path, **surroundings: str) -> subprocess.CompletedProcess[str]:
+    """A command of bash, in which ``els`` is the command line."""
+    command = f'els() {{ "{sys.executable}" -m els.engine "$@"; }}; set -o pipefail; {command}'
+    environment = {**os.environ, **surroundings}
+    arguments = ["bash", "-c", command]
+    return subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_streams_that_are_closed_or_broken_end_a_command_quietly(db: Path) -> None:
+    for redirection in (">&-", "<&- >&- 2>&-"):
+        done = shell(f"els info db {redirection}", db.parent)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), redirection
+    for command in ("els info db", "els --help", "els info none 2>&1"):
+        done = shell(f"{command} | true", db.parent)
+        assert (done.returncode, done.stderr) == (1, ""), command
+    if Path("/dev/full").exists():
+        done = shell("els info db > /dev/full", db.parent)
+        assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_names_that_cannot_be_encoded_are_shown_otherwise(tmp_path: Path) -> None:
+    names = ["日本", "b\udcff"]
+    source = tmp_path / "日本.npy"
+    np.save(source, IMAGES)
+    PatchDatabase.build(IMAGES, LABELS % 2, path=tmp_path / "db", class_names=names)
+    for encoding in ("latin-1", "ascii:strict"):
+        shown = shell("els info db; els info none-日本", tmp_path, PYTHONIOENCODING=encoding)
+        assert "\\udcff" in shown.stdout
+        assert "Traceback" not in shown.stderr
+        assert "no database at none-" in shown.stderr
+        command = "els build 日本.npy -o 日本 --overwrite"
+        assert shell(command, tmp_path, PYTHONIOENCODING=encoding).returncode == 0
+        assert len(PatchDatabase.open(tmp_path / "日本")) == len(IMAGES)
 
 
 @pytest.mark.parametrize(

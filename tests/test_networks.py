@@ -1,8 +1,13 @@
 """Networks: what they can see, how they train, and what the adapters make of them."""
 
 import json
+import os
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +24,13 @@ from machine_network import MachineNetwork
 
 from els.networks.adapters import Network, NetworkDenoiser, open_network
 from els.networks.architecture import NetworkConfig
-from els.networks.folders import NetworkError, NetworkFolder, read_tensors
+from els.networks.folders import (
+    NetworkError,
+    NetworkFolder,
+    read_tensors,
+    write_manifest,
+    write_tensors,
+)
 from els.networks.training import TrainingProgress, TrainingSettings, build, load, train_network
 
 RNG = np.random.default_rng(21)
@@ -352,3 +363,281 @@ def test_what_a_denoiser_refuses() -> None:
         denoiser.posterior(noisy(1, 1, 8, 8), alpha=0.5, sigma=0.5)
     with pytest.raises(ValueError, match="must be > 0"):
         denoiser.posterior(noisy(1, 1, 8, 8), alpha=0.0, sigma=1.0)
+
+
+class ExtraState(torch.nn.Module):
+    """One weight, and whatever else its state is said to hold."""
+
+    def __init__(self, state: object) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+        self.state = state
+
+    def get_extra_state(self) -> object:
+        return self.state
+
+    def set_extra_state(self, state: object) -> None:
+        self.state = state
+
+
+STATES = [
+    {"version": 1},
+    {"version": 2},
+    {"version": torch.zeros(1)},
+    {"version": torch.zeros(1, dtype=torch.float64)},
+    [1, (2.5, None, "\udcff", b"x", 1j, True)],
+    torch.zeros(1),
+    torch.ones(1),
+    torch.zeros(0),
+    torch.zeros((), dtype=torch.bfloat16),
+    torch.eye(3).to_sparse(),
+    torch.zeros(2, dtype=torch.complex64).conj(),
+    {1: "a", "1": "b", None: "c"},
+    SimpleNamespace(a=1),
+    object(),
+    None,
+]
+
+
+def test_extra_state_has_a_fingerprint() -> None:
+    fingerprints = [Network.of(ExtraState(state)).fingerprint for state in STATES]
+    assert len(set(fingerprints)) == len(STATES)
+    assert fingerprints == [Network.of(ExtraState(state)).fingerprint for state in STATES]
+    # An object counts by its type, which is the same in every process.
+    assert Network.of(ExtraState(object())).fingerprint == fingerprints[STATES.index(STATES[-2])]
+    ordered = Network.of(ExtraState({"b": 1, "a": 2})).fingerprint
+    assert ordered == Network.of(ExtraState({"a": 2, "b": 1})).fingerprint
+
+
+def test_only_modules_are_networks() -> None:
+    for made in (len, None, ExtraState):
+        with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+            Network.of(made)
+
+
+class Answering(torch.nn.Module):
+    """Answers what a function makes of the images."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, t, x, label):
+        return self.answer(x)
+
+
+def raising(error: Exception):
+    def forward(x):
+        raise error
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        pytest.param(lambda x: (x,), "a tuple, not a tensor", id="tuple"),
+        pytest.param(lambda x: [x], "a list, not a tensor", id="list"),
+        pytest.param(lambda x: {"sample": x}, "a dict, not a tensor", id="dict"),
+        pytest.param(lambda x: SimpleNamespace(sample=x), "a SimpleNamespace", id="model-output"),
+        pytest.param(lambda x: None, "answers None", id="none"),
+        pytest.param(lambda x: x.numpy(), "a ndarray", id="array"),
+        pytest.param(lambda x: x[0], "same shape", id="fewer"),
+        pytest.param(lambda x: x.mean(), "same shape", id="number"),
+        pytest.param(lambda x: torch.cat([x, x], 1), "same shape", id="more-channels"),
+        pytest.param(lambda x: x.long(), "int64", id="integers"),
+        pytest.param(lambda x: x > 0, "bool", id="booleans"),
+        pytest.param(lambda x: x.to(torch.complex64), "complex64", id="complex"),
+        pytest.param(lambda x: x * torch.nan, "not finite", id="nan"),
+        pytest.param(lambda x: x / 0, "not finite", id="infinite"),
+        pytest.param(raising(KeyError("key")), "fails: KeyError: 'key'", id="key"),
+        pytest.param(raising(AssertionError()), "fails: AssertionError", id="assertion"),
+        pytest.param(raising(TypeError("two\nlines")), "TypeError: two lines; it is", id="type"),
+        pytest.param(lambda x: x.nothing, "fails: AttributeError", id="attribute"),
+        pytest.param(lambda x: x @ x[:1, :, 1:], "fails: RuntimeError", id="torch"),
+    ],
+)
+def test_answers_that_are_no_noise_are_refused(answer, words) -> None:
+    denoiser = NetworkDenoiser(Network.of(Answering(answer)), DB, device="cpu")
+    with pytest.raises((ValueError, NetworkError), match=words) as caught:
+        denoiser.posterior(noisy(1, 1, 8, 8), alpha=0.5, sigma=0.5)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_answers_of_any_floating_type_are_taken(dtype: torch.dtype) -> None:
+    denoiser = NetworkDenoiser(Network.of(Answering(lambda x: x.to(dtype))), DB, device="cpu")
+    assert denoiser.posterior(noisy(1, 1, 8, 8), alpha=0.5, sigma=0.5).mean.isfinite().all()
+
+
+def test_a_network_without_label_is_told_what_it_is_called_with() -> None:
+    class Unlabelled(torch.nn.Module):
+        def forward(self, t, x):
+            return x
+
+    denoiser = NetworkDenoiser(Network.of(Unlabelled()), DB, device="cpu")
+    with pytest.raises(NetworkError, match=r"called with \(t, x, label\)"):
+        denoiser.posterior(noisy(1, 1, 8, 8), alpha=0.5, sigma=0.5)
+
+
+@pytest.mark.parametrize(
+    ("source", "function", "words"),
+    [
+        pytest.param("def f(:", "f", "SyntaxError", id="syntax"),
+        pytest.param("1 / 0", "f", "ZeroDivisionError", id="import-raises"),
+        pytest.param("import nowhere_at_all", "f", "nowhere_at_all", id="import-fails"),
+        pytest.param("import sys; sys.exit('usage')", "f", "SystemExit: usage", id="script"),
+        pytest.param("def f(size): pass", "f", "TypeError.*size", id="arguments"),
+        pytest.param("def f(): return {}['key']", "f", "KeyError", id="raises"),
+        pytest.param("f = 3", "f", "not callable", id="no-function"),
+        pytest.param("def f(): return f", "f", "returned a function", id="no-module"),
+        pytest.param("def f(): pass", "f", "returned None", id="nothing"),
+        pytest.param("def f(): pass", "g", "'g'", id="unknown"),
+        pytest.param("def f(): pass", "", "AttributeError", id="no-name"),
+    ],
+)
+def test_modules_that_make_no_network(tmp_path, monkeypatch, source, function, words) -> None:
+    name = f"module_of_{tmp_path.name}".replace("-", "_").replace("[", "_").replace("]", "_")
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(NetworkError, match=words) as caught:
+        open_network(f"{name}:{function}")
+    assert "\n" not in str(caught.value)
+
+
+HUGE = 2**64
+
+
+@pytest.mark.parametrize("kind", ["resnet", "unet"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for name in ("levels", "layers") for value in (HUGE, 10**9, 50)),
+        *({name: value} for name in ("channels", "num_classes") for value in (HUGE, 10**9, 9)),
+        *(
+            {name: value}
+            for name in ("channels", "layers", "levels", "num_classes")
+            for value in (-1, 8.0, True, "8", None, [8], float("nan"))
+        ),
+        *(
+            {"shape": shape}
+            for shape in (
+                [HUGE, 8, 8],
+                [2, 8, 8],
+                [1, -8, 8],
+                [0, 8, 8],
+                [1, 8.0, 8],
+                [1, True, 8],
+                [1, 8],
+                8,
+            )
+        ),
+        *({"schedule": schedule} for schedule in ({}, 3, {"name": []}, {"name": "cosine", "x": 1})),
+        {"kind": ["resnet"]},
+        {"padding": {}},
+        {"more": 1},
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else value,
+)
+def test_configs_that_do_not_fit_their_weights(tmp_path: Path, changes, kind: str) -> None:
+    is_unet = kind == "unet"
+    small = config(kind=kind, layers=1 if is_unet else 2, levels=2 if is_unet else 1)
+    folder = NetworkFolder(tmp_path)
+    write_manifest(folder, {"network": small.describe(), "training": {}, "data": {}})
+    write_tensors(folder.weights, build(small).state_dict(), {})
+    assert load(folder)[0].config == small
+    manifest = json.loads(folder.manifest.read_bytes())
+    manifest["network"] |= changes
+    folder.manifest.write_text(json.dumps(manifest))
+    with limited_memory(), pytest.raises(NetworkError, match=r"damaged|does not fit") as caught:
+        load(folder)
+    assert len(str(caught.value)) < 1000
+    del manifest["network"]["kind"]
+    folder.manifest.write_text(json.dumps(manifest))
+    with pytest.raises(NetworkError, match="damaged"):
+        load(folder)
+
+
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """A quarter of a gigabyte more than now; what needs more fails at once."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
+    if not pages:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 28), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"format": "els-network", "version": 1}',
+        b'{"format": "els-network", "version": 1, "network": [], "training": 3, "data": null}',
+        b"[]",
+        b"\xff\xfe",
+        b"",
+    ],
+    ids=["nested", "no-parts", "other-parts", "list", "no-text", "empty"],
+)
+def test_manifests_that_are_none(tmp_path: Path, content: bytes) -> None:
+    folder = NetworkFolder(tmp_path)
+    folder.manifest.write_bytes(content)
+    with pytest.raises(NetworkError, match="damaged"):
+        open_network(tmp_path)
+    with pytest.raises(NetworkError, match="damaged"):
+        train_network(DB, tmp_path, config(), TrainingSettings(steps=1, batch_size=2))
+
+
+def test_files_that_claim_more_than_they_hold(tmp_path: Path) -> None:
+    folder = NetworkFolder(tmp_path)
+    write_manifest(folder, {"network": config().describe(), "training": {}, "data": {}})
+    for header in (
+        (2**63).to_bytes(8, "little") + b"{}",
+        (2**40).to_bytes(8, "little") + b"{}",
+        (10**8).to_bytes(8, "little") + b"{}",
+        (40).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1152921504606846976],',
+        b"",
+    ):
+        folder.weights.write_bytes(header)
+        with limited_memory(), pytest.raises(NetworkError, match="damaged"):
+            load(folder)
+    folder.weights.unlink()
+    os.mkfifo(folder.weights)
+    with pytest.raises(NetworkError, match="not there"):
+        load(folder)
+    folder.manifest.unlink()
+    with folder.manifest.open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(NetworkError, match="1,099,511,627,776 bytes"):
+        load(folder)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta"])
+def test_a_device_that_is_not_there_is_refused_before_a_folder_is_made(tmp_path, device) -> None:
+    with pytest.raises(ValueError, match=f"device={device} is not here; choose one of cpu"):
+        train_network(DB, tmp_path / "net", config(), TrainingSettings(steps=1), device=device)
+    assert not (tmp_path / "net").exists()
+    with pytest.raises(ValueError, match=f"device={device}"):
+        NetworkDenoiser(Network.of(Answering(len)), DB, device=device)
+
+
+def test_a_missing_loss_curve_is_drawn_later(tmp_path: Path, monkeypatch, caplog) -> None:
+    from els.networks import training
+
+    settings = TrainingSettings(steps=2, batch_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_loss_curve", lambda losses: 1 / 0)
+        made = train_network(DB, tmp_path / "net", config(), settings)
+    assert made.weights.exists()
+    assert not made.picture.exists()
+    assert "no picture" in caplog.text
+    weights = made.weights.stat().st_mtime_ns
+    train_network(DB, made.path, config(), settings)
+    assert made.picture.exists()
+    assert made.weights.stat().st_mtime_ns == weights
