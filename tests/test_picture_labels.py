@@ -252,6 +252,8 @@ def test_hidden_files_of_labels_are_left_out(tmp_path: Path) -> None:
 
 # Columns of data sets
 
+THREE = pictures(3, 2, 2)
+
 
 class Value:
     def __init__(self, dtype: str) -> None:
@@ -259,12 +261,8 @@ class Value:
 
 
 def open_rows(monkeypatch: pytest.MonkeyPatch, features: dict[str, Any], **columns: Any) -> Any:
-    rows = [
-        {"image": {"bytes": png(image), "path": None}, **dict(zip(columns, values, strict=True))}
-        for image, values in zip(
-            pictures(3, 2, 2), zip(*columns.values(), strict=True), strict=True
-        )
-    ]
+    columns.setdefault("image", [{"bytes": png(image), "path": None} for image in THREE])
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     library = fake_library(rows, {"image": HfImage(), **features})
     monkeypatch.setitem(sys.modules, "datasets", library)
     return open_source("hf:x")
