@@ -194,7 +194,7 @@ def evaluate(
         _write(path, settings, n, evaluation)
         with optional_picture(path / "grid.png"):
             _draw_grid(path / "grid.png", seed, drawn, images)
-        if "IS" in evaluation.predictions:
+        if {"IS"} < set(evaluation.predictions):
             with optional_picture(path / "scatter.png"):
                 write_figure(lambda: _scatter(evaluation), path / "scatter.png")
     return evaluation

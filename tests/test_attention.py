@@ -105,3 +105,46 @@ def test_another_diffusers_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
     with pytest.raises(NetworkError, match="UNet2DConditionModel"):
         open_network(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers_per_block": 10**9},
+        {"layers_per_block": 2**64},
+        {"block_out_channels": [10**6, 10**6]},
+        {"block_out_channels": [2**64, 8]},
+        {"block_out_channels": 8},
+        {"block_out_channels": [8] * 10**5},
+        {"in_channels": 10**12},
+        {"num_class_embeds": 10**12},
+        {"num_class_embeds": "many", "class_embed_type": None},
+        {"layers_per_block": None},
+        {"down_block_types": ["nonsense", "nonsense"]},
+        {"norm_num_groups": 3},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_a_config_of_diffusers_that_its_weights_rule_out(tmp_path: Path, changes) -> None:
+    diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    ).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | changes))
+    with pytest.raises(NetworkError, match=str(tmp_path)) as caught:
+        open_network(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "", "{"], ids=len)
+def test_a_config_of_diffusers_that_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(NetworkError, match=r"config\.json is damaged"):
+        open_network(tmp_path)

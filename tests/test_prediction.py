@@ -267,6 +267,19 @@ def test_from_training_to_an_evaluation(tmp_path: Path) -> None:
         pytest.param(["calibrate", "db", "none", "-o", "s.txt"], ".json", id="suffix"),
         pytest.param(["evaluate", "db", "none"], "els calibrate", id="no-sizes"),
         pytest.param(["evaluate", "db", "none", "--sizes", "o.json"], "sizes file", id="sizes"),
+        pytest.param(
+            ["train", "db", "-o", "n", "--device", "cuda:99"], "--device cuda:99", id="dev"
+        ),
+        pytest.param(["train", "db", "-o", "n", "--steps", "0"], "--steps 0", id="steps"),
+        pytest.param(["train", "db", "-o", "n", "--layers", "0"], "--layers 0", id="no-layers"),
+        pytest.param(
+            ["calibrate", "db", "none", "-o", "s.json", "--device", "?"],
+            "--device ?",
+            id="c-device",
+        ),
+        pytest.param(
+            ["evaluate", "db", "none", "--device", "meta"], "--device meta", id="e-device"
+        ),
     ],
 )
 def test_expected_failures_are_one_message(tmp_path, monkeypatch, arguments, words) -> None:
@@ -277,6 +290,7 @@ def test_expected_failures_are_one_message(tmp_path, monkeypatch, arguments, wor
     assert result.exit_code == 1, result.output
     assert result.stderr.count("error: ") == 1
     assert words in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["db", "o.json"]
 
 
 @pytest.mark.parametrize("command", ["train", "calibrate", "evaluate"])
@@ -324,3 +338,131 @@ def test_a_users_module_of_another_device_and_dtype_is_asked_in_float32(tmp_path
     denoiser = NetworkDenoiser(Network.of(Watching()), DB, device="cpu")
     sample(denoiser, n=3, steps=2)
     assert asked == [(torch.float32, torch.float32, (3,), (3, 1, 9, 9), None)] * 2
+
+
+@pytest.fixture(scope="module")
+def sizes_file(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What a finished sizes file holds."""
+    path = tmp_path_factory.mktemp("sizes") / "sizes.json"
+    machine = ScoreMachine(DB, "LS")
+    calibrate(machine, denoiser_of(machine, (1, 3)), path, steps=2, seeds=1, sizes=[1, 3])
+    return json.loads(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {name: value}
+            for name in ("steps", "seeds", "seed", "images", "label")
+            for value in (-1, 2.0, True, "2", [2], {}, 2**64)
+            if value != 2**64 or name in ("steps", "seeds")
+        ),
+        *(
+            {name: value}
+            for name in ("kind", "boundary", "metric", "search", "clip", "schedule")
+            for value in (None, "IS", [], {"name": "nonsense"}, 3)
+        ),
+        *({name: 3} for name in ("network", "database", "candidates", "per_seed", "agreement")),
+        *({"candidates": value} for value in ([2], [1.0], ["1"], [[1]], None)),
+        *({"per_seed": value} for value in ([[3.0, 3.0]], [[3]], [3, 3], [["3", "3"]], [[1, 2]])),
+        *({"per_seed": value} for value in ([[1, 1]] * 2, None, {"a": 1})),
+        *({"agreement": value} for value in ([[1.0]], [["a", "b"]], [], [1.0], None)),
+        {"version": 2},
+        {"format": "els-network"},
+    ],
+    ids=str,
+)
+def test_damaged_sizes_files_are_refused(tmp_path: Path, sizes_file, changes) -> None:
+    path = tmp_path / "sizes.json"
+    path.write_text(json.dumps(sizes_file))
+    assert read_calibration(path).sizes
+    path.write_text(json.dumps(sizes_file | changes))
+    with pytest.raises(ValueError, match=str(path)):
+        read_calibration(path)
+    for name in changes:
+        path.write_text(json.dumps({key: sizes_file[key] for key in sizes_file if key != name}))
+        with pytest.raises(ValueError, match=str(path)):
+            read_calibration(path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"", b"[]", b"3"], ids=len)
+def test_sizes_files_that_are_none(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "sizes.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="els calibrate makes one"):
+        read_calibration(path)
+    machine = ScoreMachine(DB, "LS")
+    with pytest.raises(ValueError, match="els calibrate makes one"):
+        calibrate(machine, denoiser_of(machine, (1, 3)), path, steps=2, seeds=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": None},
+        {"settings": 3},
+        {"seconds": ["network"]},
+        {"seconds": {"network": "long"}},
+        {"seconds": 3},
+        {"version": 9},
+    ],
+    ids=str,
+)
+def test_a_damaged_evaluation_is_refused(tmp_path: Path, sizes_file, changes) -> None:
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text(json.dumps(sizes_file))
+    machine = ScoreMachine(DB, "LS")
+    denoiser = denoiser_of(machine, (1, 3))
+    options = {"n": 2, "machines": ["IS"]}
+    folder = tmp_path / "evaluation"
+    evaluate(DB, denoiser, read_calibration(sizes), folder, **options)
+    manifest = folder / "evaluation.json"
+    there = manifest.read_bytes()
+    for content in (
+        json.dumps(json.loads(there) | changes).encode(),
+        b"[" * 100_000,
+        b"[]",
+        b"\xff",
+    ):
+        manifest.write_bytes(content)
+        with pytest.raises(NetworkError, match=r"evaluation\.json is not ours"):
+            evaluate(DB, denoiser, read_calibration(sizes), folder, **options)
+    manifest.write_bytes(there)
+    drawn = folder / "network" / "000001.npy"
+    for image in (np.zeros((1, 9, 8), np.float32), np.zeros((1, 9, 9)), None):
+        if image is None:
+            drawn.write_bytes(b"\x93NUMPY")
+        else:
+            np.save(drawn, image)
+        with pytest.raises(NetworkError, match=r"000001\.npy.*remove it"):
+            evaluate(DB, denoiser, read_calibration(sizes), folder, **options)
+    drawn.unlink()
+    evaluate(DB, denoiser, read_calibration(sizes), folder, **options)
+
+
+def test_pictures_that_cannot_be_drawn_do_not_fail_the_work(tmp_path, monkeypatch) -> None:
+    from els.networks import calibrate as calibration
+    from els.networks import evaluate as evaluation
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(calibration, "_drawn", fail)
+    monkeypatch.setattr(evaluation, "_scatter", fail)
+    monkeypatch.setattr(evaluation, "_draw_grid", fail)
+    PatchDatabase.build(IMAGES, path=tmp_path / "db")
+    db, net = tmp_path / "db", tmp_path / "net"
+    assert els("train", db, "-o", net, "--steps", 1, "--channels", 2).exit_code == 0
+    options = ("--steps", 2, "--seeds", 1, "--sizes", "1,3", "-o", net / "sizes.json")
+    calibrated = els("calibrate", db, net, *options)
+    assert calibrated.exit_code == 0, calibrated.stderr
+    assert "picture: " not in calibrated.stdout
+    options = ("-n", 2, "--machines", "LS,IS", "-o", tmp_path / "evaluation")
+    evaluated = els("evaluate", db, net, *options)
+    assert evaluated.exit_code == 0, evaluated.stderr
+    assert "evaluation.json" in evaluated.stdout
+    assert "scatter.png" not in evaluated.stdout
+    assert "grid.png" not in evaluated.stdout
+    monkeypatch.undo()
+    assert "scatter.png" in els("evaluate", db, net, *options).stdout
