@@ -241,7 +241,9 @@ def open_tables(folder: Path, count: int, lists: int, channels: int) -> dict[str
     for name, (dtype, shape) in expected.items():
         try:
             table = np.load(folder / name, mmap_mode="r")
-        except (ValueError, TypeError, EOFError, SyntaxError, OverflowError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # numpy evaluates the header as Python and documents no errors
             raise ValueError(f"{name} cannot be read ({error})") from error
         if table.dtype != dtype or table.shape != shape or not table.flags.c_contiguous:
             raise ValueError(
