@@ -97,7 +97,8 @@ class ELSModel(torch.nn.Module):
 
     Where the patch size comes from: :class:`~els.engine.schedule.SizesByNoise`.
 
-    No gradients flow through it.
+    Autograd can follow its predictions to the noisy images, as :meth:`ScoreMachine.posterior` says,
+    but not with a tolerance.
 
     Args:
         machine: computes the posteriors; inputs must live on its device.
@@ -170,7 +171,6 @@ class ELSModel(torch.nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    @torch.no_grad()
     def forward(
         self,
         sample: Tensor,
@@ -210,7 +210,8 @@ class EDMDenoiser:
 
     ``x = x_0 + sigma * eps`` with ``x_0`` in [-1, 1]; ``D`` is the posterior mean of ``x_0``. It is
     what k-diffusion's samplers call ``model``, ``sample_euler(denoiser, x, sigmas)``, and EDM's
-    ``net``. The patch size follows the noise as in :class:`ELSModel`. No gradients flow through it.
+    ``net``. The patch size follows the noise as in :class:`ELSModel`. Autograd can follow the
+    answer to ``x`` and ``sigma``, but not with a tolerance.
 
     Args:
         machine: as of :class:`ELSModel`; so are the others.
@@ -248,9 +249,8 @@ class EDMDenoiser:
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The noise level that is meant by ``sigma``: itself, as there is one for every number."""
-        return torch.as_tensor(sigma)
+        return torch.as_tensor(sigma, device=sigma.device if isinstance(sigma, Tensor) else "cpu")
 
-    @torch.no_grad()
     def __call__(
         self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None
     ) -> Tensor:
@@ -366,7 +366,7 @@ class _NoiseOfTimesteps:
                 "scheduler must be a diffusers scheduler with alphas_cumprod, or alphas_cumprod "
                 f"itself [T], got {type(scheduler).__name__}"
             )
-        self._kept = torch.as_tensor(kept).detach().to("cpu", torch.float64)
+        self._kept = torch.as_tensor(kept, dtype=torch.float64, device="cpu").detach()
         if self._kept.ndim != 1 or len(self._kept) == 0:
             raise ValueError(f"alphas_cumprod has shape {tuple(self._kept.shape)}; it must be [T]")
         if not bool(((self._kept >= 0) & (self._kept < 1)).all()):
@@ -426,7 +426,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _one_per_image(argument: str, value: Tensor | float | int, batch: int) -> Tensor:
     """One number for all, or one per image, as float64 ``[B]`` on the CPU."""
-    numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu().flatten()
+    numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten()
     if len(numbers) not in (1, batch):
         raise ValueError(f"{argument} has {len(numbers)} values; give one, or [B] = [{batch}]")
     return numbers.expand(batch)

@@ -537,9 +537,3 @@ def test_wrong_inputs_are_refused(machine, arguments, error, words) -> None:
 def test_wrong_noise_is_refused(machine, arguments, error, words) -> None:
     with pytest.raises(error, match=words):
         EDMDenoiser(machine, 3)(*arguments)
-
-
-def test_no_gradient_pretends_to_flow(machine: ScoreMachine) -> None:
-    x = noise().requires_grad_()
-    assert not EDMDenoiser(machine, 3)(x, 1.0).requires_grad
-    assert not ELSModel(machine, 3, scheduler=KEPT)(x, 5).sample.requires_grad

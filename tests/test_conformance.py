@@ -680,8 +680,8 @@ def flip_the_sign(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_the_factor_two(patch: pytest.MonkeyPatch) -> None:
-    honest = reference._patch_distances
-    patch.setattr(reference, "_patch_distances", lambda *given: 2 * honest(*given))
+    honest = reference.patch_distances
+    patch.setattr(reference, "patch_distances", lambda *given: 2 * honest(*given))
 
 
 def forget_a_displacement(patch: pytest.MonkeyPatch) -> None:

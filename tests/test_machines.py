@@ -1,15 +1,22 @@
 """The engine's entry: what is refused, and what derives from the posterior."""
 
 import builtins
+import copy
 import logging
+import multiprocessing
+import pickle
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import BackendUnderTest
 
-from els.engine import ScoreMachine
+from els.engine import EDMDenoiser, ELSModel, ScoreMachine
+from els.engine.distributed import ProcessMesh
 from els.engine.reference import TorchBackend
 from els.index import PatchDatabase
 
@@ -203,7 +210,40 @@ def test_entropy_and_top_come_on_request() -> None:
     assert torch.equal(full.mean, bare.mean)
 
 
-def test_a_query_that_requires_a_gradient_is_answered_without() -> None:
-    for kind in ("IS", "ES", "LS", "ELS"):
-        machine = ScoreMachine(DB, kind, backend="torch")
-        assert not machine.posterior(X.clone().requires_grad_(), **GOOD).mean.requires_grad
+@pytest.mark.parametrize("kind", ["IS", "ES", "LS", "ELS"])
+def test_copies_and_pickles_answer_alike(backend: BackendUnderTest, kind: str) -> None:
+    machine = backend.machine(IMAGES, kind, "zeros", DB.labels)
+    x = X.to(machine.device)
+    answer = machine.posterior(x, labels=1, **GOOD)
+    for made in (copy.copy, copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))):
+        again = made(machine)
+        assert again.backend == machine.backend
+        assert torch.equal(again.posterior(x, labels=1, **GOOD).mean, answer.mean)
+        adapter = made(EDMDenoiser(machine, 3))
+        assert torch.equal(adapter(x, 0.6), EDMDenoiser(machine, 3)(x, 0.6))
+        model = made(ELSModel(machine, 3, scheduler=[0.9, 0.5]))
+        expected = ELSModel(machine, 3, scheduler=[0.9, 0.5])(x, 1).sample
+        assert torch.equal(model(x, 1).sample, expected)
+
+
+def test_a_machine_of_a_mesh_belongs_to_its_process() -> None:
+    with pytest.raises(TypeError, match="process"):
+        pickle.dumps(ScoreMachine(DB, backend="torch", mesh=ProcessMesh.alone()))
+
+
+def test_a_machine_serves_other_processes(tmp_path: Path) -> None:
+    db = PatchDatabase.build(IMAGES, path=tmp_path / "db")
+    machine = ScoreMachine(db)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        mean = pool.submit(mean_of, machine).result()
+    assert torch.equal(mean, mean_of(machine))
+
+
+def mean_of(machine: ScoreMachine) -> torch.Tensor:
+    return machine.posterior(X, **GOOD).mean
+
+
+def test_queries_that_float64_cannot_hold() -> None:
+    machine = ScoreMachine(DB)
+    with pytest.raises(ValueError, match=r"sigma=1e-140 is too small for x, whose .* 2e\+20"):
+        machine.posterior(X * 0 + 2e20, alpha=1.0, sigma=1e-140, patch_size=3)
