@@ -190,6 +190,13 @@ class PatchDatabase:
         digest = _content_hash(pixels, checked, progress=None)
         return cls(pixels, checked, names, _count_classes(checked, names), digest, None)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as its path; in memory, as its arrays."""
+        if self.path is not None:
+            return _opened_again, (self.path, self.content_hash)
+        fields = (self.images, self.labels, self.class_names, self.num_classes, self.content_hash)
+        return _made_again, fields
+
     def verify(self, progress: Progress | None = None) -> None:
         """Reads the whole database and compares it with its content hash.
 
@@ -342,6 +349,27 @@ class PatchDatabase:
         row, x = np.divmod(checked, width)
         n, y = np.divmod(row, height)
         return np.asarray(n), np.asarray(y), np.asarray(x)
+
+
+def _opened_again(path: Path, content_hash: str) -> PatchDatabase:
+    """The database of a pickle, at its path."""
+    db = PatchDatabase.open(path)
+    if db.content_hash != content_hash:
+        raise DatabaseError(
+            f"{path} holds other images than when it was pickled: it was built again since; "
+            "open it anew with PatchDatabase.open(path)"
+        )
+    return db
+
+
+def _made_again(
+    images: NDArray[np.uint8], labels: NDArray[np.int64] | None, *others: Any
+) -> PatchDatabase:
+    """The database of a pickle, in memory."""
+    for array in (images, labels):
+        if array is not None:
+            array.setflags(write=False)
+    return PatchDatabase(images, labels, *others, path=None)
 
 
 def _check_range(name: str, values: ArrayLike, stop: int) -> NDArray[np.int64]:

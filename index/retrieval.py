@@ -107,6 +107,11 @@ class PatchIndex:
             f"path={str(self.path)!r})"
         )
 
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the index's file, in hexadecimal, as its manifest has it."""
+        return self._sha256[_INDEX]
+
     def search(
         self,
         queries: ArrayLike,

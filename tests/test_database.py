@@ -1,7 +1,9 @@
 """The patch database: built whole or not at all, opened at once, refused when damaged."""
 
+import copy
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -575,3 +577,30 @@ def test_a_killed_build_leaves_nothing_or_a_whole_database(tmp_path: Path, seed:
     rebuilt = PatchDatabase.build(make_images(3, 2, 2), path=path, overwrite=True)
     rebuilt.verify()
     assert everything_in(tmp_path) == ["db", "db/images.npy", "db/manifest.json"]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_pickle_of_a_database_on_disk_is_its_path(tmp_path: Path, labelled: bool) -> None:
+    images = np.arange(4 * 3 * 16 * 16, dtype=np.uint8).reshape(4, 3, 16, 16)
+    db = PatchDatabase.build(images, [0, 1, 1, 0] if labelled else None, path=tmp_path / "db")
+    pickled = pickle.dumps(db)
+    assert len(pickled) < 1000 < images.nbytes
+    for again in (pickle.loads(pickled), copy.deepcopy(db), copy.copy(db)):
+        assert again.path == db.path
+        assert not again.images.flags.writeable
+        assert np.array_equal(again.images, images)
+    PatchDatabase.build(255 - images, path=tmp_path / "db", overwrite=True)
+    with pytest.raises(DatabaseError, match="other images than when it was pickled"):
+        pickle.loads(pickled)
+
+
+def test_a_pickle_of_a_database_in_memory_is_read_only() -> None:
+    images = np.arange(4 * 9, dtype=np.uint8).reshape(4, 1, 3, 3)
+    db = PatchDatabase.from_arrays(images, [0, 2, 1, 0], class_names=["a", "b", "c"])
+    for again in (pickle.loads(pickle.dumps(db)), copy.deepcopy(db), copy.copy(db)):
+        assert np.array_equal(again.images, db.images)
+        assert np.array_equal(again.labels, db.labels)
+        assert again.class_names == db.class_names
+        assert again.content_hash == db.content_hash
+        assert not again.images.flags.writeable
+        assert not again.labels.flags.writeable
