@@ -3,11 +3,18 @@
 What every backend must answer is in test_conformance.py. Without a GPU all of this is interpreted.
 """
 
+import contextvars
+import copy
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -29,7 +36,7 @@ from test_conformance import (
 
 from els.engine import ScoreMachine, gpu
 from els.engine.gpu import TritonBackend
-from els.engine.posterior import PosteriorQuery
+from els.engine.posterior import PosteriorQuery, finish, merge_all
 from els.index import PatchDatabase
 
 if not importlib.util.find_spec("triton"):
@@ -389,6 +396,156 @@ def test_half_precision_is_rounded_once() -> None:
     for b, truth in enumerate(rounded.expected("LS", "zeros")):
         error = np.abs(answer.mean[b].float().numpy() - truth.mean).max()
         assert error <= torch.finfo(torch.float16).eps
+
+
+def test_a_larger_database_after_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One backend for both; the larger has larger images, and more of them a block."""
+    monkeypatch.setattr(gpu, "_BLOCK_BYTES", 8 * 4 * 6 * 7)
+    backend = triton_backend(1)
+    for shape, count in (((1, 4, 4), 2), ((3, 6, 7), 9), ((2, 3, 3), 4)):
+        question = make_question(shape, count, 3, alpha=[0.7], sigma=[1.0], seed=21)
+        machine = machine_with(backend, question.images, "LS", "zeros")
+        answer = question.ask(machine, torch.float32)
+        assert_matches(answer, question, question.expected("LS", "zeros"), TRITON)
+
+
+def test_states_of_groups_of_images() -> None:
+    question = make_question((1, 5, 5), 6, 3, alpha=[0.7], sigma=[1.0], seed=22)
+    machine = TRITON.machine(question.images, "ELS", "zeros")
+    query = replace(query_for(question, machine), entropy=True)
+    groups = [np.array([0, 2, 3]), np.array([], dtype=np.int64), np.array([1, 4, 5])]
+    states = machine._backend.states(question.images, query, groups)
+    assert (states[1].mass == 0).all()
+    whole = finish(merge_all(states), torch.float64)
+    assert_matches(whole, question, question.expected("ELS", "zeros"), TRITON)
+
+
+def test_a_copy_answers_the_same() -> None:
+    question = geometry("wide")
+    backend = triton_backend(1)
+    answers = [
+        question.ask(machine_with(each, question.images, "ELS", "zeros"), torch.float32)
+        for each in (backend, pickle.loads(pickle.dumps(backend)), copy.deepcopy(backend))
+    ]
+    for answer in answers[1:]:
+        assert torch.equal(answer.mean, answers[0].mean)
+
+
+@pytest.mark.parametrize(("kind", "boundary"), MACHINES)
+def test_everything_runs_on_the_backends_device(
+    kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current device, which is not the backend's in a new thread."""
+    inside = contextvars.ContextVar("inside", default=False)
+
+    @contextmanager
+    def on_device() -> Iterator[None]:
+        token = inside.set(True)
+        yield
+        inside.reset(token)
+
+    launches = []
+
+    def run(kernel, *arguments, **options) -> None:
+        assert inside.get()
+        assert "enable_fp_fusion" in options
+        launches.append(kernel)
+        plain_run(kernel, *arguments, **options)
+
+    kernel_type = type(exact.exact_kernel)
+    plain_run = kernel_type.run
+    monkeypatch.setattr(kernel_type, "run", run)
+    question = make_question((1, 5, 5), 3, 3, alpha=[0.7], sigma=[1.0], seed=23)
+    backend = triton_backend(1)
+    monkeypatch.setattr(backend, "_on_device", on_device)
+    for function in ("ideal_state", "equivariant_state"):
+        whole_image = getattr(gpu, function)
+
+        def checked(images, query, whole_image=whole_image):
+            assert inside.get()
+            return whole_image(images, query)
+
+        monkeypatch.setattr(gpu, function, checked)
+    machine = machine_with(backend, question.images, kind, boundary)
+    answer = question.ask(machine, torch.float32, top=3)
+    query = query_for(question, machine)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(backend.states, question.images, query, [query.members]).result()
+        pool.submit(backend.given, question.images, query, answer.top_addresses).result()
+    assert launches
+    assert not inside.get()
+
+
+@pytest.fixture
+def pretended_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Two GPUs, of which the second is the current one; the devices that were made current."""
+    import triton
+
+    made_current = []
+
+    def device(which: torch.device) -> AbstractContextManager[None]:
+        made_current.append(which)
+        return nullcontext()
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: 1,
+        "get_device_name": lambda which: f"card {which.index}",
+        "get_device_capability": lambda which: (9, 0),
+        "device": device,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(
+        triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: None)
+    )
+    return made_current
+
+
+@pytest.mark.parametrize(("device", "index"), [(None, 1), ("cuda", 1), ("cuda:0", 0)])
+def test_a_device_without_an_index_is_the_current_one(
+    pretended_gpus: list[torch.device], device: str | None, index: int
+) -> None:
+    backend = TritonBackend(device)
+    assert backend.device == torch.device("cuda", index)
+    assert backend.name == f"triton (card {index})"
+    pretended_gpus.clear()
+    with backend._on_device():
+        assert pretended_gpus == [backend.device]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "message"),
+    [
+        ("triton", "__version__", "3.5.1", r"Triton 3\.6 or later, but 3\.5\.1 is installed"),
+        ("torch.version", "hip", "7.0", r"on AMD.*Triton 3\.8 or later, but 3\.7\.0"),
+        ("torch.cuda", "get_device_capability", lambda which: (7, 5), r"7\.5.*needs 8\.0"),
+        ("torch.cuda", "device_count", lambda: 1, r"cuda:1.*1 devices here.*backend='native'"),
+        ("torch.cuda", "is_available", lambda: False, r"0 devices here.*backend='native'"),
+        ("triton.runtime.driver", "_active", None, r"C compiler.*backend='torch'"),
+    ],
+    ids=["old-triton", "amd", "old-card", "no-such-card", "no-driver", "no-compiler"],
+)
+def test_what_cannot_run_is_refused_at_construction(
+    pretended_gpus: list[torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    name: str,
+    value: object,
+    message: str,
+) -> None:
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.7.0")
+    TritonBackend("cuda:1")
+    if name == "_active":
+        value = SimpleNamespace()
+    monkeypatch.setattr(f"{module}.{name}", value)
+    db = PatchDatabase.from_arrays(np.zeros((1, 1, 2, 2), np.uint8))
+    with pytest.raises(RuntimeError, match=message):
+        ScoreMachine(db, backend="triton", device="cuda:1")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
