@@ -102,6 +102,12 @@ class ProcessMesh:
         self._group = group
         self._tasks = 0
 
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a ProcessMesh, and a machine with one, belongs to its process: copy a machine without "
+            "a mesh"
+        )
+
     @classmethod
     def alone(cls) -> ProcessMesh:
         """That of a single process."""
@@ -217,9 +223,9 @@ class SharedTask:
             raise RankError(f"rank 0 stopped the run: {told['refused']}")
         return told["answer"]
 
-    def draw(self, counter: str) -> int:
-        """The next number, from 0, that no other group has drawn; one for the whole group."""
-        number = self.add(counter, 1) - 1 if self._mesh.leads else 0
+    def draw(self, counter: str, count: int) -> int:
+        """The first of the next ``count`` numbers, from 0 on, that no other group has drawn."""
+        number = self.add(counter, count) - count if self._mesh.leads else 0
         return self._mesh.same_for_group(number)
 
     def add(self, counter: str, amount: int) -> int:

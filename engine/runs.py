@@ -37,6 +37,7 @@ import torch
 from els.engine.backends import BackendName
 from els.engine.distributed import ProcessMesh, SharedTask
 from els.engine.machines import ScoreMachine
+from els.engine.native import instruction_sets
 from els.engine.pictures import grid, panels, write_png
 from els.engine.posterior import Boundary, Kind
 from els.engine.sampler import (
@@ -47,6 +48,7 @@ from els.engine.sampler import (
     require_count,
     sample_plan,
 )
+from els.engine.scan import can_scan, has_tiles
 from els.engine.schedule import Cosine, Schedule, describe, described
 from els.engine.shards import DEFAULT_SHARD_SIZE, RunError, Samples, ShardFolder, missing, united
 from els.index import encode
@@ -58,14 +60,22 @@ VERSION = 1
 GRID_MOST = 1024
 
 _MANIFEST, _GRID, _LOCK = "run.json", "grid.png", ".lock"
-_MAY_DIFFER = {"n", "database"}
+# Settings that may differ from those of the run in the folder; estimates are compared apart.
+_MAY_DIFFER = {"n", "database", "estimates"}
 # Seconds to try for the lock: els status holds it for an instant when it looks whether it is held.
 _LOCK_PATIENCE = 0.2
 # Steps whose timing is kept: their medians do not need all, and a long run must not grow.
 _TIMINGS_KEPT = 4096
+# Seconds that a batch takes at most where its size is not given and fewer samples are allowed: an
+# interruption loses the work of one batch.
+_BATCH_SECONDS = 20.0
+# Fewest samples in such a batch of IS and ES: they read and transform every training image once for
+# all, so that four samples take 1.2 to 2.5 times as long as one.
+_LEAST_SHARED_BATCH = 4
 
 __all__ = [
     "GRID_MOST",
+    "EstimateSource",
     "RunError",
     "RunFolder",
     "RunReport",
@@ -75,6 +85,20 @@ __all__ = [
     "read_settings",
     "sample_run",
 ]
+
+
+@dataclass(frozen=True)
+class EstimateSource:
+    """What the estimates of an ELS run with a tolerance depend on beside the database.
+
+    Attributes:
+        kernel: which estimates use: the instruction set, ``+tiles`` with a matrix unit, and
+            ``none`` without the compiled extension.
+        indices: SHA-256 of the database's patch index of every patch size of the run that has one.
+    """
+
+    kernel: str
+    indices: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -95,9 +119,10 @@ class RunSettings:
         label: class of the training images that were drawn on; None for all.
         trajectory: whether every step is kept.
         n: number of samples; may grow.
-        tolerance: of every posterior mean; None for exact ones. The samples then depend on which
-            patch indices the database has, too.
+        tolerance: of every posterior mean; None for exact ones.
         shard_size: samples to a file; 1 for a picture and a file of each.
+        estimates: what estimates depend on; None without a tolerance, for machines other than ELS,
+            and in runs of older versions.
     """
 
     database: str
@@ -115,6 +140,7 @@ class RunSettings:
     n: int
     tolerance: float | None = None
     shard_size: int = 1
+    estimates: EstimateSource | None = None
 
     @property
     def plan(self) -> SamplePlan:
@@ -287,9 +313,9 @@ def sample_run(
 ) -> RunReport:
     """Sample into a folder; called again with the same settings, do only what is missing.
 
-    Samples are written as soon as they are finished, each file whole or not at all. ``n`` may grow
-    from one call to the next, and so may the number of processes. A KeyboardInterrupt or OSError on
-    the way (a full disk) carries a note that says what is safe and how to go on.
+    Samples are written batch by batch as they are finished, each file whole or not at all. ``n``
+    may grow from one call to the next, and so may the number of processes. A KeyboardInterrupt or
+    OSError on the way (a full disk) carries a note that says what is safe and how to go on.
 
     Args:
         machine: computes the steps; with a mesh, every rank of which makes this call.
@@ -302,7 +328,8 @@ def sample_run(
         eta: see there.
         label: draw only on training images of this class.
         trajectory: keep x_t and the predicted x_0 of every step, as a picture and as arrays.
-        batch_size: samples computed at once, None for at most 16; results do not depend on it.
+        batch_size: samples computed at once; results do not depend on it. None for as many as take
+            about 20 seconds, 1 to 16, of IS and ES at least 4.
         tolerance: see there.
         shard_size: samples to a file; 1 for a picture and a file of each, which trajectories need;
             None for what an existing run has, and for a new one 1 up to 1,000 samples, else 1,000.
@@ -312,7 +339,8 @@ def sample_run(
         TypeError: for an argument of the wrong type.
         ValueError: for a value out of range, before any work.
         RunError: if another process works on the folder, or it holds something else or a run with
-            other settings.
+            other settings, or samples are missing whose estimates would come from another kernel
+            or other patch indices.
         RankError: if another process of the run died or stopped it.
         DiskFullError: (an OSError) no room; finished samples are safe.
     """
@@ -351,9 +379,12 @@ def sample_run(
         work = _Work.of(task.decided(begin))
         # The ranks of a mesh are started alike, but not necessarily with the same files.
         _require_same(run, work.settings, replace(settings, shard_size=work.settings.shard_size))
+        if work.missing:
+            _require_same_estimates(run, work.settings, settings)
         if work.is_done:
             return RunReport(run, 0, ())
-        timings = _compute(machine, mesh, task, run, work, batch_size or DEFAULT_BATCH, progress)
+        sizes = _BatchSizes.of(machine, batch_size)
+        timings = _compute(machine, mesh, task, run, work, sizes, progress)
         report = RunReport(run, work.count, timings)
         task.add("left", 1)
         if mesh.rank == 0:
@@ -407,7 +438,7 @@ class _Work:
     def told(self) -> dict[str, Any]:
         """The same as JSON."""
         return {
-            "settings": asdict(self.settings),
+            "settings": _stored(self.settings),
             "missing": [(run.start, run.stop) for run in self.missing],
             "is_done": self.is_done,
         }
@@ -417,18 +448,47 @@ class _Work:
         """How many samples are to be computed."""
         return sum(len(run) for run in self.missing)
 
-    def batches(self, size: int) -> list[range]:
-        """The samples to compute at once; none is of two shards."""
+    def pieces(self, start: int, count: int) -> list[range]:
+        """So many of the missing samples from a place on, in runs that are within one shard."""
         shard = self.settings.shard_size
-        ends = 1 << 62 if shard == 1 else shard
-        batches = []
+        length = 1 << 62 if shard == 1 else shard
+        pieces = []
         for run in self.missing:
-            start = run.start
-            while start < run.stop:
-                stop = min(start + size, run.stop, (start // ends + 1) * ends)
-                batches.append(range(start, stop))
-                start = stop
-        return batches
+            piece = run[max(0, start) : max(0, start + count)]
+            start -= len(run)
+            while piece:
+                stop = min(piece.stop, (piece.start // length + 1) * length)
+                pieces.append(range(piece.start, stop))
+                piece = range(stop, piece.stop)
+        return pieces
+
+
+@final
+@dataclass
+class _BatchSizes:
+    """How many samples a batch has: what is asked for, or what the time allows.
+
+    Attributes:
+        size: of the next batch.
+        least: of every batch.
+        most: of every batch.
+    """
+
+    size: int
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, machine: ScoreMachine, asked: int | None) -> _BatchSizes:
+        if asked is not None:
+            return cls(asked, asked, asked)
+        least = 1 if machine.is_local else _LEAST_SHARED_BATCH
+        return cls(least, least, DEFAULT_BATCH)
+
+    def learn(self, images: int, seconds: float) -> None:
+        """Choose the next size by how long a batch took."""
+        fitting = int(_BATCH_SECONDS * images / seconds)
+        self.size = min(max(fitting, self.least), self.most)
 
 
 def _begin(
@@ -451,6 +511,10 @@ def _begin(
     if settings.shard_size > 1:
         run.shards(settings.shard_size).tidy(settings.n)
     gaps = tuple(missing(run.finished(settings), settings.n))
+    if there is not None:
+        if gaps:
+            _require_same_estimates(run, there, settings)
+        settings = replace(settings, estimates=there.estimates)
     work = _Work(settings, gaps, not gaps and run.grid.exists() and there == settings)
     if not work.is_done:
         run.grid.unlink(missing_ok=True)
@@ -485,24 +549,29 @@ def _compute(
     task: SharedTask,
     run: RunFolder,
     work: _Work,
-    batch_size: int,
+    sizes: _BatchSizes,
     progress: Callable[[StepProgress], None] | None,
 ) -> tuple[StepProgress, ...]:
     timings: deque[StepProgress] = deque(maxlen=_TIMINGS_KEPT)
     settings, plan = work.settings, work.settings.plan
-    batches = work.batches(batch_size)
     writer = _Writer(run, settings, task, work.missing)
-    while (number := task.draw("batch")) < len(batches):
-        indices = batches[number]
+    while True:
+        count = mesh.same_for_group(sizes.size)
+        pieces = work.pieces(task.draw("samples", count), count)
+        if not pieces:
+            break
+        indices = [index for piece in pieces for index in piece]
         finished = settings.n - work.count + task.add("finished", 0)
         watch = _Watch(finished, keep_states=settings.trajectory, progress=progress)
         images = sample_plan(
-            machine, plan, indices, label=settings.label, callback=watch, batch_size=batch_size
+            machine, plan, indices, label=settings.label, callback=watch, batch_size=len(indices)
         )
+        _require_no_new_indices(machine, settings)
         if mesh.leads:
-            writer.write(indices, images.numpy(), watch.states)
+            writer.write(pieces, images.numpy(), watch.states)
             task.add("finished", len(indices))
         timings += watch.timings
+        sizes.learn(len(indices), sum(timing.seconds for timing in watch.timings))
     return tuple(timings)
 
 
@@ -526,22 +595,34 @@ class _Writer:
         self._gaps = list(gaps)
         self._shards = run.shards(settings.shard_size)
 
-    def write(self, indices: range, images: Samples, states: Sequence[StepState]) -> None:
-        """Write a batch of one shard, with its steps where trajectories are kept."""
-        if self._settings.shard_size == 1:
-            for row, index in enumerate(indices):
-                if self._settings.trajectory:
-                    _write_trajectory(self._run, index, row, states)
-                _write_sample(self._run, index, images[row])
-            return
-        n, shard = self._settings.n, self._shards.number(indices.start)
-        self._shards.write(indices.start, images, n)
-        numbers = self._shards.numbers(shard, n)
+    def write(self, pieces: Sequence[range], images: Samples, states: Sequence[StepState]) -> None:
+        """Write a batch, with its steps where trajectories are kept.
+
+        Args:
+            pieces: the samples' numbers, each piece of one shard.
+            images: the samples, one after another.
+            states: of the batch.
+        """
+        row = 0
+        for numbers in pieces:
+            if self._settings.shard_size == 1:
+                for place, index in enumerate(numbers, row):
+                    if self._settings.trajectory:
+                        _write_trajectory(self._run, index, place, states)
+                    _write_sample(self._run, index, images[place])
+            else:
+                self._write_part(numbers, images[row : row + len(numbers)])
+            row += len(numbers)
+
+    def _write_part(self, numbers: range, images: Samples) -> None:
+        n, shard = self._settings.n, self._shards.number(numbers.start)
+        self._shards.write(numbers.start, images, n)
+        of_shard = self._shards.numbers(shard, n)
         missing_there = sum(
-            len(range(max(gap.start, numbers.start), min(gap.stop, numbers.stop)))
+            len(range(max(gap.start, of_shard.start), min(gap.stop, of_shard.stop)))
             for gap in self._gaps
         )
-        if self._task.add(f"shard {shard}", len(indices)) == missing_there:
+        if self._task.add(f"shard {shard}", len(numbers)) == missing_there:
             self._shards.complete(shard, n)
 
 
@@ -676,8 +757,63 @@ def _require_same(run: RunFolder, there: RunSettings, here: RunSettings) -> None
         )
 
 
+def _require_same_estimates(run: RunFolder, there: RunSettings, here: RunSettings) -> None:
+    """Refuse to go on with estimates of another kind: samples would differ by how they came."""
+    if there.estimates == here.estimates:
+        return
+    if there.estimates is None or here.estimates is None:
+        raise RunError(
+            f"{run.path} has missing samples and does not say with which kernel and patch indices "
+            "its estimates were made: an older version began it. Give another folder for a new run"
+        )
+    differing = []
+    if there.estimates.kernel != here.estimates.kernel:
+        differing.append(
+            f"the kernel is {there.estimates.kernel} there, {here.estimates.kernel} here (go on "
+            "with it on such a processor)"
+        )
+    indices = there.estimates.indices, here.estimates.indices
+    for size in sorted(indices[0].keys() | indices[1].keys(), key=int):
+        before, now = (of_size.get(size) for of_size in indices)
+        if before is None:
+            differing.append(f"patch size {size} had no index then (remove the one it has now)")
+        elif now is None:
+            differing.append(f"the index of patch size {size} is not there (build it again)")
+        elif now != before:
+            differing.append(f"the index of patch size {size} is another one (build it as it was)")
+    raise RunError(
+        f"{run.path} holds samples whose estimates were made in another way: "
+        f"{'; '.join(differing)}. Or give another folder for a new run"
+    )
+
+
+def _require_no_new_indices(machine: ScoreMachine, settings: RunSettings) -> None:
+    """Refuse what a machine computed that may have found an index on the way."""
+    if settings.estimates is None:
+        return
+    for size in sorted(set(settings.patch_sizes or ())):
+        if str(size) not in settings.estimates.indices and machine.db.has_index(size):
+            raise RunError(
+                f"an index of patch size {size} was built during the run, which began without it; "
+                "remove it to go on, or give another folder for a new run"
+            )
+
+
 def _shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _estimate_source(machine: ScoreMachine, plan: SamplePlan) -> EstimateSource | None:
+    """What the plan's estimates depend on; other machines' than ELS only on the database."""
+    if plan.tolerance is None or machine.kind != "ELS":
+        return None
+    kernel = "none"
+    if can_scan():
+        kernel = instruction_sets()[-1] + ("+tiles" if has_tiles() else "")
+    found = {size: machine._index(size) for size in sorted(set(plan.patch_sizes or ()))}
+    return EstimateSource(
+        kernel, {str(size): index.content_hash for size, index in found.items() if index}
+    )
 
 
 def _settings(
@@ -699,6 +835,7 @@ def _settings(
         trajectory=bool(trajectory),
         n=int(n),
         tolerance=plan.tolerance,
+        estimates=_estimate_source(machine, plan),
     )
 
 
@@ -736,8 +873,20 @@ def _settings_of(run: RunFolder, manifest: dict[str, Any]) -> RunSettings:
 
 def _restored(content: dict[str, Any]) -> RunSettings:
     settings = RunSettings(**content)
-    sizes = settings.patch_sizes
-    return replace(settings, patch_sizes=None if sizes is None else tuple(sizes))
+    sizes, estimates = settings.patch_sizes, content.get("estimates")
+    return replace(
+        settings,
+        patch_sizes=None if sizes is None else tuple(sizes),
+        estimates=None if estimates is None else EstimateSource(**estimates),
+    )
+
+
+def _stored(settings: RunSettings) -> dict[str, Any]:
+    """The settings as JSON; runs without estimates say nothing of them, as in older versions."""
+    content = asdict(settings)
+    if settings.estimates is None:
+        del content["estimates"]
+    return content
 
 
 def _damaged(run: RunFolder, reason: str) -> RunError:
@@ -747,7 +896,7 @@ def _damaged(run: RunFolder, reason: str) -> RunError:
 def _write_manifest(
     run: RunFolder, settings: RunSettings, sessions: Sequence[dict[str, Any]]
 ) -> None:
-    content = {"format": FORMAT, "version": VERSION, "settings": asdict(settings)}
+    content = {"format": FORMAT, "version": VERSION, "settings": _stored(settings)}
     write_json(run.manifest, content | {"sessions": list(sessions)})
 
 

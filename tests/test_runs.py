@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -434,6 +436,79 @@ def test_ctrl_c_says_how_to_go_on(machine: ScoreMachine, tmp_path: Path) -> None
     assert sample_run(machine, tmp_path, **OPTIONS).computed == 3
 
 
+class Clock:
+    """A clock on which every step of a batch takes as long, whatever the batch."""
+
+    def __init__(self, step_seconds: float) -> None:
+        self._step = step_seconds
+        self._now = 0.0
+
+    def perf_counter(self) -> float:
+        self._now += self._step
+        return self._now
+
+
+@pytest.mark.parametrize(
+    ("kind", "step_seconds", "batches"),
+    [
+        pytest.param("ELS", 11.0, [1, 1, 1, 1, 1, 1, 1, 1], id="slow"),
+        pytest.param("LS", 5.0, [1, 2, 4, 1], id="as-long-as-fits"),
+        pytest.param("ELS", 0.01, [1, 7], id="fast"),
+        # They read every image once for a batch, so that fewer would hardly be faster.
+        pytest.param("IS", 11.0, [4, 4], id="shared-slow"),
+        pytest.param("ES", 0.01, [4, 4], id="shared-fast"),
+    ],
+)
+def test_a_batch_takes_no_longer_than_an_interruption_may_lose(
+    tmp_path: Path, monkeypatch, kind: str, step_seconds: float, batches: list[int]
+) -> None:
+    monkeypatch.setattr("els.engine.runs.time", Clock(step_seconds))
+    machine = ScoreMachine(DB, kind, "zeros", "torch")
+    options = {"n": 8, "steps": 2, "patch_sizes": 3}
+    seen: list[StepProgress] = []
+    sample_run(machine, tmp_path / "run", **options, progress=seen.append)
+    assert [step.images for step in seen[::2]] == batches
+    sample_run(machine, tmp_path / "whole", **options, batch_size=8)
+    assert outputs(tmp_path / "run") == outputs(tmp_path / "whole")
+
+
+def test_large_batches_come_with_fast_samples_and_have_a_limit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("els.engine.runs.time", Clock(1e-6))
+    seen: list[StepProgress] = []
+    tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "LS", backend="torch")
+    sample_run(tiny, tmp_path, n=40, steps=1, patch_sizes=1, progress=seen.append)
+    assert [step.images for step in seen] == [1, 16, 16, 7]
+
+
+def test_an_interruption_of_slow_samples_loses_only_the_last(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr("els.engine.runs.time", Clock(11.0))
+
+    def stop(step: StepProgress) -> None:
+        if step.finished == 3 and step.step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sample_run(machine, tmp_path, **(OPTIONS | {"batch_size": None}), progress=stop)
+    assert caught.value.__notes__[0].startswith("3 of 5 samples are finished and safe")
+
+
+@pytest.mark.parametrize("shard_size", [1, 3, 4], ids=lambda size: f"shards-of-{size}")
+@pytest.mark.parametrize("batch_size", [1, 3, 9, None])
+def test_scattered_gaps_are_filled_in_any_batches(machine, tmp_path, shard_size, batch_size):
+    options = OPTIONS | {"n": 9, "shard_size": shard_size, "trajectory": shard_size == 1}
+    run = sample_run(machine, tmp_path, **options).folder
+    before = outputs(tmp_path)
+    shards = run.shards(shard_size)
+    lost = [shards.shard(0), shards.shard(2)] if shard_size > 1 else []
+    lost += [run.values(index) for index in (0, 3, 4, 7) if shard_size == 1]
+    for path in lost:
+        path.unlink()
+    missing = {1: 4, 3: 6, 4: 5}[shard_size]
+    again = sample_run(machine, tmp_path, **(options | {"batch_size": batch_size}))
+    assert again.computed == missing
+    assert outputs(tmp_path) == before
+
+
 def test_large_grids_stop_somewhere(tmp_path: Path) -> None:
     tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "IS", backend="torch")
     run = RunFolder(tmp_path)
@@ -498,3 +573,102 @@ def test_an_approximate_run_goes_on_and_is_explained(tmp_path: Path) -> None:
     for run in ("run", "other"):
         explanation, _ = explain_run(tmp_path / run, 1, step=1)
         assert np.abs(explanation.values - at_once.load(1)).max() <= 1e-6
+
+
+@pytest.fixture
+def estimated(tmp_path: Path) -> tuple[ScoreMachine, RunFolder, dict[str, Any]]:
+    """A machine, a run with a tolerance of 2 samples that uses one index, and its arguments."""
+    images = np.random.default_rng(0).integers(0, 256, (300, 1, 6, 6)).astype(np.uint8)
+    db = PatchDatabase.build(images, path=tmp_path / "db")
+    db.build_index(3)
+    machine = ScoreMachine(db, "ELS", "zeros")
+    options = {"steps": 2, "patch_sizes": [3, 5], "tolerance": 0.2, "batch_size": 1}
+    run = sample_run(machine, tmp_path / "run", n=2, **options).folder
+    return machine, run, options
+
+
+def change_estimates(run: RunFolder, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads(run.manifest.read_text())
+    change(manifest["settings"])
+    run.manifest.write_text(json.dumps(manifest))
+
+
+def test_a_run_says_what_its_estimates_depend_on(estimated, tmp_path: Path) -> None:
+    machine, run, options = estimated
+    estimates = json.loads(run.manifest.read_text())["settings"]["estimates"]
+    manifest = json.loads((machine.db.open_index(3).path / "manifest.json").read_text())
+    assert estimates["indices"] == {"3": manifest["files"]["index.faiss"]["sha256"]}
+    assert estimates["kernel"]
+    for kind in ("LS", "IS"):
+        other = ScoreMachine(machine.db, kind, "zeros")
+        sample_run(other, tmp_path / kind, n=1, **options)
+        assert read_settings(tmp_path / kind).estimates is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(
+            lambda settings: settings["estimates"].update(kernel="avx1024+tiles"),
+            r"the kernel is avx1024\+tiles there, .* here",
+            id="kernel",
+        ),
+        pytest.param(
+            lambda settings: settings["estimates"]["indices"].update({"3": "0" * 64}),
+            "the index of patch size 3 is another one",
+            id="other-index",
+        ),
+        pytest.param(
+            lambda settings: settings["estimates"]["indices"].pop("3"),
+            "patch size 3 had no index then",
+            id="new-index",
+        ),
+        pytest.param(
+            lambda settings: settings["estimates"]["indices"].update({"5": "0" * 64}),
+            "the index of patch size 5 is not there",
+            id="lost-index",
+        ),
+        pytest.param(
+            lambda settings: settings.pop("estimates"), "an older version began it", id="older"
+        ),
+    ],
+)
+def test_estimates_of_two_kinds_are_never_mixed(estimated, change, words: str) -> None:
+    machine, run, options = estimated
+    change_estimates(run, change)
+    before = outputs(run.path)
+    with pytest.raises(RunError, match=words):
+        sample_run(machine, run.path, n=3, **options)
+    assert outputs(run.path) == before
+    # What is whole needs no more estimates.
+    assert sample_run(machine, run.path, n=2, **options).computed == 0
+    run.grid.unlink()
+    assert sample_run(machine, run.path, n=2, **options).computed == 0
+    assert run.grid.exists()
+    explain_run(run.path, 0, step=1)
+
+
+def test_an_index_that_appears_during_a_run_stops_it(estimated) -> None:
+    machine, run, options = estimated
+
+    def build(step: StepProgress) -> None:
+        if step.finished == 3 and step.step == 2:
+            machine.db.build_index(5)
+
+    with pytest.raises(RunError, match="index of patch size 5 was built during the run"):
+        sample_run(machine, run.path, n=5, **options, progress=build)
+    assert run.finished(read_settings(run.path)) == [range(3)]
+
+
+def test_runs_of_older_versions_go_on_without_estimates(machine, tmp_path: Path) -> None:
+    run = sample_run(machine, tmp_path, **(OPTIONS | {"n": 2})).folder
+    content = run.manifest.read_text()
+    assert "estimates" not in content
+    assert sample_run(machine, tmp_path, **OPTIONS).computed == 3
+
+
+def test_damaged_estimates_are_refused(estimated) -> None:
+    _, run, _ = estimated
+    change_estimates(run, lambda settings: settings.update(estimates={"unit": "AMX"}))
+    with pytest.raises(RunError, match="settings are not ours"):
+        read_settings(run.path)
