@@ -4,7 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from els.engine import cli
 from els.index import DatabaseError, PatchDatabase, PatchIndex, choose_factory, decode
 from els.index import retrieval as module
 from els.index.files import DiskFullError
+from els.index.layout import LayoutError, check_layout
 from els.index.manifests import sealed
 
 faiss = pytest.importorskip("faiss")
@@ -312,6 +315,9 @@ def test_too_little_memory_says_how_much() -> None:
         pytest.param({"factory": "IVF100000,Flat"}, ValueError, "100000 lists", id="lists"),
         pytest.param({"factory": "Pad32,IVF2,SQ8_direct"}, ValueError, "take Pad40", id="rounds"),
         pytest.param({"factory": "PCA4,IVF2,SQ8_direct"}, ValueError, "take SQ8 ", id="direct"),
+        pytest.param({"factory": "L2norm,IVF2,Flat"}, ValueError, "Normalization", id="norms"),
+        pytest.param({"factory": "ITQ4,IVF2,Flat"}, ValueError, "ITQTransform", id="ITQ"),
+        pytest.param({"threads": 0}, ValueError, "threads", id="threads"),
     ],
 )
 def test_wrong_builds_are_refused_and_leave_nothing(
@@ -350,7 +356,15 @@ def test_without_faiss(db: PatchDatabase, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize(
     "factory",
-    ["Flat", "IVF64,SQ8_direct", "Pad24,IVF64,SQ8_direct", "IVF32_HNSW8,SQ8", "PCA8,IVF16,PQ4x4"],
+    [
+        "Flat",
+        "IVF64,SQ8_direct",
+        "Pad24,IVF64,SQ8_direct",
+        "IVF32_HNSW8,SQ8",
+        "PCA8,IVF16,PQ4x4",
+        "PCA8,IVF16,SQ8",
+        "OPQ4_8,IVF16,SQ8",
+    ],
 )
 def test_the_bytes_do_not_depend_on_threads(smooth: PatchDatabase, factory: str) -> None:
     assert smooth.path is not None
@@ -359,6 +373,34 @@ def test_the_bytes_do_not_depend_on_threads(smooth: PatchDatabase, factory: str)
         smooth.build_index(5, factory=factory, overwrite=True, threads=threads)
         made.append(contents(smooth.path / "indices" / "patch-005"))
     assert made[0] == made[1]
+
+
+def test_the_factory_does_not_depend_on_threads(
+    smooth: PatchDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of components is counted by a BLAS, and is part of what is built."""
+    monkeypatch.setattr(module, "_FLAT_MOST", 0)
+    assert smooth.path is not None
+    made = []
+    for threads in (1, 2):
+        index = smooth.build_index(9, overwrite=True, threads=threads)
+        made.append((index.factory, contents(index.path)))
+    assert made[0] == made[1]
+    assert made[0][0].startswith("PCA")
+
+
+@pytest.mark.parametrize(
+    "factory", ["Flat", "IVF64,SQ8_direct", "IVF64_HNSW8,SQ8", "PCA8,IVF9,SQ8"]
+)
+def test_what_is_found_does_not_depend_on_threads(smooth: PatchDatabase, factory: str) -> None:
+    index = smooth.build_index(5, factory=factory, overwrite=True)
+    queries = noisy(all_patches(smooth, 5)[0], 200)
+    one = index.search(queries, 7, effort=3, threads=1)
+    for threads in (2, 5):
+        for found, same in zip(
+            index.search(queries, 7, effort=3, threads=threads), one, strict=True
+        ):
+            np.testing.assert_array_equal(found, same)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -569,6 +611,242 @@ def test_a_flipped_bit_is_found_by_verify(db: PatchDatabase) -> None:
     (index.path / "index.faiss").write_bytes(data)
     with pytest.raises(DatabaseError, match="SHA-256"):
         db.open_index(3).verify()
+
+
+def resealed(path: Path, **damaged: bytes) -> None:
+    """Writes files of an index, and a manifest that fits them."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    for name, data in damaged.items():
+        (path / name).write_bytes(data)
+        manifest["files"][name] = {"size": len(data), "sha256": sha256(data).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(sealed(manifest)))
+
+
+KINDS = [
+    "Flat",
+    "IVF4,Flat",
+    "IVF4,SQ8_direct",
+    "PCA8,IVF32_HNSW4,SQ8",
+    "Pad24,IVF4,SQ8_direct",
+    "OPQ2_8,IVF4,PQ2x4",
+    "RR6,IVF4,SQ4",
+]
+
+
+@pytest.mark.parametrize("factory", KINDS)
+def test_a_sound_layout_is_known(db: PatchDatabase, factory: str) -> None:
+    index = db.build_index(3, factory=factory)
+    assert check_layout(index.path / "index.faiss", 18, index.count) == index.lists
+
+
+@pytest.mark.parametrize("factory", KINDS)
+def test_a_damaged_layout_costs_nothing(db: PatchDatabase, factory: str, tmp_path: Path) -> None:
+    """Whatever the sizes in a file, nothing larger than the file is asked for."""
+    index = db.build_index(3, factory=factory)
+    sound, place = (index.path / "index.faiss").read_bytes(), tmp_path / "damaged"
+    codes = int(index.count) * 8  # and more, at the end: they may be anything
+    head = len(sound) - codes
+    numbers = [
+        0,
+        1,
+        12345,
+        1 << 24,
+        1 << 31,
+        1 << 33,
+        (1 << 40) - 1,
+        1 << 62,
+        1 << 63,
+        (1 << 64) - 1,
+    ]
+    random, refused = np.random.default_rng(5), 0
+    tracemalloc.start()
+    for _ in range(400):
+        data = bytearray(sound)
+        at = int(random.integers(min(head, 900)))
+        data[at : at + 8] = numbers[random.integers(len(numbers))].to_bytes(8, "little")
+        place.write_bytes(data[: len(sound)])
+        try:
+            assert check_layout(place, 18, index.count) == index.lists
+        except LayoutError:
+            refused += 1
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4 * len(sound) + (1 << 20)
+    assert refused > 20
+    for at in range(0, head, 1 + head // 50):
+        place.write_bytes(sound[:at])
+        with pytest.raises(LayoutError):
+            check_layout(place, 18, index.count)
+
+
+def test_links_of_a_graph_are_checked(db: PatchDatabase) -> None:
+    index = db.build_index(3, factory="IVF64_HNSW2,SQ8_direct")
+    sound = (index.path / "index.faiss").read_bytes()
+    read = faiss.read_index(str(index.path / "index.faiss"))
+    graph = faiss.downcast_index(read.quantizer).hnsw
+    levels, offsets = map(faiss.vector_to_array, (graph.levels, graph.offsets))
+    assert levels.max() > 1
+    first = np.flatnonzero(levels > 1)[0]
+    begin = sound.index(offsets.tobytes()) + offsets.nbytes + 8
+    end = begin + 4 * int(offsets[-1])
+    # What follows the links: the entry point and the highest level.
+    (entry,) = np.frombuffer(sound[end : end + 4], np.int32)
+    assert entry == graph.entry_point
+    lowest = int(np.flatnonzero(levels == 1)[0])
+    for at, value, says in (
+        (begin, 64, "a link leads to a point that is not there"),
+        (begin, -2, "a link leads to a point that is not there"),
+        # The last links of a point are those of its highest level.
+        (begin + 4 * int(offsets[first + 1]) - 4, lowest, "of less levels"),
+        (end, 64, "entry point cannot be 64"),
+        (end, lowest, "not on the highest level"),
+        (end + 4, 40, "highest level cannot be 40"),
+    ):
+        damaged = bytearray(sound)
+        damaged[at : at + 4] = value.to_bytes(4, "little", signed=True)
+        resealed(index.path, **{"index.faiss": bytes(damaged)})
+        with pytest.raises(DatabaseError, match=says):
+            db.open_index(3)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,SQ8_direct"])
+@pytest.mark.parametrize("address", [-1 << 62, -2, 40 * 9 * 7, 1 << 62])
+def test_addresses_are_checked_before_they_are_followed(
+    db: PatchDatabase, factory: str, address: int
+) -> None:
+    index = db.build_index(3, factory=factory)
+    sound = (index.path / "index.faiss").read_bytes()
+    # Any patch: a whole class has it.
+    at = sound.index((40 * 9 * 7 - 7 - 2).to_bytes(8, "little", signed=True))
+    data = sound[:at] + address.to_bytes(8, "little", signed=True) + sound[at + 8 :]
+    resealed(index.path, **{"index.faiss": data})
+    damaged = db.open_index(3)
+    everything = {"k": index.count, "effort": 4}
+    with pytest.raises(DatabaseError, match=f"names a patch at {address}"):
+        damaged.search(np.zeros((1, 2, 3, 3), np.float32), **everything)
+    # Restricted to images, such a patch is none of theirs.
+    found, _ = damaged.search(np.zeros((1, 2, 3, 3), np.float32), **everything, label=3)
+    assert np.isfinite(found).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "says"),
+    [
+        pytest.param(
+            "norms.npy", np.zeros(3, np.float32), r"norms\.npy is float32 \(3,\)", id="short"
+        ),
+        pytest.param("norms.npy", np.zeros(1400, np.float64), "float64", id="dtype"),
+        pytest.param("centres.npy", np.zeros((2, 1400), np.uint8).T, r"centres\.npy", id="order"),
+        pytest.param("misfits.npy", np.full(4, np.nan, np.float32), "squared distance", id="NaN"),
+        pytest.param("spread.npy", np.full(4, -1, np.float32), "squared distance", id="negative"),
+        pytest.param("spread.npy", np.array([{}, 1, 2, 3]), r"spread\.npy", id="objects"),
+    ],
+)
+def test_tables_must_fit_the_index(
+    db: PatchDatabase, name: str, table: NDArray[Any], says: str
+) -> None:
+    index = db.build_index(3, factory="IVF4,SQ8_direct")
+    assert index.count == 1400
+    np.save(index.path / name, table)
+    resealed(index.path, **{name: (index.path / name).read_bytes()})
+    damaged = db.open_index(3)
+    with pytest.raises(DatabaseError, match=says):
+        _ = damaged.inverted
+
+
+def test_a_header_that_is_no_python_is_refused(db: PatchDatabase) -> None:
+    index = db.build_index(3, factory="IVF4,SQ8_direct")
+    data = (index.path / "norms.npy").read_bytes()
+    resealed(index.path, **{"norms.npy": data.replace(b"}", b"(", 1)})
+    with pytest.raises(DatabaseError, match=r"norms\.npy cannot be read"):
+        _ = db.open_index(3).inverted
+
+
+# Uses an index in a forked process for each of many damages, of the files named.
+FUZZED = """
+import json, os, resource, signal, sys
+from pathlib import Path
+import numpy as np, torch
+from els.engine import ScoreMachine
+from els.index import DatabaseError, PatchDatabase
+from test_retrieval import faiss, resealed
+torch.set_num_threads(1)
+faiss.omp_set_num_threads(1)
+path, tries = Path(sys.argv[1]), int(sys.argv[2])
+folder = path / "indices" / "patch-003"
+sound = {file.name: file.read_bytes() for file in folder.iterdir()}
+random = np.random.default_rng(6)
+
+def use():
+    db = PatchDatabase.open(path)
+    index = db.open_index(3)
+    queries = random.normal(size=(20, 2, 3, 3)).astype(np.float32)
+    for restriction in ({}, {"label": 1}, {"members": [3]}):
+        index.search(queries, 5, **restriction)
+    machine = ScoreMachine(db, backend="native", threads=1)
+    modes = ["topk+subset"] + ["lists"] * (index.inverted is not None)
+    for mode in modes:
+        for labels in (None, 3):
+            post = machine.posterior(
+                torch.zeros(1, *db.shape), alpha=0.7, sigma=3.0, patch_size=3, mode=mode,
+                labels=labels, share=1.0, subset=32
+            )
+            assert torch.isfinite(post.mean).all()
+
+def attempt():
+    use_of_memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (use_of_memory + (1 << 30),) * 2)
+    signal.alarm(60)
+    try:
+        use()
+    except (DatabaseError, ValueError):
+        return 0
+    return 0
+
+names = sorted(set(sound) - {"manifest.json"})
+for number in range(tries):
+    name = names[random.integers(len(names))]
+    data = bytearray(sound[name])
+    at = int(random.integers(min(len(data), [200, 1500, 1 << 30][number % 3])))
+    kind = number % 4
+    if kind == 0:
+        data[at] ^= 1 << int(random.integers(8))
+    elif kind == 1:
+        data[at : at + 8] = random.bytes(8)
+    elif kind == 2:
+        data[at : at + 8] = (1 << int(random.integers(64))).to_bytes(8, "little")
+    else:
+        del data[at:]
+    for other, whole in sound.items():
+        (folder / other).write_bytes(whole)
+    resealed(folder, **{name: bytes(data)})
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = attempt()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if status:
+        print(f"try {number}: {name}, byte {at}, kind {kind}: status {status}")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by what /proc says")
+@pytest.mark.parametrize("factory", ["IVF4,SQ8_direct", "PCA8,IVF32_HNSW4,SQ8"])
+def test_no_damage_ends_a_process(db: PatchDatabase, factory: str) -> None:
+    """Each try has a second GB of memory, and a manifest that fits."""
+    pytest.importorskip("els.engine._native_baseline")
+    db.build_index(3, factory=factory)
+    done = subprocess.run(
+        [sys.executable, "-c", FUZZED, db.path, "60"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]
 
 
 # Command line
