@@ -14,10 +14,17 @@ DAMAGED = "it seems damaged: fetch or export it again"
 # Bytes that deflate makes of one, at most (zlib's documentation); a header that claims more is
 # damaged.
 MAX_DEFLATE_RATIO = 1032
+# Characters of a decoder's own message; some quote the data.
+_MAX_REASON = 300
 
 
 class SourceError(ValueError):
     """A source of images is missing, damaged, ambiguous or of an unsupported kind."""
+
+    def __init__(self, message: str) -> None:
+        # Names and reasons come from strangers too: one line, nothing that moves a cursor.
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(shown))
 
 
 @contextmanager
@@ -32,6 +39,8 @@ def explained(where: object, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error) or type(error).__name__
+        if len(reason) > _MAX_REASON:
+            reason = f"{reason[:_MAX_REASON]}..."
         raise SourceError(f"{where} cannot be used: {reason}; {remedy}") from error
 
 

@@ -30,6 +30,7 @@ _MODE_OF = {
 }
 # The tags of TIFF and EXIF that are read.
 _WIDTH, _HEIGHT, _BITS, _ORIENTATION = 256, 257, 258, 274
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
 # Where PIL keeps what may hold an orientation: EXIF, and XMP, of PNG or other formats.
 _ORIENTED_BY = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 _PNG_ORIENTED_BY = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
@@ -134,9 +135,14 @@ def _opened(stream: IO[bytes]) -> Iterator["ImageFile.ImageFile"]:
     except Image.DecompressionBombError as error:
         raise ValueError(too_many.format("far too many")) from error
     with picture:
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(too_many.format(f"{height:,} x {width:,}"))
+        sizes = [picture.size]
+        if picture.format == "TIFF":
+            # A tile, which may be larger, is decoded whole.
+            tags = picture.tag_v2  # type: ignore[attr-defined]
+            sizes.append((tags.get(_TILE_WIDTH, 1), tags.get(_TILE_HEIGHT, 1)))
+        for width, height in sizes:
+            if width * height > MAX_PIXELS:
+                raise ValueError(too_many.format(f"{height:,} x {width:,}"))
         yield picture
 
 

@@ -316,6 +316,14 @@ def claiming(width: int, height: int) -> bytes:
     return bytes(whole)
 
 
+def tiled(width: int, height: int) -> bytes:
+    """A TIFF of 8 x 4 pixels in one compressed tile of a claimed size."""
+    tags = {256: 8, 257: 4, 258: 8, 259: 5, 262: 1, 277: 1, 322: width, 323: height, 324: 200}
+    tags[325] = 64
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(entries) + bytes(200)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -324,9 +332,10 @@ def claiming(width: int, height: int) -> bytes:
         claiming(1, (1 << 26) + 1),
         claiming(2**31 - 1, 2**31 - 1),
         b"P5 13000 13000 255\n",
+        tiled(65536, 30000),
         b"GIF89a" + struct.pack("<HH", 60000, 60000) + bytes(3) + b",\0\0\0\0\1\0\1\0\0\2\2L\1\0;",
     ],
-    ids=["13000 x 13000", "one too many", "a line", "huge", "PPM", "GIF"],
+    ids=["13000 x 13000", "one too many", "a line", "huge", "PPM", "TIFF tile", "GIF"],
 )
 @pytest.mark.parametrize("resize", [None, 4])
 def test_too_many_pixels_are_refused_undecoded(
@@ -354,6 +363,20 @@ def test_a_huge_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.Monke
     os.truncate(path, (1 << 28) + 1)
     with pytest.raises(SourceError, match=r"a\.png has 268,435,457 bytes, more than"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("write", [write_folder, write_zip], ids=["folder", "zip"])
+def test_errors_are_one_line_whatever_names_hold(tmp_path: Path, write: Any) -> None:
+    path = write(tmp_path / "x", {"a\n\x1b[2J\xad.png": b"x"})
+    with pytest.raises(SourceError, match=r"a\\n\\x1b\[2J\\xad\.png cannot be used"):
+        open_source(path)
+
+
+def test_errors_do_not_quote_the_data(tmp_path: Path) -> None:
+    (tmp_path / "x.npy").write_bytes(npy_header("-" * 5000))
+    with pytest.raises(SourceError, match=r"-\.\.\.; it seems damaged") as error:
+        open_source(tmp_path / "x.npy")
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
 
 
 # Headers that lie
