@@ -199,7 +199,7 @@ def sample(
     labels_of = _labels(machine, labels, len(chosen))
     size = DEFAULT_BATCH if batch_size is None else batch_size
     require_count("batch_size", size, 1)
-    images = torch.empty(len(chosen), *machine.db.shape, dtype=torch.float32)
+    images = torch.empty(len(chosen), *machine.db.shape, dtype=torch.float32, device="cpu")
     for start in range(0, len(chosen), size):
         rows = slice(start, start + size)
         label = None if labels_of is None else labels_of[rows]
@@ -342,7 +342,7 @@ def _labels(
     """One label per sample, int64 ``[count]``, each known to have training images."""
     if labels is None:
         return None
-    tensor = torch.as_tensor(labels)
+    tensor = torch.as_tensor(labels, device="cpu")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"labels must be integers, got {tensor.dtype}")
     if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != count):
@@ -351,7 +351,7 @@ def _labels(
         )
     for label in sorted(set(tensor.flatten().tolist())):
         machine.db.class_members(label)
-    return tensor.cpu().to(torch.int64).expand(count)
+    return tensor.to(torch.int64).expand(count)
 
 
 def require_count(argument: str, value: object, least: int) -> None:
