@@ -17,12 +17,16 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from els.triton_kernels.configurations import Configuration
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 _SIDE = 32
@@ -75,11 +79,37 @@ class Outcome:
     instructions: int | None = None
 
 
+def slots(choices: tuple[Configuration, ...]) -> dict[Configuration, set[tuple[int, int]]]:
+    """Blocks of slots, by rows and columns, with which each of some configurations is launched.
+
+    Those of all machines and patch sizes at this side, and one with slots that are loaded anew for
+    every image, as larger images have them.
+    """
+    from els.triton_kernels.configurations import cheapest
+
+    found = {configuration: {(3, 3)} for configuration in choices}
+    sizes = range(1, _SIDE + 1, 2)
+    for patch_size, equivariant, circular in product(sizes, (False, True), (False, True)):
+        configuration, plan = cheapest(
+            choices,
+            equivariant=equivariant,
+            circular=circular,
+            height=_SIDE,
+            width=_SIDE,
+            patch_size=patch_size,
+        )
+        found[configuration].add((plan.rows.chunks, plan.columns.chunks))
+    return found
+
+
 def cases(*, targets: list[str], channels: list[int]) -> Iterator[Case]:
     """Every case of these targets and numbers of channels."""
     from els.triton_kernels.configurations import CANDIDATES, PRECISE, SHIPPED
 
     image = {"WIDTH": _SIDE, "PIXELS": _SIDE**2}
+    launched = slots(SHIPPED) | slots((PRECISE,))
+    for configuration in CANDIDATES:
+        launched |= {} if configuration in SHIPPED else slots((configuration,))
     for target in targets:
         for configuration in (*CANDIDATES, PRECISE):
             precise, shipped = configuration is PRECISE, configuration in (*SHIPPED, PRECISE)
@@ -98,7 +128,7 @@ def cases(*, targets: list[str], channels: list[int]) -> Iterator[Case]:
                     f"{configuration.row_block} x {configuration.column_block}, "
                     f"{configuration.together} together"
                 )
-                for row_chunks, column_chunks in ((1, 1), (1, 2), (2, 2), (3, 3)):
+                for row_chunks, column_chunks in sorted(launched[configuration]):
                     sized = {**blocks, "ROW_CHUNKS": row_chunks, "COLUMN_CHUNKS": column_chunks}
                     suffix = f"{name}, C = {c}, slots {row_chunks} x {column_chunks}"
                     suffix += ", float64" if precise else ""
@@ -199,28 +229,34 @@ def signature(kernel: str, *, precise: bool) -> dict[str, Any]:
     raise ValueError(f"kernel={kernel!r} is not known")
 
 
+def kernels() -> dict[str, Any]:
+    """The kernels by their names."""
+    from els.triton_kernels import exact, merge, top_k, truncated
+
+    return {
+        "exact": exact.exact_kernel,
+        "merge": merge.merge_kernel,
+        "select": top_k.select_kernel,
+        "truncated": truncated.truncated_kernel,
+    }
+
+
 def compiled(case: Case) -> Outcome:
     """Compile a case, and read what the assembler says of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from els.triton_kernels import exact, merge, top_k, truncated
+    from els.triton_kernels.configurations import FP_FUSION
 
-    function = {
-        "exact": exact.exact_kernel,
-        "merge": merge.merge_kernel,
-        "select": top_k.select_kernel,
-        "truncated": truncated.truncated_kernel,
-    }[case.kernel]
     types = signature(case.kernel, precise=case.precise) | dict.fromkeys(
         case.constants, "constexpr"
     )
     try:
         code = triton.compile(
-            ASTSource(fn=function, signature=types, constexprs=case.constants),
+            ASTSource(fn=kernels()[case.kernel], signature=types, constexprs=case.constants),
             target=GPUTarget(*TARGETS[case.target]),
-            options={"num_warps": case.warps},
+            options={"num_warps": case.warps, "enable_fp_fusion": FP_FUSION},
         )
     except Exception as error:
         return Outcome(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["repeats"])
 def exponentials(out, repeats, SIZE: tl.constexpr):
     """Four chains of exp2 an element."""
     o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -15,7 +15,7 @@ def exponentials(out, repeats, SIZE: tl.constexpr):
     tl.store(out + o, a + b + c + d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["repeats"])
 def multiply_adds(out, repeats, SIZE: tl.constexpr):
     """Eight chains of multiply-adds an element."""
     o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)

@@ -567,15 +567,35 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         ScoreMachine(db, backend="triton")
 
 
-def test_every_kernel_compiles_without_a_gpu_and_does_not_spill() -> None:
+def compiled_by(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What Python says where kernels are compiled, not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "els.bench.ahead_of_time", "--channels", "1,3"],
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
+
+
+def test_no_kernel_is_compiled_anew_for_another_number() -> None:
+    """Integers of 1, or divisible by 16, would each make a variant."""
+    program = """
+from els.bench.ahead_of_time import kernels, signature
+for name, kernel in kernels().items():
+    types = signature(name, precise=False)
+    for parameter in kernel.params:
+        whole = types.get(parameter.name) == "i32"
+        assert parameter.do_not_specialize == whole, (name, parameter.name)
+print("checked")
+"""
+    done = compiled_by(["-c", program])
+    assert done.stdout == "checked\n", done.stderr[-4000:]
+
+
+def test_every_kernel_compiles_without_a_gpu_and_does_not_spill() -> None:
+    done = compiled_by(["-m", "els.bench.ahead_of_time", "--channels", "3"])
     # What an older Triton cannot do, it says.
     print("\n".join(line for line in done.stdout.splitlines() if "with Triton" in line))
     assert done.returncode == 0, done.stderr[-4000:]
