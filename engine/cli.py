@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -105,7 +106,7 @@ def build(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The database folder to make.")],
     resize: Annotated[
-        int | None, typer.Option(help="Scale every picture to this height and width.")
+        int | None, typer.Option(min=1, help="Scale every picture to this height and width.")
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="Labels of an .npy or idx SOURCE (.npy or idx).")
@@ -687,10 +688,11 @@ def _described(db: PatchDatabase) -> Table:
     if db.labels is None:
         table.add_row("classes", "none")
         return table
-    counts = [int((db.labels == label).sum()) for label in range(db.num_classes)]
-    for label, count in enumerate(counts):
+    counts = Counter(db.labels.tolist())
+    # Without names, numbers that are no label are left out: there may be billions.
+    for row, label in enumerate(range(db.num_classes) if db.class_names else sorted(counts)):
         name = db.class_names[label] if db.class_names else ""
-        table.add_row("classes" if label == 0 else "", f"{label:3d}  {count:7,}  {name}")
+        table.add_row("" if row else "classes", f"{label:3d}  {counts[label]:7,}  {name}")
     return table
 
 

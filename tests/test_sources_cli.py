@@ -1,0 +1,67 @@
+"""Sources on the command line: one line for what cannot be built, and nothing left behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_cli import els
+from test_database import make_images
+from test_picture_labels import csv_table, dataset_json, four_pictures
+from test_pictures import STRANGE, claiming
+from test_sources import write_folder, write_zip
+
+
+def test_labels_beside_pictures_are_the_classes(tmp_path: Path) -> None:
+    rows = dataset_json(dict(zip(four_pictures(), [7, 3, 3, 3], strict=True)))
+    source = write_zip(tmp_path / "edm.zip", four_pictures() | {"dataset.json": rows})
+    result = els("build", source, "-o", tmp_path / "db")
+    assert result.exit_code == 0, result.stderr
+    shown = [line.split() for line in result.stdout.splitlines()[-2:]]
+    assert shown == [["classes", "3", "3"], ["7", "1"]]
+
+
+def test_a_label_of_billions_is_shown_at_once(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=make_images(2, 3, 3), labels=[0, 2**40])
+    result = els("build", tmp_path / "x.npz", "-o", tmp_path / "db")
+    assert result.exit_code == 0, result.stderr
+    assert [line.split()[-2:] for line in result.stdout.splitlines()[-2:]] == [
+        ["0", "1"],
+        ["1099511627776", "1"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"a.png": STRANGE["EPS"]}, "no picture of the formats"),
+        ({"a.png": claiming(13000, 13000)}, "13,000 x 13,000 pixels, more than"),
+        (four_pictures() | {"metadata.csv": csv_table({"no.png": 1})}, "not among the pictures"),
+    ],
+    ids=["EPS", "pixels", "labels"],
+)
+def test_what_cannot_be_built_is_one_line(
+    tmp_path: Path, entries: dict[str, bytes], says: str
+) -> None:
+    result = els("build", write_folder(tmp_path / "x", entries), "-o", tmp_path / "db")
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert says in line
+    assert not (tmp_path / "db").exists()
+    assert not result.stdout
+
+
+def test_labels_beyond_the_class_names(tmp_path: Path) -> None:
+    arrays = {"images": make_images(2, 3, 3), "labels": [0, 5], "class_names": ["a", "b"]}
+    np.savez(tmp_path / "x.npz", **arrays)
+    result = els("build", tmp_path / "x.npz", "-o", tmp_path / "db")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"error: {tmp_path}/x.npz: class_names must name every class 0..5, got 2 names; give 6, in "
+        "the order of the labels"
+    ]
+
+
+def test_a_size_of_nothing(tmp_path: Path) -> None:
+    result = els("build", "embedded:fashion-mnist", "--resize", 0, "-o", tmp_path / "db")
+    assert result.exit_code == 2
+    assert "--resize" in result.stderr
