@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from conftest import TRITON
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from els.engine import ScoreMachine, estimate
 from els.index import DatabaseError, PatchDatabase
@@ -249,6 +252,154 @@ def test_border_pixels_have_subsets_of_their_own(db: PatchDatabase) -> None:
                     values = values[0] * shift.exp(), values[1]
                 torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
     assert (error.typical[0][torch.from_numpy((sizes == COUNT) & border)] == 0).all()
+
+
+# Few images, one, duplicates, constant ones; a class of one image.
+SMALL = {
+    "few": np.random.default_rng(3).integers(0, 256, (40, 1, 6, 6), dtype=np.uint8),
+    "one": np.random.default_rng(4).integers(0, 256, (1, 1, 6, 6), dtype=np.uint8),
+    "duplicates": np.random.default_rng(5)
+    .integers(0, 256, (2, 1, 6, 6), dtype=np.uint8)
+    .repeat(40, axis=0),
+    "constant": np.full((70, 1, 6, 6), 128, np.uint8),
+    "colour": smooth_images(36, 6)[:, :, :6, :6].repeat(2, axis=1),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], PatchDatabase]:
+    """Each with an exact index, and with lists."""
+    made = {}
+    for name, images in SMALL.items():
+        labels = (np.arange(len(images)) > 0).astype(np.int64)
+        for factory in ("Flat", "IVF1,SQ8_direct", "IVF4,SQ8_direct"):
+            path = tmp_path_factory.mktemp("small") / "db"
+            built = PatchDatabase.build(images, labels, path=path)
+            distinct = len(np.unique(images.reshape(len(images), -1), axis=0))
+            if factory != "IVF4,SQ8_direct" or distinct > 1:
+                built.build_index(3, factory=factory)
+                made[name, factory] = PatchDatabase.open(path)
+    return made
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@given(data=st.data())
+@settings(
+    max_examples=60,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+def test_every_estimate_is_a_number_and_none_claims_to_know_what_it_does_not(
+    small: dict[tuple[str, str], PatchDatabase], backend: str, data: st.DataObject
+) -> None:
+    if backend == "native":
+        pytest.importorskip("els.engine._native_baseline")
+    few = small[data.draw(st.sampled_from(sorted(small)))]
+    mode = data.draw(st.sampled_from(["topk", "subset", "topk+subset", "lists", "auto"]))
+    boundary = data.draw(st.sampled_from(["zeros", "circular"]))
+    label = data.draw(st.sampled_from([None, 0, 1])) if len(few) > 1 else None
+    sigma = data.draw(st.sampled_from([1e-6, 1e-4, 0.02, 0.5, 3.0, 1e3]))
+    least = [0.0] if mode in ("subset", "auto") else []
+    alpha = data.draw(st.sampled_from([*least, 1e-6, 0.1, 1.0]))
+    scale = data.draw(st.sampled_from([1.0, 1.0, 1e4]))
+    share = data.draw(st.sampled_from([1e-6, 1 / 128, 0.3, 1.0]))
+    seed = data.draw(st.integers(0, 3))
+    noise = np.random.default_rng(seed).standard_normal(few.shape)
+    x = torch.from_numpy(scale * (few.images[seed % len(few)] / 255 - 0.5 + sigma * noise)).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "_PILOT_IMAGES", 8)
+        machine = ScoreMachine(few, "ELS", boundary, backend=backend, threads=1)
+        assume(mode != "lists" or machine.has_lists(3, alpha, sigma))
+        answer = machine.posterior(
+            x[None],
+            alpha=alpha,
+            sigma=sigma,
+            patch_size=3,
+            labels=label,
+            mode=mode,
+            tolerance=0.05 if mode == "auto" else None,
+            k=data.draw(st.sampled_from([1, 5, 1000])),
+            subset=32,
+            share=share,
+            seed=seed,
+        )
+    truth = oracle.posterior(
+        few.images,
+        x.double().numpy(),
+        alpha=alpha,
+        sigma=sigma,
+        kind="ELS",
+        boundary=boundary,
+        patch_size=3,
+        members=None if label is None else few.class_members(label),
+    )
+    for value in (answer.mean, answer.log_evidence, answer.effective_patches, answer.mean_error):
+        assert torch.isfinite(value).all()
+    assert answer.mean.abs().max() <= 1 + 1e-6
+    assert (answer.omitted_mass >= 0).all()
+    assert (answer.omitted_mass <= 1).all()
+    error = np.abs(answer.mean[0].double().numpy() - truth.mean).max(0)
+    claimed = answer.mean_error[0].double().numpy()
+    # Of lists a logit is known to 0.02, and so is a mean; of others to 1e-4 (see test_conformance).
+    rounding = 0.02 if answer.modes == ("lists",) else 1e-3
+    assert (error[claimed == 0] <= rounding).all()
+    if answer.error_kinds != ("estimate",):
+        assert (error <= claimed + rounding).all()
+
+
+def test_what_an_index_does_not_find_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists that are probed may have no patch of a class."""
+    images = smooth_images(40, 7)
+    images[0] = 255  # in a list of its own, far from the query
+    built = PatchDatabase.build(images, np.minimum(np.arange(40), 1), path=tmp_path / "db")
+    built.build_index(3, factory="IVF16,SQ8_direct")
+    machine = ScoreMachine(PatchDatabase.open(tmp_path / "db"), "ELS", "zeros")
+    monkeypatch.setattr("els.index.retrieval.DEFAULT_EFFORT", 1 / 8)
+    x = query(0.1)
+    exact = ask(machine, x, 0.1, labels=0)
+    for options in ({"mode": "topk"}, {"mode": "lists", "share": 1e-5}):
+        answer = ask(machine, x, 0.1, labels=0, **options)
+        assert answer.modes == ("exact",)
+        assert torch.equal(answer.mean, exact.mean)
+
+
+def test_a_signal_too_faint_to_search_for_is_computed(db: PatchDatabase) -> None:
+    machine = ScoreMachine(db, "ELS", "zeros")
+    for mode in ("topk", "topk+subset"):
+        answer = machine.posterior(query(0.5), alpha=1e-30, sigma=0.5, patch_size=3, mode=mode)
+        assert answer.modes == ("exact",)
+
+
+def test_one_heavy_group_hides_no_other(db: PatchDatabase) -> None:
+    """The nearest patch outweighs all others beyond what a float64 holds, if it is drawn."""
+    machine = ScoreMachine(db, "ELS", "circular")
+    x = query(1e-3)
+    exact = ask(machine, x, 1e-3)
+    errors, claims = [], []
+    for seed in range(20):
+        part = ask(machine, x, 1e-3, mode="subset", subset=128, seed=seed)
+        errors.append((part.mean - exact.mean)[0, 0].square())
+        claims.append(part.mean_error[0].square())
+    # The mean without its group is that of the next best patch, and not nothing.
+    assert 0.5 <= float(torch.stack(errors).mean() / torch.stack(claims).mean()) <= 2.0
+
+
+def test_groups_are_asked_for_in_one_call(db: PatchDatabase) -> None:
+    machine = ScoreMachine(db, "ELS", "circular", backend="torch")
+    asked = []
+
+    class Counted:
+        def __getattr__(self, name: str) -> object:
+            asked.append(name)
+            return getattr(inner, name)
+
+    inner = machine._backend
+    machine._backend = Counted()
+    ask(machine, query(0.5), 0.5, mode="subset", subset=64)
+    assert asked.count("states") == 1
+    assert "state" not in asked
 
 
 def test_what_is_wrong_is_said(db: PatchDatabase) -> None:
