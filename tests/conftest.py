@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -127,8 +128,23 @@ def backend(request: pytest.FixtureRequest) -> BackendUnderTest:
     return request.param
 
 
+# Of a test's cases on an interpreted backend, about a second each, one in so many is not slow. It
+# divides neither the number of machines nor that of geometries, so all of them come up.
+INTERPRETED_STRIDE = 7
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow because it is interpreted, and skip what this machine lacks."""
+    interpreted = defaultdict(list)
     for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if isinstance(backend, BackendUnderTest) and backend.is_interpreted:
+            interpreted[item.function].append(item)
         for marker, reason in MISSING.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    for cases in interpreted.values():
+        # From the last: where there are only machines, that is ELS with a border.
+        for i, item in enumerate(reversed(cases)):
+            if i % INTERPRETED_STRIDE:
+                item.add_marker(pytest.mark.slow)
