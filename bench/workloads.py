@@ -13,7 +13,7 @@ from torch import Tensor
 
 from els.index import PatchDatabase, decode, open_source
 
-# Noise variance at which the paper's CIFAR-10 ResNet sees about P pixels (design, section 5).
+# Noise variance at which the paper's CIFAR-10 ResNet sees about P pixels (arXiv 2412.20292).
 BETA = {1: 0.006, 3: 0.05, 5: 0.2, 7: 0.3, 9: 0.5, 11: 0.6, 13: 0.7, 15: 0.8, 17: 0.9}
 
 

@@ -32,7 +32,7 @@ class PosteriorQuery:
         x: noisy images ``alpha * x0 + sigma * eps``, floating, ``[B, C, H, W]``.
         alpha: signal scale per image, float64 on the CPU, ``[B]``.
         sigma: noise standard deviation per image, float64 on the CPU, ``[B]``, > 0.
-        kind: which machine (design, section 1).
+        kind: which machine (docs/theory.md).
         boundary: what a patch reads beyond the image's border; ignored by IS and ES.
         patch_size: odd side P of the patch, 1 to the image's shorter side; ignored by IS and ES.
         members: ascending image numbers whose patches are candidates, int64 ``[M]``, M >= 1.

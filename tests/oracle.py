@@ -1,4 +1,4 @@
-"""The float64 oracle: local posteriors straight from their definition (design, section 1).
+"""The float64 oracle: local posteriors straight from their definition (docs/theory.md).
 
 Loops over pixels, candidates and patch offsets; numpy alone, and nothing of the engine's.
 """

@@ -1,4 +1,4 @@
-// Posteriors of the pixels near a border of zeros, on the matrix unit (design, section 2).
+// Posteriors of the pixels near a border of zeros, on the matrix unit.
 //
 // Such a pixel's candidates are the patches with the same place relative to the border. Along an
 // edge they slide: seen from the edge, an image's outermost 2 r pixels are a strip, stored position
