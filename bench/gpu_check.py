@@ -1,10 +1,12 @@
 """Everything there is to check on a GPU, in one command: ``python bench/gpu_check.py``.
 
-For a bare CUDA or ROCm machine: it needs torch, triton, numpy and pytest, installs nothing, and
-takes less than eight minutes. It runs the GPU tests against the float64 oracle, measures the card's
-ceilings, times every configuration of the exact kernel, then exact, truncated and top-k posteriors
-and what one would pick instead, prints all of it and writes ``gpu-check.json`` (under ``$OUT`` if
-that is set, else in bench/results). No timing is reported whose result failed its gate.
+For a bare CUDA or ROCm machine: it needs torch, triton, numpy and pytest (with hypothesis, for the
+tests), installs nothing, and takes less than eight minutes. It measures the card's ceilings, then
+exact posteriors, what one would pick instead, every configuration of the exact kernel, truncated
+and top-k posteriors, the most telling first, and at last runs the GPU tests against the float64
+oracle. Every row is printed and written to ``gpu-check.json`` (under ``$OUT`` if that is set, else
+in bench/results) as soon as it is there; what there was no time for is listed as ``skipped``. No
+timing is reported whose result failed its gate. The exit code is 0 if everything passed, else 1.
 
 ``--rehearse`` runs the same program on a handful of tiny images; with ``TRITON_INTERPRET=1`` it
 needs no GPU. Its figures mean nothing.
@@ -21,17 +23,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# Everything ends within so many seconds, of which the tests may take the last.
 _SECONDS = 450.0
-_TESTS_SECONDS = 150.0
+_TESTS_SECONDS = 130.0
 _CHANNELS = 3
+# Largest error of a posterior mean, in units of a pixel in [-1, 1], and of a weight.
 _TOLERANCE = 1e-4
+# Pairs a second that a card is supposed to reach, to see what there is time for.
+_PAIRS_PER_SECOND = 1e11
+# The same for the reference of a gate, which multiplies float64 numbers one by one.
+_PRODUCTS_PER_SECOND = 1e11
+# float32 operations of the exact kernel for a pair, about.
+_OPERATIONS_A_PAIR = 22
+# Queries and pixels of each that a gate compares.
+_GATE_QUERIES, _GATE_PIXELS = 3, 16
+# Patches that the reference of a gate takes at once, and logits that attention may hold.
+_PATCH_BYTES = 256 << 20
+_LOGIT_BYTES = 4 << 30
 
 Row = dict[str, Any]
 
@@ -51,7 +66,19 @@ def make_importable() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """How much is measured.
+
+    Attributes:
+        side: of the images.
+        patch_sizes: each at its own noise; the first also at the least noise.
+        batches: queries at once.
+        small: images of the smaller database.
+        large: of the larger.
+        tuned: with which configurations are compared.
+        k: of top-k.
+        repeats: operations in a chain that measures a ceiling.
+        programs: that measure a ceiling.
+    """
 
     side: int
     patch_sizes: tuple[int, ...]
@@ -74,32 +101,67 @@ class Check:
     Args:
         scale: how much.
         device: the GPU, or the CPU of a rehearsal.
+        path: of the file that the rows go to.
+        seconds: that the measurements may take.
     """
 
-    def __init__(self, scale: Scale, device: str) -> None:
+    def __init__(self, scale: Scale, device: str, path: Path, seconds: float) -> None:
         self.scale = scale
         self.device = device
+        self.path = path
+        self.seconds = seconds
         self.start = time.monotonic()
         self.rows: list[Row] = []
         self.skipped: list[str] = []
+        self.failures: list[str] = []
+        self.where: Row = dict.fromkeys(("device", "commit", "date"), "unknown")
+        self.where["versions"] = dict.fromkeys(("python", "torch", "triton", "numpy"), "unknown")
 
     @property
     def left(self) -> float:
-        """Seconds until the deadline."""
-        return _SECONDS - (time.monotonic() - self.start)
+        """Seconds until the measurements have to end."""
+        return self.seconds - (time.monotonic() - self.start)
 
     def add(self, **row: Any) -> None:
-        """Keep and print a row."""
+        """Keep, print and write a row."""
         self.rows.append(row)
         print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
+        self.write()
+
+    def fail(self, what: str) -> None:
+        """Note that something is wrong, and go on."""
+        self.failures.append(what)
+        print(f"failed: {what}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Everything so far, the whole file or none of it."""
+        failure = "; ".join(self.failures) or None
+        result = self.where | {"rows": self.rows, "skipped": self.skipped, "failure": failure}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".part")
+        beside.write_text(json.dumps(result, indent=1) + "\n")
+        beside.replace(self.path)
+
+    def skip(self, what: str) -> None:
+        """Note what is not done."""
+        self.skipped.append(what)
+        print(f"skipped: {what}", flush=True)
+        self.write()
 
     def can_afford(self, seconds: float, what: str) -> bool:
-        """Whether that fits before the deadline; if not, it is said."""
-        if self.left >= seconds:
-            return True
-        self.skipped.append(what)
-        print(f"skipped for lack of time: {what}", flush=True)
-        return False
+        """Whether that fits before the deadline; if not, it is skipped."""
+        fits = self.left >= seconds
+        if not fits:
+            self.skip(f"for lack of time: {what}")
+        return fits
+
+    def attempt(self, what: str, function: Callable[[], None]) -> None:
+        """Do something whose failure must not keep the rest from being measured."""
+        try:
+            function()
+        except Exception as error:
+            self.fail(f"{what}: {type(error).__name__}: {error}"[:500])
 
     def seconds_of(self, function: Callable[[], object], *, rounds: int = 3) -> float:
         """Median time of a call on the device, after one warm-up."""
@@ -125,29 +187,38 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def run_tests(check: Check, environment: dict[str, str]) -> None:
-    """The suites of the Triton backend, on this card."""
+def run_tests(check: Check, environment: dict[str, str], seconds: float) -> None:
+    """The suites of the Triton backend, on this card; in parallel with pytest-xdist."""
+    if not importlib.util.find_spec("hypothesis"):
+        check.skip("tests: hypothesis is not installed")
+        return
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-W", "default", "-k", "triton and not compiles_without_a_gpu"]
+    command += ["-W", "default", "-k", "triton and not compile"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(os.cpu_count() or 1)]
     command += ["tests/test_triton.py", "tests/test_conformance.py"]
     try:
         done = subprocess.run(
             command,
             cwd=ROOT,
             env=environment,
-            timeout=_TESTS_SECONDS,
-            capture_output=True,
-            text=True,
+            timeout=seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             check=False,
         )
-        output, passed = done.stdout + done.stderr, done.returncode == 0
+        output, passed = done.stdout.decode(errors="replace"), done.returncode == 0
     except subprocess.TimeoutExpired as expired:
-        output, passed = f"{expired.stdout!r}"[-2000:] + "\nran out of time", False
+        output = (expired.stdout or b"").decode(errors="replace")
+        output, passed = f"{output}\nnot done after {seconds:.0f} s", False
     print(output[-6000:], flush=True)
-    check.add(what="tests", passed=passed, summary=output.strip().splitlines()[-1][-200:])
+    summary = output.strip().splitlines()[-1][-200:]
+    check.add(what="tests", passed=passed, summary=summary)
+    if not passed:
+        check.fail(f"tests: {summary}")
 
 
-def ceilings(check: Check) -> tuple[float, float]:
+def ceilings(check: Check) -> dict[str, float]:
     """Exponentials and float32 multiply-adds per second that this card reaches."""
     import torch
     import triton
@@ -156,7 +227,7 @@ def ceilings(check: Check) -> tuple[float, float]:
 
     programs, block, repeats = check.scale.programs, 1024, check.scale.repeats
     out = torch.empty(programs * block, device=check.device)
-    rates = []
+    rates = {}
     for name, kernel, chains in (("exp2", exponentials, 4), ("fma", multiply_adds, 8)):
 
         def launch(kernel: Any = kernel) -> None:
@@ -164,8 +235,8 @@ def ceilings(check: Check) -> tuple[float, float]:
 
         rate = programs * block * repeats * chains / check.seconds_of(launch)
         check.add(what="ceiling", name=name, per_second=rate, triton=triton.__version__)
-        rates.append(rate)
-    return rates[0], rates[1]
+        rates[name] = rate
+    return rates
 
 
 def random_images(count: int, side: int, *, seed: int) -> Any:
@@ -194,26 +265,80 @@ def smooth_images(count: int, side: int, *, seed: int) -> Any:
     return images
 
 
-def gate(check: Check, machine: Any, work: Any, images: Any) -> float:
-    """Largest error of the mean against float64 torch, on a few images."""
+def gate(check: Check, machine: Any, work: Any) -> float | None:
+    """Largest error of the mean against float64; None, and a note, if it is too large.
+
+    All pixels of a query over a few images against the torch backend, then some pixels of several
+    queries, whose patches are inside, over all images.
+    """
+    import torch
+
     from els.engine import ScoreMachine
     from els.index import PatchDatabase
 
-    few = PatchDatabase.from_arrays(images[:33])
-    arguments = {"alpha": work.alpha, "sigma": work.sigma, "patch_size": work.patch_size}
-    ours = ScoreMachine(few, machine.kind, machine.boundary, backend="triton")
-    theirs = ScoreMachine(few, machine.kind, machine.boundary, backend="torch", device=check.device)
-    x = work.x[:1]
-    error = (
-        ours.posterior(x, **arguments).mean - theirs.posterior(x.double(), **arguments).mean
-    ).abs()
-    largest = float(error.max())
-    if not largest <= _TOLERANCE:
-        raise SystemExit(f"gate failed: mean off by {largest} at P = {work.patch_size}")
-    return largest
+    few = PatchDatabase.from_arrays(machine.db.images[:33])
+    ours, theirs = (
+        ScoreMachine(few, machine.kind, machine.boundary, backend=backend, device=check.device)
+        for backend in ("triton", "torch")
+    )
+    wide = replace(work, x=work.x.double())
+    largest = float((ask(ours, work, 1).mean - ask(theirs, wide, 1).mean).abs().max())
+    radius, side = work.patch_size // 2, check.scale.side
+    generator = torch.Generator().manual_seed(work.patch_size)
+    rows, columns = torch.randint(radius, side - radius, (2, _GATE_PIXELS), generator=generator).to(
+        check.device
+    )
+    few_queries = work.of(_GATE_QUERIES)
+    means = ask(machine, few_queries, _GATE_QUERIES).mean[:, :, rows, columns]
+    expected = sampled_means(machine.db.images, few_queries, rows, columns)
+    largest = max(largest, float((means - expected).abs().max()))
+    if largest <= _TOLERANCE:
+        return largest
+    check.fail(
+        f"gate: {machine.boundary}, P = {work.patch_size}, beta = {work.sigma**2:.3g}: "
+        f"the mean is off by {largest:.3g}"
+    )
+    return None
 
 
-def tune(check: Check, works: dict[int, Any], images: Any) -> None:
+def sampled_means(images: Any, work: Any, rows: Any, columns: Any) -> Any:
+    """Posterior means of some pixels, from differences in float64, ``[B, C, n]``.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        work: the queries.
+        rows: of the pixels, whose patches are inside, int64 ``[n]``.
+        columns: of the pixels, likewise.
+    """
+    import torch
+    from torch.nn.functional import unfold
+
+    size, radius = work.patch_size, work.patch_size // 2
+    x = work.x.double()
+    batch, channels, height, width = x.shape
+    inside = (rows - radius) * (width - size + 1) + columns - radius
+    queries = unfold(x, size)[:, :, inside].transpose(1, 2).flatten(0, 1)
+    places = (height - size + 1) * (width - size + 1)
+    most = max(1, _PATCH_BYTES // (8 * channels * size**2 * places))
+    maximum = queries.new_full((len(queries), 1), -torch.inf)
+    mass, total = torch.zeros_like(maximum), queries.new_zeros(len(queries), channels)
+    for first in range(0, len(images), most):
+        clean = torch.tensor(images[first : first + most], device=x.device).double() / 127.5 - 1
+        centres = clean[:, :, radius : height - radius, radius : width - radius].flatten(2)
+        patches = work.alpha * unfold(clean, size).transpose(1, 2).flatten(0, 1)
+        distances = torch.cdist(
+            queries, patches, compute_mode="donot_use_mm_for_euclid_dist"
+        ).square()
+        logits = distances / (-2 * work.sigma**2)
+        highest = torch.maximum(maximum, logits.amax(1, keepdim=True))
+        weights, old = (logits - highest).exp(), (maximum - highest).exp()
+        mass = old * mass + weights.sum(1, keepdim=True)
+        total = old * total + weights @ centres.transpose(1, 2).flatten(0, 1)
+        maximum = highest
+    return (total / mass).reshape(batch, -1, channels).transpose(1, 2)
+
+
+def tune(check: Check, works: list[Any], images: Any) -> None:
     """Every configuration of the exact kernel, a thousand images, batch 1."""
     from els.engine import ScoreMachine
     from els.engine.gpu import TritonBackend
@@ -221,16 +346,16 @@ def tune(check: Check, works: dict[int, Any], images: Any) -> None:
     from els.triton_kernels.configurations import CANDIDATES
 
     some = PatchDatabase.from_arrays(images[: check.scale.tuned])
-    for patch_size, work in works.items():
+    for work in works:
         for configuration in CANDIDATES:
-            if not check.can_afford(15, f"tuning P = {patch_size}, {configuration}"):
+            if not check.can_afford(15, f"tuning P = {work.patch_size}, {configuration}"):
                 return
             machine = ScoreMachine(some, "ELS", "circular", backend="triton")
             machine._backend = TritonBackend(configuration=configuration)
             seconds = check.seconds_of(partial(ask, machine, work, 1))
             check.add(
                 what="tuning",
-                patch_size=patch_size,
+                patch_size=work.patch_size,
                 configuration=str(configuration),
                 seconds=seconds,
                 pairs_per_second=work.pairs("circular") // len(work.x) * len(some) / seconds,
@@ -249,36 +374,80 @@ def ask(machine: Any, work: Any, batch: int, **options: Any) -> Any:
     )
 
 
+def exponentials_an_image(machine: Any, work: Any) -> float:
+    """How many the exact kernel takes for a query and a training image, idle pairs included.
+
+    One of each pair's weight, and one to rescale what those that share it add to.
+    """
+    import torch
+
+    from els.engine.posterior import PosteriorQuery
+
+    query = PosteriorQuery(
+        work.x[:1],
+        torch.tensor([work.alpha]),
+        torch.tensor([work.sigma]),
+        machine.kind,
+        machine.boundary,
+        work.patch_size,
+        members=None,
+    )
+    configuration, plan = machine._backend._plan(query, torch.float32)
+    together = configuration.for_windows(plan.row_chunks, plan.column_chunks).together
+    pairs = plan.row_tiles * plan.column_tiles * plan.row_block * plan.column_block
+    return float(pairs * (1 + 1 / together))
+
+
 def exact(
-    check: Check, machine: Any, name: str, works: dict[int, Any], rates: tuple[float, float]
+    check: Check,
+    machine: Any,
+    name: str,
+    works: list[Any],
+    batches: tuple[int, ...],
+    rates: dict[str, float],
 ) -> None:
-    """Exact posteriors over a whole database."""
+    """Exact posteriors over a whole database, smaller batches first."""
     count = len(machine.db)
-    for patch_size, work in works.items():
-        error = gate(check, machine, work, machine.db.images)
-        for batch in check.scale.batches:
-            pairs = work.pairs(machine.boundary) // len(work.x) * count * batch
+    errors: dict[tuple[int, float], float | None] = {}
+    for batch in batches:
+        for work in works:
+            patch_size, beta = work.patch_size, work.sigma**2
+            a_query = work.pairs(machine.boundary) // len(work.x) * count
             label = f"exact {machine.boundary} {name} N = {count} P = {patch_size} batch {batch}"
-            if not check.can_afford(4 * pairs / 2e11 + 2, label):
+            label += f" beta {beta:.3g}"
+            key = patch_size, beta
+            needed = 3 * a_query * batch / _PAIRS_PER_SECOND + 5
+            if key not in errors:
+                window = _CHANNELS * patch_size**2 * (check.scale.side - patch_size + 1) ** 2
+                products = _GATE_QUERIES * _GATE_PIXELS * count * window
+                needed += _GATE_QUERIES * a_query / _PAIRS_PER_SECOND
+                needed += products / _PRODUCTS_PER_SECOND
+            if not check.can_afford(needed, label):
+                continue
+            if key not in errors:
+                errors[key] = gate(check, machine, work)
+            if errors[key] is None:
                 continue
             seconds = check.seconds_of(partial(ask, machine, work, batch), rounds=2)
+            pairs = a_query * batch
+            exponentials = exponentials_an_image(machine, work) * count * batch
             check.add(
                 what="exact",
                 boundary=machine.boundary,
                 data=name,
                 images=count,
                 patch_size=patch_size,
+                beta=beta,
                 batch=batch,
                 seconds_per_image_step=seconds / batch,
                 pairs_per_second=pairs / seconds,
-                # Two exponentials for three pairs, and about 22 float32 operations for each.
-                share_of_exp=1.5 * pairs / seconds / rates[0],
-                share_of_fma=22 * pairs / seconds / rates[1],
-                max_error=error,
+                share_of_exp=exponentials / seconds / rates["exp2"],
+                share_of_fma=_OPERATIONS_A_PAIR * pairs / seconds / rates["fma"],
+                max_error=errors[key],
             )
 
 
-def approximate(check: Check, machine: Any, name: str, works: dict[int, Any]) -> None:
+def approximate(check: Check, machine: Any, name: str, works: list[Any]) -> None:
     """Top-k of the whole database, and the posterior over given candidates."""
     import torch
 
@@ -288,7 +457,8 @@ def approximate(check: Check, machine: Any, name: str, works: dict[int, Any]) ->
 
     images = machine._backend._images._resident_images(machine.db.images)
     side, most = check.scale.side, check.scale.k
-    for patch_size, work in works.items():
+    for work in works:
+        patch_size = work.patch_size
         if not check.can_afford(15, f"top-k {name} P = {patch_size}"):
             return
         found = ask(machine, work, 1, top=most)
@@ -319,7 +489,8 @@ def approximate(check: Check, machine: Any, name: str, works: dict[int, Any]) ->
                 weights = (_LN2 * logits[0] - evidence[:, None]).exp()
                 error = (weights - found.top_weights.flatten(0, 2)).abs().max()
                 if not float(error) <= _TOLERANCE:
-                    raise SystemExit(f"gate failed: weights off by {float(error)}")
+                    check.fail(f"gate: weights at P = {patch_size} are off by {float(error):.3g}")
+                    return
             check.add(
                 what="truncated",
                 data=name,
@@ -330,53 +501,78 @@ def approximate(check: Check, machine: Any, name: str, works: dict[int, Any]) ->
             )
 
 
-def alternatives(check: Check, machine: Any, name: str, works: dict[int, Any]) -> None:
-    """A chunked matrix product and attention in torch, on the same card."""
-    from els.bench.baselines import attention, chunked_matmul
+def alternatives(check: Check, machine: Any, name: str, works: list[Any]) -> None:
+    """A chunked matrix product and attention in torch, on the same card and images."""
+    import torch
 
-    for patch_size, work in works.items():
-        single = work.of(1)
-        ours = check.seconds_of(partial(ask, machine, work, 1))
-        for label, baseline in (("chunked matmul", chunked_matmul), ("attention", attention)):
+    from els.bench.baselines import attention, chunked_matmul
+    from els.engine import ScoreMachine
+    from els.index import PatchDatabase
+
+    for work in works:
+        patch_size, side = work.patch_size, check.scale.side
+        # Attention may hold all logits at once.
+        row_bytes = 4 * side**2 * (side - patch_size + 1) ** 2
+        fitting = max(1, min(len(machine.db), _LOGIT_BYTES // row_bytes))
+        for label, baseline, count in (
+            ("chunked matmul", chunked_matmul, len(machine.db)),
+            ("attention", attention, fitting),
+        ):
             if not check.can_afford(20, f"{label} P = {patch_size}"):
                 return
+            db = PatchDatabase.from_arrays(machine.db.images[:count])
+            some = ScoreMachine(db, machine.kind, machine.boundary, backend="triton")
+            ours = check.seconds_of(partial(ask, some, work, 1))
             try:
-                seconds = check.seconds_of(partial(baseline, single), rounds=1)
+                seconds = check.seconds_of(partial(baseline, replace(work.of(1), db=db)), rounds=1)
             except Exception as error:
                 check.add(what=label, patch_size=patch_size, failed=f"{error}"[:200])
                 continue
+            finally:
+                if check.device != "cpu":
+                    torch.cuda.empty_cache()
             check.add(
                 what="alternative",
                 method=label,
                 data=name,
-                images=len(machine.db),
+                images=count,
                 patch_size=patch_size,
                 seconds_per_image_step=seconds,
                 times_slower=seconds / ours,
             )
 
 
-def works_of(check: Check, db: Any, images: Any) -> dict[int, Any]:
-    """Queries at the noise of each patch size, of images that are not in the database."""
+def works_of(check: Check, db: Any, images: Any) -> list[Any]:
+    """Queries of images that are not in the database, at the noise of each patch size.
+
+    The second has the first's patch size at the least noise that a patch size has: of one pixel.
+    """
     from els.bench.workloads import workload
 
-    return {
-        patch_size: workload(images, patch_size, len(images), db=db, device=check.device)
-        for patch_size in check.scale.patch_sizes
-    }
+    least = min(check.scale.patch_sizes)
+    works = [
+        workload(images, patch_size, len(images), db=db, device=check.device)
+        for patch_size in (*check.scale.patch_sizes, 1)
+    ]
+    return [works[0], replace(works[-1], patch_size=least), *works[1:-1]]
 
 
 def provenance() -> Row:
-    """Where and with what this was measured."""
-    import numpy as np
-    import torch
-    import triton
+    """Where and with what this was measured; what cannot be found out is unknown."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
         return done.stdout.strip()
+
+    def version(module: str) -> str:
+        return str(getattr(sys.modules.get(module), "__version__", "unknown"))
+
+    import torch
 
     device: Row = {"device": "interpreted"}
     if torch.cuda.is_available():
@@ -386,31 +582,45 @@ def provenance() -> Row:
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
         }
+    versions = {name: version(name) for name in ("torch", "triton", "numpy")}
     return device | {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": {"python": platform.python_version()} | versions,
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
+        "changes": git("status", "--porcelain").splitlines(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def databases(check: Check) -> Iterator[tuple[str, Any, Any]]:
-    """Name, database and images to make queries of; the last of the images are not in it."""
+def measure(check: Check) -> None:
+    """Everything but the tests, the most telling first."""
+    from els.engine import ScoreMachine
     from els.index import PatchDatabase
 
-    batch = max(check.scale.batches)
-    for name, count, make in (
-        ("smooth", check.scale.small, smooth_images),
-        ("smooth", check.scale.large, smooth_images),
-        ("random", check.scale.small, random_images),
-    ):
-        images = make(count + batch, check.scale.side, seed=count)
-        yield name, PatchDatabase.from_arrays(images[:-batch]), images[-batch:]
+    scale = check.scale
+    spare = max(scale.batches)
+
+    def machine_and_works(count: int, make: Callable[..., Any]) -> tuple[Any, list[Any]]:
+        images = make(count + spare, scale.side, seed=count)
+        db = PatchDatabase.from_arrays(images[:-spare])
+        machine = ScoreMachine(db, "ELS", "circular", backend="triton", device=None)
+        return machine, works_of(check, db, images[-spare:])
+
+    rates = ceilings(check)
+    first, *others = scale.batches
+    large, works = machine_and_works(scale.large, smooth_images)
+    broken = ScoreMachine(large.db, "ELS", "zeros", backend="triton")
+    plain = [works[0], *works[2:]]
+    check.attempt("exact", lambda: exact(check, large, "smooth", works, (first,), rates))
+    check.attempt("exact", lambda: exact(check, broken, "smooth", works, (first,), rates))
+    check.attempt("exact", lambda: exact(check, large, "smooth", plain, (*others[:1],), rates))
+    check.attempt("top-k", lambda: approximate(check, large, "smooth", plain))
+    small, small_works = machine_and_works(scale.small, smooth_images)
+    small_plain = [small_works[0], *small_works[2:]]
+    check.attempt("alternatives", lambda: alternatives(check, small, "smooth", small_plain))
+    check.attempt("tuning", lambda: tune(check, small_plain, small.db.images))
+    noise, noise_works = machine_and_works(scale.small, random_images)
+    check.attempt("exact", lambda: exact(check, noise, "random", noise_works, (first,), rates))
+    check.attempt("exact", lambda: exact(check, large, "smooth", plain, (*others[1:],), rates))
 
 
 def main() -> None:
@@ -425,37 +635,21 @@ def main() -> None:
     interpreted = options.rehearse and os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpreted:
         raise SystemExit("no CUDA or ROCm device: torch.cuda.is_available() is False")
-    from els.engine import ScoreMachine
-
-    check = Check(REHEARSAL if options.rehearse else FULL, "cpu" if interpreted else "cuda")
-    where = provenance()
-    print(json.dumps(where), flush=True)
-    failure = None
-    try:
-        if not options.no_tests:
-            run_tests(check, environment)
-        rates = ceilings(check)
-        for number, (name, db, queries) in enumerate(databases(check)):
-            works = works_of(check, db, queries)
-            machine = ScoreMachine(db, "ELS", "circular", backend="triton")
-            if number == 0:
-                tune(check, works, db.images)
-            exact(check, machine, name, works, rates)
-            if number == 0:
-                alternatives(check, machine, name, works)
-                broken = ScoreMachine(db, "ELS", "zeros", backend="triton")
-                exact(check, broken, name, works, rates)
-            if number <= 1:
-                approximate(check, machine, name, works)
-    except (SystemExit, Exception) as error:
-        failure = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        folder = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
-        result = where | {"rows": check.rows, "skipped": check.skipped, "failure": failure}
-        path = folder / "gpu-check.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{time.monotonic() - check.start:.0f} s; written to {path}", flush=True)
+    check = Check(
+        REHEARSAL if options.rehearse else FULL,
+        "cpu" if interpreted else "cuda",
+        Path(os.environ.get("OUT") or ROOT / "bench" / "results") / "gpu-check.json",
+        _SECONDS - (0 if options.no_tests else _TESTS_SECONDS),
+    )
+    check.attempt("measurements", lambda: measure(check))
+    if not options.no_tests:
+        seconds = max(1.0, check.left + _TESTS_SECONDS)
+        check.attempt("tests", lambda: run_tests(check, environment, seconds))
+    check.attempt("provenance", lambda: check.where.update(provenance()))
+    check.write()
+    print(f"{time.monotonic() - check.start:.0f} s; written to {check.path}", flush=True)
+    if check.failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
