@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +339,70 @@ def test_a_class_is_read_from_its_own_images(large: tuple[PatchDatabase, PatchIn
     torch.testing.assert_close(whole.mean, exact.mean, rtol=0, atol=2e-4)
     some = machine.posterior(x, **arguments, mode="lists", share=0.3)
     assert (some.mean - exact.mean).abs().mean() <= 2 * some.mean_error.mean()
+
+
+@pytest.mark.parametrize("label", [None, 0])
+@pytest.mark.parametrize("share", [1e-6, 1 / 128, 0.2])
+def test_a_pixel_that_reads_nothing_is_computed(
+    tmp_path: Path, label: int | None, share: float
+) -> None:
+    """Of a few images a small share is no block at all."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
+    db = PatchDatabase.build(images, np.arange(40) % 2, path=tmp_path / "db")
+    db.build_index(3, factory="IVF4,SQ8_direct")
+    machine = ScoreMachine(db, "ELS", "zeros")
+    x = torch.zeros(1, 1, 8, 8)
+    arguments = {"alpha": 0.7, "sigma": 0.5, "patch_size": 3, "labels": label}
+    exact = machine.posterior(x, **arguments)
+    for seed in range(5):
+        some = machine.posterior(x, **arguments, mode="lists", share=share, seed=seed)
+        for value in (some.mean, some.log_evidence, some.effective_patches, some.mean_error):
+            assert torch.isfinite(value).all()
+        unknown = some.omitted_mass > 1e-3
+        assert (some.mean_error[unknown] > 0).all()
+        if some.modes == ("exact",):
+            assert torch.equal(some.mean, exact.mean)
+        else:
+            assert (some.mean - exact.mean).abs().mean() <= 2 * some.mean_error.mean() + 1e-4
+
+
+def test_one_block_does_not_tell_its_error(large: tuple[PatchDatabase, PatchIndex]) -> None:
+    """A mean of one block does not vary; how much it stands for is what it may be off by."""
+    db, index = large
+    x = noisy(db, 2.0)
+    few = read(index, x, 2.0, 1e-6)
+    many = read(index, x, 2.0, 0.3)
+    assert few.blocks[few.known].min() < 2
+    assert many.blocks.min() > 20
+    whole = read(index, x, 2.0, 1.0)
+    assert np.isinf(whole.blocks).all()
+
+
+def test_queries_beyond_float32_are_computed(large: tuple[PatchDatabase, PatchIndex]) -> None:
+    machine = machine_of(large, "circular")
+    x = 1e6 * torch.from_numpy(noisy(large[0], 0.5))[None].float()
+    arguments = {"alpha": ALPHA, "sigma": 0.5, "patch_size": 5}
+    answer = machine.posterior(x, **arguments, mode="lists")
+    assert answer.modes == ("exact",)
+    assert torch.equal(answer.mean, machine.posterior(x, **arguments).mean)
+
+
+def test_lists_must_be_within_what_there_is(large: tuple[PatchDatabase, PatchIndex]) -> None:
+    db, index = large
+    x = noisy(db, 0.5)
+    lists = index.inverted
+    assert lists is not None
+    few = np.ones(len(db) - 1, dtype=np.uint8)
+    with pytest.raises(IndexError, match="names a patch at"):
+        read(index, x, 0.5, 1.0, allowed=few, pixels=12 * 11)
+    y, rest = index.components(query_patches(x, 5))
+    for wrong in (
+        {"sizes": lists.sizes[::-1].copy()},
+        {"offsets": lists.offsets + 1},
+        {"sizes": lists.sizes * -1},
+    ):
+        with pytest.raises(ValueError, match="sizes"):
+            scan(replace(lists, **wrong), y, rest, alpha=ALPHA, sigma=0.5, share=1.0, seed=0)
 
 
 def test_results_repeat_and_the_batch_does_not_show(

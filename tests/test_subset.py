@@ -54,6 +54,20 @@ def groups_of(seed: int, maximum: float = 0.0) -> Groups:
     )
 
 
+def test_groups_of_no_candidates() -> None:
+    groups = groups_of(1, maximum=-1e12)
+    some = np.arange(GROUPS)[:, None, None] % 2 == np.zeros((2, 3))
+    left = groups.where(some).on(np.full((2, 3), -1e12))
+    expected = groups.on(np.full((2, 3), -1e12))
+    for name in ("mass", "centre", "tilt"):
+        ours, theirs = getattr(left, name), getattr(expected, name)
+        np.testing.assert_array_equal(ours[0::2], theirs[0::2])
+        assert (ours[1::2] == 0).all()
+    nothing = groups.first().where(np.zeros((1, 2, 3), dtype=bool))
+    merged = nothing.merged(groups.first(), np.ones((2, 3), dtype=bool))
+    np.testing.assert_allclose(merged.mass, groups.mass[:1])
+
+
 def test_sums_without_each_do_not_cancel() -> None:
     values = np.random.default_rng(0).random((GROUPS, 2, 3))
     values[3] *= 1e20
