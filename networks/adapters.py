@@ -63,7 +63,9 @@ class Network:
         type alone.
         """
         digest = hashlib.sha256()
-        for name, value in self.module.state_dict().items():
+        with _foreign("the network has no fingerprint", "its state_dict() must return its weights"):
+            state = dict(self.module.state_dict())
+        for name, value in state.items():
             for part in _parts(name, value):
                 digest.update(part)
         return digest.hexdigest()

@@ -409,6 +409,15 @@ def test_extra_state_has_a_fingerprint() -> None:
     assert ordered == Network.of(ExtraState({"a": 2, "b": 1})).fingerprint
 
 
+def test_a_network_without_a_state_is_refused() -> None:
+    class Stateless(ExtraState):
+        def get_extra_state(self) -> object:
+            raise KeyError("state")
+
+    with pytest.raises(NetworkError, match="no fingerprint: KeyError: 'state'"):
+        _ = Network.of(Stateless(None)).fingerprint
+
+
 def test_only_modules_are_networks() -> None:
     for made in (len, None, ExtraState):
         with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
