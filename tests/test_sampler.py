@@ -1,13 +1,18 @@
 """The sampler: DDIM against a few lines of numpy, seeds of their own for every sample."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import BackendUnderTest
 
 from els.engine import LocalPosterior, ScoreMachine, sample
+from els.engine.posterior import PosteriorQuery
+from els.engine.runs import sample_run
 from els.engine.sampler import StepState, initial_noise
 from els.engine.schedule import Cosine, Exponential, Linear, Schedule
 from els.index import PatchDatabase, decode
@@ -15,6 +20,8 @@ from els.index import PatchDatabase, decode
 RNG = np.random.default_rng(5)
 IMAGES = RNG.integers(0, 256, (5, 2, 7, 9), dtype=np.uint8)
 DB = PatchDatabase.from_arrays(IMAGES, [0, 1, 1, 0, 3])
+MANY = RNG.integers(0, 256, (40, 2, 5, 5), dtype=np.uint8)
+NOISE = RNG.standard_normal((2, 2, 7, 9))
 MACHINES = [
     pytest.param(kind, boundary, id=f"{kind}-{boundary}")
     for kind, boundary in [
@@ -221,3 +228,70 @@ def test_approximate_samples_are_near_the_exact_ones_and_repeat() -> None:
     assert torch.equal(near[1:], sample(machine, indices=[1], tolerance=0.05, **options))
     with pytest.raises(ValueError, match="needs a tolerance > 0"):
         sample(machine, n=1, tolerance=0.0, **options)
+
+
+DEFAULTS = [
+    pytest.param(lambda: torch.set_default_device("meta"), id="device"),
+    pytest.param(lambda: torch.set_default_dtype(torch.float64), id="float64"),
+    pytest.param(lambda: torch.set_default_dtype(torch.float16), id="float16"),
+]
+
+
+@pytest.fixture
+def torchs_defaults() -> Iterator[None]:
+    """As they were, when the test has changed them."""
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(dtype)
+
+
+def answers(machine: ScoreMachine, folder: Path, *, briefly: bool) -> list[torch.Tensor]:
+    """What a machine answers in every way, or in one where everything takes long."""
+    x = torch.from_numpy(NOISE[:, :, :5, :5].astype(np.float32)).to(machine.device)
+    options = {"alpha": 0.8, "sigma": 0.6, "patch_size": 3}
+    exact = machine.posterior(x, **options, top=4, labels=1)
+    found = [exact.mean, exact.log_evidence, exact.effective_patches]
+    found += [exact.top_weights, exact.top_addresses]
+    if briefly:
+        return found
+    part = machine.posterior(x, **options, mode="subset", subset=32)
+    found += [part.mean, part.mean_error, part.omitted_mass, machine.score(x, **options)]
+    found += [sample(machine, n=2, steps=2, patch_sizes=3, eta=0.5, labels=[0, 1])]
+    run = sample_run(machine, folder, n=2, steps=2, patch_sizes=3, tolerance=0.1).folder
+    return found + [torch.from_numpy(run.load(index)) for index in range(2)]
+
+
+@pytest.mark.parametrize("change", DEFAULTS)
+@pytest.mark.parametrize(("kind", "boundary"), MACHINES)
+def test_torchs_defaults_change_nothing(
+    backend: BackendUnderTest, tmp_path: Path, torchs_defaults, kind, boundary, change
+) -> None:
+    machine = backend.machine(MANY, kind, boundary, np.arange(len(MANY)) % 2)
+    expected = answers(machine, tmp_path / "usual", briefly=backend.is_interpreted)
+    change()
+    found = answers(machine, tmp_path / "changed", briefly=backend.is_interpreted)
+    for value, usual in zip(found, expected, strict=True):
+        assert value.dtype == usual.dtype
+        assert value.device == usual.device
+        assert torch.equal(value, usual)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize(("kind", "boundary"), MACHINES)
+def test_backends_answer_the_same_without_gradients(
+    backend: BackendUnderTest, kind: str, boundary: str, mode
+) -> None:
+    computes = backend.machine(IMAGES, kind, boundary)._backend
+    members = np.array([0, 2, 4])
+    x = torch.from_numpy(NOISE).to(computes.device, backend.dtype)
+    scale = torch.tensor([0.5, 0.8], dtype=torch.float64)
+    query = PosteriorQuery(x, scale, scale, kind, boundary, 3, members, entropy=True, top=2)
+    expected = computes.state(IMAGES, query)
+    with mode():
+        asked = replace(query, x=x.clone())
+        states = [computes.state(IMAGES, asked), *computes.states(IMAGES, asked, [members])]
+    for state in states:
+        for name in ("maximum", "mass", "centre", "tilt"):
+            assert torch.equal(getattr(state, name), getattr(expected, name).to(state.mass.device))
+        assert not state.centre.requires_grad
