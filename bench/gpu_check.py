@@ -379,6 +379,7 @@ def exponentials_an_image(machine: Any, work: Any) -> float:
 
     One of each pair's weight, and one to rescale what those that share it add to.
     """
+    import numpy as np
     import torch
 
     from els.engine.posterior import PosteriorQuery
@@ -390,7 +391,7 @@ def exponentials_an_image(machine: Any, work: Any) -> float:
         machine.kind,
         machine.boundary,
         work.patch_size,
-        members=None,
+        members=np.empty(0, dtype=np.int64),
     )
     configuration, plan = machine._backend._plan(query, torch.float32)
     together = configuration.for_windows(plan.row_chunks, plan.column_chunks).together

@@ -41,6 +41,7 @@ def exact_rows(check: Check) -> None:
     gpu_check.exact(check, machine, "smooth", works, (1,), {"exp2": 1.0, "fma": 1.0})
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_everything(tmp_path: Path) -> None:
     check = check_for(tmp_path)
     gpu_check.measure(check)

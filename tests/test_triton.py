@@ -48,6 +48,8 @@ from els.triton_kernels.queries import Queries
 from els.triton_kernels.tiles import AxisPlan, plan_axis
 from els.triton_kernels.truncated import truncated
 
+pytestmark = pytest.mark.triton
+
 every_local_machine = pytest.mark.parametrize(("kind", "boundary"), LOCAL_MACHINES)
 
 
@@ -182,6 +184,22 @@ def test_few_unsure_pixels_are_computed_alone(
     )
     assert_matches(answer, question, question.expected(kind, boundary), TRITON)
     assert asked == [(1, 3, 3)]
+
+
+@pytest.mark.parametrize("sigma", [0.02, 1e-6])
+def test_border_pixels_in_float64(sigma: float) -> None:
+    """Only some of them, or all."""
+    question = make_question((1, 9, 8), 3, 3, alpha=[0.9] * 2, sigma=[sigma] * 2, seed=24)
+    machine = machine_with(triton_backend(1), question.images, "ELS", "zeros")
+    query = query_for(question, machine)
+    backend, border = machine._backend, torch.ones(9, 8, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    whole, part = (
+        finish(backend.state(question.images, replace(query, border_only=only)), torch.float64)
+        for only in (False, True)
+    )
+    errors = (whole.mean - part.mean).abs()[:, 0, border.to(machine.device)]
+    assert errors.max() <= 2 * TRITON.logit_error
 
 
 # In both, float32 logits would overflow or be known to no digit.
@@ -594,6 +612,7 @@ print("checked")
     assert done.stdout == "checked\n", done.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_without_a_gpu_and_does_not_spill() -> None:
     done = compiled_by(["-m", "els.bench.ahead_of_time", "--channels", "3"])
     # What an older Triton cannot do, it says.
