@@ -40,6 +40,8 @@ except RuntimeError as error:
     MISSING["native"] = str(error)
 if not INSTRUCTION_SETS or not has_tiles():
     MISSING["amx"] = "the native backend finds no matrix unit (AMX)"
+if not importlib.util.find_spec("triton"):
+    MISSING["triton"] = "Triton is not installed"
 if not torch.cuda.is_available():
     MISSING["gpu"] = "torch finds no GPU"
 
@@ -119,8 +121,7 @@ def backends() -> Iterator[object]:
             difference_error=DIFFERENCE_ERROR,
         )
         yield pytest.param(native, id=f"native-{name}")
-    missing = [] if importlib.util.find_spec("triton") else [pytest.mark.skip(reason="no triton")]
-    yield pytest.param(TRITON, id="triton", marks=missing)
+    yield pytest.param(TRITON, id="triton", marks=pytest.mark.triton)
 
 
 @pytest.fixture(params=backends(), scope="session")
@@ -128,21 +129,21 @@ def backend(request: pytest.FixtureRequest) -> BackendUnderTest:
     return request.param
 
 
-# Of a test's cases on an interpreted backend, about a second each, one in so many is not slow. It
-# divides neither the number of machines nor that of geometries, so all of them come up.
+# Of the cases of a test with Triton kernels, one in so many is not slow where they are interpreted:
+# that takes a second or more. It divides neither the number of machines nor that of geometries, so
+# all of them come up.
 INTERPRETED_STRIDE = 7
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow because it is interpreted, and skip what this machine lacks."""
+    """Skip what this machine lacks, and mark what is slow because it is interpreted."""
     interpreted = defaultdict(list)
     for item in items:
-        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if isinstance(backend, BackendUnderTest) and backend.is_interpreted:
-            interpreted[item.function].append(item)
         for marker, reason in MISSING.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if TRITON.is_interpreted and item.get_closest_marker("triton"):
+            interpreted[item.function].append(item)
     for cases in interpreted.values():
         # From the last: where there are only machines, that is ELS with a border.
         for i, item in enumerate(reversed(cases)):

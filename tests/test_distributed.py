@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import IMAGES, LABELS, MANY, RUN, answers
+from distributed_worker import BACKENDS, IMAGES, LABELS, MANY, RUN, answers
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
@@ -31,7 +31,7 @@ from els.engine.distributed import (
     process_mesh,
 )
 from els.engine.native import NativeBackend
-from els.engine.posterior import PosteriorQuery, merge_all
+from els.engine.posterior import PosteriorQuery, PosteriorState, merge_all
 from els.engine.reference import TorchBackend
 from els.engine.runs import (
     RunError,
@@ -105,7 +105,7 @@ def test_four_ranks_agree_with_one(tmp_path: Path) -> None:
     worker = Path(__file__).with_name("distributed_worker.py")
     process = torchrun("--nproc-per-node=4", worker, tmp_path)
     expected = answers(tmp_path / "db", None)
-    one = sample_run(ScoreMachine(DB, backend="native"), tmp_path / "one", **RUN)
+    one = sample_run(ScoreMachine(DB, backend=BACKENDS[-1]), tmp_path / "one", **RUN)
     output = finish(process)
     assert process.returncode == 0, output
     with np.load(tmp_path / "answers.npz") as found:
@@ -170,6 +170,7 @@ def test_torchrun_restarts_what_was_killed(folder: Path) -> None:
     assert files_of(run.path) == files_of(folder / "one")
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_rank_that_dies_stops_its_group_and_the_run_goes_on(folder: Path) -> None:
     run = RunFolder(folder / "sharded")
@@ -346,7 +347,13 @@ def test_ctrl_c_ends_the_wait_for_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["IS", "ES", "LS", "ELS"])
-@pytest.mark.parametrize("make", [TorchBackend, NativeBackend], ids=["torch", "native"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(TorchBackend, id="torch"),
+        pytest.param(NativeBackend, id="native", marks=pytest.mark.native),
+    ],
+)
 def test_states_of_groups_are_those_of_all_ranks_together(make, kind: str) -> None:
     """A mesh without a group merges nothing, so that the ranks' states can be merged here."""
     backend = make()
@@ -382,6 +389,26 @@ def test_states_of_groups_are_those_of_all_ranks_together(make, kind: str) -> No
         assert torch.equal(found.top.addresses, expected.top.addresses)
 
 
+def test_ranks_sum_image_by_image_whatever_the_batch(monkeypatch) -> None:
+    """The order in which an all-reduce of three ranks or more adds depends on its size."""
+    sums: list[tuple[int, ...]] = []
+
+    def all_reduce(values: torch.Tensor, op: object, group: object) -> None:
+        if op == dist.ReduceOp.SUM:
+            sums.append(tuple(values.shape))
+            values += 1
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    mesh = ProcessMesh(dist.HashStore(), world_size=3, database_shards=3, group=object())
+    for batch in (1, 4):
+        sums.clear()
+        part = torch.arange(batch * 6, dtype=torch.float64).reshape(batch, 2, 3)
+        merged = mesh.merge(PosteriorState(0 * part, part, part.unsqueeze(1), part))
+        assert sums == [(3, 2, 3)] * batch
+        for found in (merged.mass, merged.centre.squeeze(1), merged.tilt):
+            assert torch.equal(found, part + 1)
+
+
 @pytest.mark.parametrize(
     ("world_size", "shards", "words"),
     [
@@ -404,6 +431,7 @@ def test_more_shards_than_images_are_refused() -> None:
         ScoreMachine(few, backend="torch", mesh=mesh)
 
 
+@pytest.mark.native
 def test_processes_of_one_machine_divide_its_cores(monkeypatch) -> None:
     monkeypatch.setattr("els.engine.machines.available_cores", lambda: 7)
     mesh = ProcessMesh(dist.HashStore(), world_size=6, processes_here=3)

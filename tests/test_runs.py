@@ -521,6 +521,7 @@ def test_large_grids_stop_somewhere(tmp_path: Path) -> None:
         assert picture.width == picture.height
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_run_is_the_same(tmp_path: Path) -> None:
     PatchDatabase.build(IMAGES, path=tmp_path / "db")
     count, chance = 120, random.Random(3)
