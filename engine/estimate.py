@@ -54,6 +54,9 @@ from els.engine.subset import (
 from els.index import PatchDatabase, PatchIndex
 from els.index.retrieval import DEFAULT_EFFORT
 
+# Of numpy's independent streams of a seed. The order of the images in an index is that of seed 0,
+# and must tell nothing of a subset: a search that is cut short finds patches of the first.
+_STREAM = 1
 # Images of the first subset of mode="auto", at most of that at the border where products weigh it,
 # and the pixels that a head is tried on.
 _PILOT_IMAGES, _BORDER_IMAGES, _PILOT_PIXELS = 256, 2048, 32
@@ -142,7 +145,7 @@ class Estimator:
         self._index = index
         # The tilt costs little, and a state without it could not be scaled.
         self._query = replace(query, entropy=True, top=0)
-        self._rng = np.random.default_rng(list(seed))
+        self._rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAM,)))
         self._order = stratified(query.members, db.labels, self._rng)
         self._list_seed = int(self._rng.integers(1 << 63))
 
@@ -715,8 +718,10 @@ class Estimator:
         means = np.clip(less_centre / np.where(less_mass > 0, less_mass, 1.0)[:, None], -1, 1)
         spread = np.square(means - means.mean(0)).sum(0) * (GROUPS - 1) / GROUPS
         omitted = np.clip(1 - seen_mass / np.where(all_mass > 0, all_mass, 1.0), 0, 1)
-        # Images that differ from those of a subset and weigh as much as one of it are not seen.
-        least = omitted / sizes
+        # One more image may differ from those of the subset and weigh as much as one of them.
+        least = (1 - sizes / total) / sizes
+        if head is not None:
+            least = least * _share_of(tail.groups, head.state, ratio)
         deviation = np.hypot(np.sqrt(spread * (1 - sizes / total)), least)
         reference, all_mass, all_centre, all_tilt, omitted, worst, typical = (
             torch.from_numpy(values[None])
@@ -890,6 +895,16 @@ def _absolute_errors(error: Error) -> Array:
     """Expected absolute errors of one image, ``[H, W]``."""
     errors: Array = _MEAN_ABSOLUTE * error.typical[0].numpy()
     return errors
+
+
+def _share_of(groups: Groups, head: PosteriorState, ratio: Array) -> Array:
+    """What the groups, scaled, weigh of themselves and a head together, ``[H, W]``."""
+    apart = Groups.of([head])
+    reference = np.maximum(groups.maximum.max(0), apart.maximum[0])
+    scaled = ratio * groups.on(reference).mass.sum(0)
+    together = scaled + apart.on(reference).mass[0]
+    share: Array = scaled / np.where(together > 0, together, 1.0)
+    return share
 
 
 def _all_known(state: PosteriorState, pixels: Tensor) -> bool:

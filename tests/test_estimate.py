@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from els.engine import ScoreMachine, estimate
+from els.engine.posterior import PosteriorQuery
 from els.index import DatabaseError, PatchDatabase
 
 SIDE, COUNT = 9, 640
@@ -206,6 +207,8 @@ def test_other_machines_have_subsets(db: PatchDatabase, kind: str) -> None:
         ask(machine, x, 9.0, mode="topk")
 
 
+@pytest.mark.native
+@pytest.mark.triton
 @pytest.mark.parametrize("mode", ["topk", "subset", "topk+subset"])
 def test_every_backend_estimates_alike(db: PatchDatabase, mode: str) -> None:
     few = PatchDatabase.build(db.images[:48], path=db.path.parent / f"small-{mode}")
@@ -215,7 +218,6 @@ def test_every_backend_estimates_alike(db: PatchDatabase, mode: str) -> None:
     for name in ("native", "torch", "triton"):
         machine = ScoreMachine(few, "ELS", "zeros", backend="torch")
         if name == "triton":
-            pytest.importorskip("triton")
             machine._backend = TRITON.make(1)
         elif name == "native":
             machine = ScoreMachine(few, "ELS", "zeros", backend="native")
@@ -227,8 +229,16 @@ def test_every_backend_estimates_alike(db: PatchDatabase, mode: str) -> None:
 def test_border_pixels_have_subsets_of_their_own(db: PatchDatabase) -> None:
     """Grown step by step, each pixel knows what it would know from a subset of its size alone."""
     machine = ScoreMachine(db, "ELS", "zeros")
-    whole = machine._validated(query(0.6), 0.9, 0.6, 3, True, 0)
-    whole = replace(whole, members=np.arange(COUNT))
+    whole = PosteriorQuery(
+        x=query(0.6),
+        alpha=torch.tensor([0.9], dtype=torch.float64),
+        sigma=torch.tensor([0.6], dtype=torch.float64),
+        kind="ELS",
+        boundary="zeros",
+        patch_size=3,
+        members=np.arange(COUNT),
+        entropy=True,
+    )
     border_only = replace(whole, border_only=True)
     estimator = estimate.Estimator(machine._backend, db, None, whole, (0,))
     start = estimator._tail(64, query=border_only)
@@ -384,6 +394,20 @@ def test_one_heavy_group_hides_no_other(db: PatchDatabase) -> None:
         claims.append(part.mean_error[0].square())
     # The mean without its group is that of the next best patch, and not nothing.
     assert 0.5 <= float(torch.stack(errors).mean() / torch.stack(claims).mean()) <= 2.0
+
+
+def test_a_head_tells_nothing_of_a_subset(tmp_path: Path) -> None:
+    """Of equal patches an index finds those of its first images; a subset must be of any."""
+    images = np.full((80, 1, 6, 6), 100, np.uint8)
+    alike = PatchDatabase.build(images, path=tmp_path / "db")
+    alike.build_index(3, factory="Flat")
+    machine = ScoreMachine(PatchDatabase.open(tmp_path / "db"), "ELS", "circular")
+    x = torch.zeros(1, 1, 6, 6)
+    exact = ask(machine, x, 0.5).log_evidence
+    for seed in range(4):
+        # The 40 first images have 640 patches.
+        part = ask(machine, x, 0.5, mode="topk+subset", k=640, subset=40, seed=seed)
+        assert ((part.log_evidence - exact).abs() < math.log(1.5)).all()
 
 
 def test_groups_are_asked_for_in_one_call(db: PatchDatabase) -> None:
