@@ -328,8 +328,9 @@ def sample_run(
         eta: see there.
         label: draw only on training images of this class.
         trajectory: keep x_t and the predicted x_0 of every step, as a picture and as arrays.
-        batch_size: samples computed at once; results do not depend on it. None for as many as take
-            about 20 seconds, 1 to 16, of IS and ES at least 4.
+        batch_size: samples computed at once; results do not depend on it, but for the rounding of
+            sums with database shards. None for as many as take about 20 seconds, 1 to 16, of IS and
+            ES at least 4; with database shards 16.
         tolerance: see there.
         shard_size: samples to a file; 1 for a picture and a file of each, which trajectories need;
             None for what an existing run has, and for a new one 1 up to 1,000 samples, else 1,000.
@@ -480,6 +481,9 @@ class _BatchSizes:
 
     @classmethod
     def of(cls, machine: ScoreMachine, asked: int | None) -> _BatchSizes:
+        if machine.mesh is not None and machine.mesh.database_shards > 1:
+            # The order of an all-reduce's sums depends on the batch, which must not be up to time.
+            asked = asked or DEFAULT_BATCH
         if asked is not None:
             return cls(asked, asked, asked)
         least = 1 if machine.is_local else _LEAST_SHARED_BATCH

@@ -31,7 +31,7 @@ from els.engine.distributed import (
     process_mesh,
 )
 from els.engine.native import NativeBackend
-from els.engine.posterior import PosteriorQuery, PosteriorState, merge_all
+from els.engine.posterior import PosteriorQuery, merge_all
 from els.engine.reference import TorchBackend
 from els.engine.runs import (
     RunError,
@@ -387,26 +387,6 @@ def test_states_of_groups_are_those_of_all_ranks_together(make, kind: str) -> No
             found.centre / found.mass.unsqueeze(1), expected.centre / expected.mass.unsqueeze(1)
         )
         assert torch.equal(found.top.addresses, expected.top.addresses)
-
-
-def test_ranks_sum_image_by_image_whatever_the_batch(monkeypatch) -> None:
-    """The order in which an all-reduce of three ranks or more adds depends on its size."""
-    sums: list[tuple[int, ...]] = []
-
-    def all_reduce(values: torch.Tensor, op: object, group: object) -> None:
-        if op == dist.ReduceOp.SUM:
-            sums.append(tuple(values.shape))
-            values += 1
-
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    mesh = ProcessMesh(dist.HashStore(), world_size=3, database_shards=3, group=object())
-    for batch in (1, 4):
-        sums.clear()
-        part = torch.arange(batch * 6, dtype=torch.float64).reshape(batch, 2, 3)
-        merged = mesh.merge(PosteriorState(0 * part, part, part.unsqueeze(1), part))
-        assert sums == [(3, 2, 3)] * batch
-        for found in (merged.mass, merged.centre.squeeze(1), merged.tilt):
-            assert torch.equal(found, part + 1)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch.distributed import HashStore
 
 from els.engine import ScoreMachine, sample
+from els.engine.distributed import ProcessMesh
 from els.engine.explain import explain_run
 from els.engine.runs import GRID_MOST, RunError, RunFolder, StepProgress, read_settings, sample_run
 from els.engine.schedule import Linear
@@ -478,6 +480,26 @@ def test_large_batches_come_with_fast_samples_and_have_a_limit(tmp_path: Path, m
     tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "LS", backend="torch")
     sample_run(tiny, tmp_path, n=40, steps=1, patch_sizes=1, progress=seen.append)
     assert [step.images for step in seen] == [1, 16, 16, 7]
+
+
+def test_ranks_that_share_the_database_have_batches_that_no_clock_changes(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """The size of a batch changes the order in which three ranks or more add."""
+    monkeypatch.setattr("els.engine.runs.time", Clock(11.0))
+    # A mesh without a group merges nothing.
+    mesh = ProcessMesh(HashStore(), world_size=2, database_shards=2)
+    machine = ScoreMachine(DB, "LS", "zeros", "torch", mesh=mesh)
+    seen: list[StepProgress] = []
+
+    def stop(step: StepProgress) -> None:
+        seen.append(step)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_run(machine, tmp_path, n=40, steps=2, patch_sizes=3, progress=stop)
+    assert [step.images for step in seen] == [16] * 4
 
 
 def test_an_interruption_of_slow_samples_loses_only_the_last(machine, tmp_path, monkeypatch):
