@@ -202,8 +202,9 @@ def _eight_bits(picture: "ImageFile.ImageFile") -> "Image.Image":
 
     top = _top_level(picture)
     assert top is not None
-    levels = np.asarray(picture).astype(np.int64)
-    grey = Image.fromarray(np.clip((levels * 255 + top // 2) // top, 0, 255).astype(np.uint8))
+    levels = np.asarray(picture)
+    scaled = ((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8)
+    grey = Image.fromarray(scaled[np.clip(levels, 0, top)])
     if "transparency" not in picture.info:
         return grey
     alpha = np.where(levels == picture.info["transparency"], 0, 255).astype(np.uint8)

@@ -493,7 +493,8 @@ def _open_pictures(path: Path, part: str | None, resize: tuple[int, int] | None)
     is_folder = path.is_dir()
     with explained(path, DAMAGED):
         found = _folder_names(path) if is_folder else _zip_names(path)
-        visible = [parts for name in found if not _is_hidden(parts := PurePosixPath(name).parts)]
+        every = [parts for name in found if (parts := PurePosixPath(name).parts)]
+        visible = [parts for parts in every if not _is_hidden(parts)]
         paths = sorted(parts for parts in visible if is_picture(parts[-1]))
         if not paths:
             raise SourceError(
