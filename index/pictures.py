@@ -203,8 +203,9 @@ def _eight_bits(picture: "ImageFile.ImageFile") -> "Image.Image":
     top = _top_level(picture)
     assert top is not None
     levels = np.asarray(picture)
-    scaled = ((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8)
-    grey = Image.fromarray(scaled[np.clip(levels, 0, top)])
+    scaled = np.multiply(levels, 255 / top, dtype=np.float32)
+    np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled)
+    grey = Image.fromarray(scaled.astype(np.uint8))
     if "transparency" not in picture.info:
         return grey
     alpha = np.where(levels == picture.info["transparency"], 0, 255).astype(np.uint8)
