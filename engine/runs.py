@@ -17,7 +17,6 @@ keeps the folder, and whoever computes samples writes them.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, final
+from typing import Any, final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -49,11 +48,11 @@ from els.engine.sampler import (
     sample_plan,
 )
 from els.engine.scan import can_scan, has_tiles
-from els.engine.schedule import Cosine, Schedule, describe, described
+from els.engine.schedule import Cosine, Schedule, describe, described, patch_sizes_for
 from els.engine.shards import DEFAULT_SHARD_SIZE, RunError, Samples, ShardFolder, missing, united
 from els.index import encode
 from els.index.files import atomic_file, remove_stale, take_lock, visible_names, write_json
-from els.index.manifests import package_version
+from els.index.manifests import package_version, read_json
 
 FORMAT = "els-run"
 VERSION = 1
@@ -204,7 +203,10 @@ class RunFolder:
         """
         if settings.shard_size > 1:
             return self.shards(settings.shard_size).finished()
-        there = (index for index in range(settings.n) if self.is_finished(index))
+        # Of the files that are there: n may be any number.
+        stems = [path.stem for path in self.values(0).parent.glob("*.npy")]
+        numbers = sorted(int(stem) for stem in stems if stem.isdecimal())
+        there = (index for index in numbers if index < settings.n and self.is_finished(index))
         return united(range(index, index + 1) for index in there)
 
     def load(self, index: int) -> npt.NDArray[np.float32]:
@@ -845,13 +847,13 @@ def _settings(
 
 def _read_manifest(run: RunFolder) -> dict[str, Any]:
     try:
-        manifest = json.loads(run.manifest.read_bytes())
+        manifest = read_json(run.manifest)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunError(
             f"{run.path} is not a run (it has no {_MANIFEST}); els sample makes one"
         ) from error
     except ValueError as error:
-        raise _damaged(run, f"it is not JSON: {error}") from error
+        raise _damaged(run, str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise _damaged(run, f"its format is not {FORMAT!r}")
     if manifest.get("version") != VERSION:
@@ -867,12 +869,42 @@ def _read_manifest(run: RunFolder) -> dict[str, Any]:
 def _settings_of(run: RunFolder, manifest: dict[str, Any]) -> RunSettings:
     try:
         settings = _restored(manifest["settings"])
-        require_count("n", settings.n, 1)
-        require_count("steps", settings.steps, 1)
-        require_count("shard_size", settings.shard_size, 1)
+        _require_sound(settings)
         return settings
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(run, f"its settings are not ours ({error})") from error
+
+
+def _require_sound(settings: RunSettings) -> None:
+    """Refuses settings that no run has.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+    """
+    counts = {"n": 1, "steps": 1, "shard_size": 1, "seed": 0}
+    if settings.label is not None:
+        counts["label"] = 0
+    for name, least in counts.items():
+        require_count(name, getattr(settings, name), least)
+    for name, choices in (
+        ("machine", get_args(Kind)),
+        ("boundary", (None, *get_args(Boundary))),
+        ("trajectory", (False, True)),
+    ):
+        if getattr(settings, name) not in choices:
+            raise ValueError(f"{name} is {getattr(settings, name)!r}")
+    for name, types in (
+        ("database", (str,)),
+        ("content_hash", (str,)),
+        ("backend", (str,)),
+        ("eta", (int, float)),
+        ("tolerance", (int, float, type(None))),
+    ):
+        if not isinstance(getattr(settings, name), types):
+            raise TypeError(f"{name} is {getattr(settings, name)!r}")
+    described(settings.schedule)
+    if settings.patch_sizes is not None:
+        patch_sizes_for(settings.patch_sizes, settings.steps)
 
 
 def _restored(content: dict[str, Any]) -> RunSettings:

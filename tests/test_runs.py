@@ -1,5 +1,6 @@
 """Run folders: killed, filled up, started twice, and the same images in the end."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -695,3 +696,40 @@ def test_damaged_estimates_are_refused(estimated) -> None:
     change_estimates(run, lambda settings: settings.update(estimates={"unit": "AMX"}))
     with pytest.raises(RunError, match="settings are not ours"):
         read_settings(run.path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {name: value}
+            for name in ("n", "steps", "seed", "label")
+            for value in (-1, 2.0, "2", [])
+        ),
+        *({name: 3} for name in ("database", "content_hash", "backend", "schedule", "patch_sizes")),
+        *({name: "x"} for name in ("machine", "boundary", "eta", "tolerance", "trajectory")),
+        *({"patch_sizes": value} for value in ("33", [3], [3.0, 3.0], [4, 4], [None, 3])),
+        *({"schedule": value} for value in ({}, {"name": []}, {"name": "cosine", "offset": "x"})),
+        {"steps": 2**64},
+        {"eta": None},
+    ],
+    ids=str,
+)
+def test_settings_that_no_run_has_are_damage(machine: ScoreMachine, tmp_path, changes) -> None:
+    sample_run(machine, tmp_path, n=1, steps=2, patch_sizes=3)
+    manifest = tmp_path / "run.json"
+    content = json.loads(manifest.read_bytes())
+    content["settings"] |= changes
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        read_settings(tmp_path)
+
+
+def test_a_run_of_any_number_of_samples_is_counted(machine: ScoreMachine, tmp_path) -> None:
+    run = sample_run(machine, tmp_path, n=3, steps=2, patch_sizes=3).folder
+    run.values(1).unlink()
+    settings = dataclasses.replace(read_settings(tmp_path), n=2**64)
+    assert run.finished(settings) == [range(0, 1), range(2, 3)]
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(RunError, match="nested too deeply"):
+        read_settings(tmp_path)
