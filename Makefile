@@ -26,13 +26,17 @@ demo: .venv/installed
 		--sizes fashion-mnist-resnet --seed 0 -o demo/run
 	$(BIN)/els explain demo/run --sample 2 --step 9
 
+# A process per core; more than four would mostly import torch. Whole files stay together as long
+# as none is idle, since they share fixtures.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 # The contributor's tier: what pyproject.toml does not deselect.
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The rest, after it: together everything.
 test-all: test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: install
 	$(BIN)/ruff check .

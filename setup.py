@@ -96,6 +96,7 @@ setup(
             "mypy",
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist>=3.2",
             "ruff",
             "safetensors>=0.4",
             # Drives a Chromium, where there is one, through the page of els explain --html.
