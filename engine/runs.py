@@ -99,6 +99,15 @@ class EstimateSource:
     kernel: str
     indices: dict[str, str]
 
+    def __post_init__(self) -> None:
+        # It may come from a file.
+        indices = self.indices.items() if isinstance(self.indices, dict) else [(None, None)]
+        if not isinstance(self.kernel, str) or not all(
+            isinstance(size, str) and size.isdecimal() and isinstance(content, str)
+            for size, content in indices
+        ):
+            raise TypeError(f"estimates are {self!r}")
+
 
 @dataclass(frozen=True)
 class RunSettings:

@@ -691,9 +691,21 @@ def test_runs_of_older_versions_go_on_without_estimates(machine, tmp_path: Path)
     assert sample_run(machine, tmp_path, **OPTIONS).computed == 3
 
 
-def test_damaged_estimates_are_refused(estimated) -> None:
-    _, run, _ = estimated
-    change_estimates(run, lambda settings: settings.update(estimates={"unit": "AMX"}))
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"unit": "AMX"},
+        {"kernel": 3, "indices": {}},
+        {"kernel": "avx2", "indices": ["3"]},
+        {"kernel": "avx2", "indices": {"three": "0"}},
+        {"kernel": "avx2", "indices": {"3": None}},
+        "avx2",
+    ],
+    ids=str,
+)
+def test_damaged_estimates_are_refused(machine: ScoreMachine, tmp_path: Path, content) -> None:
+    run = sample_run(machine, tmp_path, **OPTIONS).folder
+    change_estimates(run, lambda settings: settings.update(estimates=content))
     with pytest.raises(RunError, match="settings are not ours"):
         read_settings(run.path)
 
