@@ -81,7 +81,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of a few images, blocks of one."""
+    """Shards of a few images, blocks of one, several chunks in each."""
+    monkeypatch.setattr(module, "_CHUNK_NUMBERS", 700)
     monkeypatch.setattr(module, "_SHARD_PATCHES", 300)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1)
 
@@ -363,7 +364,7 @@ def test_without_faiss(db: PatchDatabase, monkeypatch: pytest.MonkeyPatch) -> No
         "IVF32_HNSW8,SQ8",
         "PCA8,IVF16,PQ4x4",
         "PCA8,IVF16,SQ8",
-        "OPQ4_8,IVF16,SQ8",
+        "OPQ1_4,IVF16,SQ8",
     ],
 )
 def test_the_bytes_do_not_depend_on_threads(smooth: PatchDatabase, factory: str) -> None:
@@ -840,7 +841,7 @@ def test_no_damage_ends_a_process(db: PatchDatabase, factory: str) -> None:
     pytest.importorskip("els.engine._native_baseline")
     db.build_index(3, factory=factory)
     done = subprocess.run(
-        [sys.executable, "-c", FUZZED, db.path, "60"],
+        [sys.executable, "-c", FUZZED, db.path, "40"],
         capture_output=True,
         text=True,
         check=False,
