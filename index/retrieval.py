@@ -825,18 +825,20 @@ def _adder(index: Any, threads: int) -> Callable[[NDArray[np.float32], NDArray[n
 
     def add_assigned(levels: NDArray[np.float32], addresses: NDArray[np.int64]) -> None:
         for step in steps:
-            (levels,) = _by_chunks(
-                lambda chunk, step=step, levels=levels: (step.apply(levels[chunk]),),
-                len(levels),
-                _chunk_rows(levels),
-                threads,
-            )
+            levels = _transformed(step, levels, threads)
         _, lists = nearest(levels)
         pointers = map(faiss.swig_ptr, (levels, addresses, np.ascontiguousarray(lists)))
         ivf.add_core(len(levels), *pointers)
         index.ntotal = ivf.ntotal
 
     return add_assigned
+
+
+def _transformed(step: Any, vectors: NDArray[np.float32], threads: int) -> NDArray[np.float32]:
+    (result,) = _by_chunks(
+        lambda chunk: (step.apply(vectors[chunk]),), len(vectors), _chunk_rows(vectors), threads
+    )
+    return result
 
 
 def _merge_shards(work: Path, patches: _Patches, report: IndexProgress) -> Any:
@@ -1126,7 +1128,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _chunk_rows(vectors: NDArray[np.float32]) -> int:
-    return max(1, _CHUNK_NUMBERS // vectors.shape[1])
+    _, dimension = vectors.shape
+    return max(1, _CHUNK_NUMBERS // int(dimension))
 
 
 def _by_chunks(
