@@ -718,8 +718,7 @@ class Scanner {
     std::memcpy(&id, reinterpret_cast<const char*>(scan_.ids[list_]) + row * sizeof(id),
                 sizeof(id));
     if (id < 0 || id / scan_.pixels >= scan_.images) {
-      throw std::out_of_range("a list names a patch at " + std::to_string(id) +
-                              ", where none is");
+      throw std::out_of_range("a list names a patch at " + std::to_string(id) + ", where none is");
     }
     return scan_.allowed[id / scan_.pixels] != 0;
   }
