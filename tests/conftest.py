@@ -129,23 +129,29 @@ def backend(request: pytest.FixtureRequest) -> BackendUnderTest:
     return request.param
 
 
-# Of the cases of a test with Triton kernels, one in so many is not slow where they are interpreted:
-# that takes a second or more. It divides neither the number of machines nor that of geometries, so
-# all of them come up.
-INTERPRETED_STRIDE = 7
+# Of the cases of a test one in so many is in the fast tier, the others are slow: where Triton
+# kernels are interpreted, a second or more each, and where a test is marked thinned. Primes that do
+# not divide the number of machines, so that all of them come up.
+INTERPRETED_STRIDE = 11
+THINNED_STRIDE = 5
+
+
+def stride_of(item: pytest.Item) -> int:
+    if TRITON.is_interpreted and item.get_closest_marker("triton"):
+        return INTERPRETED_STRIDE
+    return THINNED_STRIDE if item.get_closest_marker("thinned") else 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine lacks, and mark what is slow because it is interpreted."""
-    interpreted = defaultdict(list)
+    """Skip what this machine lacks, and leave most cases of large products to the slow tier."""
+    tests = defaultdict(list)
     for item in items:
         for marker, reason in MISSING.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-        if TRITON.is_interpreted and item.get_closest_marker("triton"):
-            interpreted[item.function].append(item)
-    for cases in interpreted.values():
+        tests[item.function, stride_of(item)].append(item)
+    for (_, stride), cases in tests.items():
         # From the last: where there are only machines, that is ELS with a border.
         for i, item in enumerate(reversed(cases)):
-            if i % INTERPRETED_STRIDE:
+            if i % stride:
                 item.add_marker(pytest.mark.slow)

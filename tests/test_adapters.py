@@ -179,6 +179,7 @@ def require_same(drawn: list[Tensor], expected: Trajectory, *, atol: float = 1e-
         pytest.param("EulerDiscreteScheduler", {}, euler, id="euler"),
     ],
 )
+@pytest.mark.thinned
 def test_a_scheduler_does_what_its_paper_says(
     diffusers, machine, name, options, formula, prediction
 ) -> None:

@@ -242,8 +242,8 @@ GEOMETRIES = {
     "patch-is-the-shorter-side": ((1, 9, 3), 17, 3),
     "wide": ((3, 4, 11), 5, 3),
     "17-images": ((1, 7, 6), 17, 5),
-    "large-patch": ((3, 9, 9), 5, 7),
     "33-images": ((1, 12, 11), 33, 5),
+    "large-patch": ((3, 9, 9), 5, 7),
 }
 
 

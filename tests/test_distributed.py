@@ -155,6 +155,7 @@ def kill_a_rank(process: subprocess.Popen[str], run: RunFolder, chance: random.R
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 
 
+@pytest.mark.slow
 @needs_proc
 def test_torchrun_restarts_what_was_killed(folder: Path) -> None:
     run = RunFolder(folder / "restarted")

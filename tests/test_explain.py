@@ -44,6 +44,7 @@ def made(path: Path, kind: str, boundary: str, channels: int, **options) -> tupl
 
 
 @pytest.mark.parametrize(("kind", "boundary", "channels"), CASES)
+@pytest.mark.thinned
 def test_an_explanation_is_what_the_machine_saw(kind, boundary, channels, tmp_path: Path) -> None:
     _, run = made(tmp_path, kind, boundary, channels, eta=0.5, trajectory=True)
     explanation, db = explain_run(run, 1, step=2, top=400)

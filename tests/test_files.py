@@ -324,7 +324,7 @@ def test_a_fifo_among_temporaries_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_path_that_was_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="make the folder.*no-folder"):
+    with pytest.raises(FileNotFoundError, match=r"make the folder.*no-folder"):
         files.write_text(tmp_path / "no-folder" / "file", "x")
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match=r"'[^']*folder'$"):

@@ -42,6 +42,7 @@ def relative(found: float, expected: float) -> float:
 @every_machine
 @pytest.mark.parametrize("patch_size", [1, 3])
 @pytest.mark.parametrize("labels", [None, [1, 0]], ids=["all", "labels"])
+@pytest.mark.thinned
 def test_every_answer_to_every_input(
     backend: BackendUnderTest, kind: str, boundary: str, patch_size: int, labels: list[int] | None
 ) -> None:
@@ -143,6 +144,7 @@ def check_vector_jacobian(function: object, x: torch.Tensor) -> None:
 
 @every_machine
 @pytest.mark.parametrize("labels", [None, 1])
+@pytest.mark.thinned
 def test_divergence_is_the_trace(kind: str, boundary: str, labels: int | None) -> None:
     machine = machine_of(kind, boundary)
     x = noisy(machine)

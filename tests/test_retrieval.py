@@ -367,6 +367,7 @@ def test_without_faiss(db: PatchDatabase, monkeypatch: pytest.MonkeyPatch) -> No
         "OPQ1_4,IVF16,SQ8",
     ],
 )
+@pytest.mark.thinned
 def test_the_bytes_do_not_depend_on_threads(smooth: PatchDatabase, factory: str) -> None:
     assert smooth.path is not None
     made = []

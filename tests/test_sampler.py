@@ -264,6 +264,7 @@ def answers(machine: ScoreMachine, folder: Path, *, briefly: bool) -> list[torch
 
 @pytest.mark.parametrize("change", DEFAULTS)
 @pytest.mark.parametrize(("kind", "boundary"), MACHINES)
+@pytest.mark.thinned
 def test_torchs_defaults_change_nothing(
     backend: BackendUnderTest, tmp_path: Path, torchs_defaults, kind, boundary, change
 ) -> None:
