@@ -6,6 +6,7 @@ A run folder holds::
     samples/000000.npy  float32 [C, H, W], nominally in [-1, 1]; it is there if and only if the
                         sample is finished
     samples/000000.png  the same as 8-bit pixels (2 and 4 channels: side by side, in grey)
+    steps/              where samples are that take long, until they are finished: 000000.npz
     trajectory/         on request: 000000.png (above x_t, below the predicted x_0, noise first)
                         and 000000.npz (both as float32 [steps, C, H, W], with t, alpha, sigma)
     grid.png            all samples (the first 1,024), made when the last is finished
@@ -19,7 +20,9 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -41,6 +44,7 @@ from els.engine.pictures import grid, panels, write_png
 from els.engine.posterior import Boundary, Kind
 from els.engine.sampler import (
     DEFAULT_BATCH,
+    Resumption,
     SamplePlan,
     StepState,
     plan_sampling,
@@ -58,16 +62,16 @@ FORMAT = "els-run"
 VERSION = 1
 GRID_MOST = 1024
 
-_MANIFEST, _GRID, _LOCK = "run.json", "grid.png", ".lock"
+_MANIFEST, _GRID, _LOCK, _STEPS = "run.json", "grid.png", ".lock", "steps"
 # Settings that may differ from those of the run in the folder; estimates are compared apart.
 _MAY_DIFFER = {"n", "database", "estimates"}
 # Seconds to try for the lock: els status holds it for an instant when it looks whether it is held.
 _LOCK_PATIENCE = 0.2
 # Steps whose timing is kept: their medians do not need all, and a long run must not grow.
 _TIMINGS_KEPT = 4096
-# Seconds that a batch takes at most where its size is not given and fewer samples are allowed: an
-# interruption loses the work of one batch.
-_BATCH_SECONDS = 20.0
+# Seconds of work that an interruption may cost: batches whose size is not given take at most so
+# long where fewer samples would do, and longer ones save where they are.
+_MOST_LOST_SECONDS = 20.0
 # Fewest samples in such a batch of IS and ES: they read and transform every training image once for
 # all, so that four samples take 1.2 to 2.5 times as long as one.
 _LEAST_SHARED_BATCH = 4
@@ -195,6 +199,10 @@ class RunFolder:
     def trajectory(self, index: int, suffix: str) -> Path:
         """``.png`` or ``.npz`` of a sample's steps."""
         return self.path / "trajectory" / f"{index:06d}{suffix}"
+
+    def step(self, index: int) -> Path:
+        """Where a sample is that is not finished yet."""
+        return self.path / _STEPS / f"{index:06d}.npz"
 
     def shards(self, size: int) -> ShardFolder:
         """The samples of a large run."""
@@ -502,7 +510,7 @@ class _BatchSizes:
 
     def learn(self, images: int, seconds: float) -> None:
         """Choose the next size by how long a batch took."""
-        fitting = int(_BATCH_SECONDS * images / seconds)
+        fitting = int(_MOST_LOST_SECONDS * images / seconds)
         self.size = min(max(fitting, self.least), self.most)
 
 
@@ -550,6 +558,7 @@ def _end(run: RunFolder, report: RunReport) -> None:
     settings, sessions = _there(run)
     assert settings is not None
     _write_grid(run, settings.n)
+    shutil.rmtree(run.path / _STEPS, ignore_errors=True)
     sessions[-1] |= {
         "finished": _now(),
         "computed": report.computed,
@@ -570,6 +579,7 @@ def _compute(
     timings: deque[StepProgress] = deque(maxlen=_TIMINGS_KEPT)
     settings, plan = work.settings, work.settings.plan
     writer = _Writer(run, settings, task, work.missing)
+    saved = _SavedSteps(run, machine, mesh, settings)
     while True:
         count = mesh.same_for_group(sizes.size)
         pieces = work.pieces(task.draw("samples", count), count)
@@ -577,16 +587,23 @@ def _compute(
             break
         indices = [index for piece in pieces for index in piece]
         finished = settings.n - work.count + task.add("finished", 0)
-        watch = _Watch(finished, keep_states=settings.trajectory, progress=progress)
+        watch = _Watch(finished, saved, keep_states=settings.trajectory, progress=progress)
         images = sample_plan(
-            machine, plan, indices, label=settings.label, callback=watch, batch_size=len(indices)
+            machine,
+            plan,
+            indices,
+            label=settings.label,
+            callback=watch,
+            resumption=saved.resumption(indices),
         )
         _require_no_new_indices(machine, settings)
         if mesh.leads:
             writer.write(pieces, images.numpy(), watch.states)
+            saved.forget(indices)
             task.add("finished", len(indices))
         timings += watch.timings
-        sizes.learn(len(indices), sum(timing.seconds for timing in watch.timings))
+        seconds = sum(timing.seconds for timing in watch.timings)
+        sizes.learn(len(indices), seconds / len(watch.timings) * plan.steps)
     return tuple(timings)
 
 
@@ -642,12 +659,83 @@ class _Writer:
 
 
 @final
+class _SavedSteps:
+    """Where samples are that take long, so that an interruption costs a part of them only.
+
+    Runs with trajectories have none: what they write needs all steps.
+
+    Args:
+        run: where.
+        machine: that computes.
+        mesh: of the ranks; those that lead their group write and read.
+        settings: of the run.
+    """
+
+    def __init__(
+        self, run: RunFolder, machine: ScoreMachine, mesh: ProcessMesh, settings: RunSettings
+    ) -> None:
+        self._run = run
+        self._machine = machine
+        self._mesh = mesh
+        self._settings = settings
+        self._unsaved = 0.0
+
+    def offer(self, state: StepState, seconds: float) -> None:
+        """Save a step that ended after so many seconds, if the last one saved is long ago."""
+        self._unsaved += seconds
+        if self._unsaved < _MOST_LOST_SECONDS:
+            return
+        self._unsaved = 0.0
+        if not self._mesh.leads or self._settings.trajectory or state.step == 1:
+            return
+        _require_no_new_indices(self._machine, self._settings)
+        for row, index in enumerate(state.indices):
+            place = self._run.step(index)
+            place.parent.mkdir(exist_ok=True)
+            with atomic_file(place) as stream:
+                np.savez(stream, step=state.step - 1, x_t=state.x_next[row].numpy())
+
+    def resumption(self, indices: Sequence[int]) -> Resumption | None:
+        """Where a batch goes on: all of its samples were saved at the same step."""
+        self._unsaved = 0.0
+        found = [self._read(index) for index in indices] if self._mesh.leads else []
+        steps = {step for step, _ in found}
+        step = self._mesh.same_for_group(steps.pop() if len(steps) == 1 else 0)
+        if step == 0:
+            return None
+        shape = (len(indices), *self._machine.db.shape)
+        # The leader's values: the others' are below any.
+        x_t = np.stack([values for _, values in found]) if found else np.full(shape, -np.inf)
+        return Resumption(step, self._mesh.largest(torch.from_numpy(x_t)))
+
+    def forget(self, indices: Sequence[int]) -> None:
+        """Remove what finished samples need no more."""
+        for index in indices:
+            self._run.step(index).unlink(missing_ok=True)
+
+    def _read(self, index: int) -> tuple[int, npt.NDArray[np.float64]]:
+        """The next step of a sample and what it starts from; step 0 if nothing usable is there."""
+        nothing = np.zeros(self._machine.db.shape)
+        if self._settings.trajectory or not self._run.step(index).is_file():
+            return 0, nothing
+        try:
+            with np.load(self._run.step(index), allow_pickle=False) as stored:
+                step, x_t = stored["step"], stored["x_t"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return 0, nothing
+        usable = x_t.dtype == nothing.dtype and x_t.shape == nothing.shape
+        usable = usable and step.shape == () and 0 < step < self._settings.steps
+        return (int(step), x_t) if usable and np.isfinite(x_t).all() else (0, nothing)
+
+
+@final
 class _Watch:
     """The sampler's callback for one batch: times every step and keeps what is to be written."""
 
     def __init__(
         self,
         finished: int,
+        saved: _SavedSteps,
         *,
         keep_states: bool,
         progress: Callable[[StepProgress], None] | None,
@@ -655,6 +743,7 @@ class _Watch:
         self.states: list[StepState] = []
         self.timings: list[StepProgress] = []
         self._finished = finished
+        self._saved = saved
         self._keep_states = keep_states
         self._progress = progress
         self._clock = time.perf_counter()
@@ -666,6 +755,7 @@ class _Watch:
         self.timings.append(timing)
         if self._keep_states:
             self.states.append(state)
+        self._saved.offer(state, seconds)
         if self._progress is not None:
             self._progress(timing)
         self._clock = time.perf_counter()
@@ -724,8 +814,10 @@ def _explained(run: RunFolder, n: int) -> Iterator[None]:
         if run.manifest.exists():
             settings = read_settings(run.path)
             finished = sum(len(numbers) for numbers in run.finished(settings))
+        begun = len(list((run.path / _STEPS).glob("*.npz")))
+        steps = f", and so are steps of {begun} more" if begun else ""
         interruption.add_note(
-            f"{finished} of {n} samples are finished and safe in {run.path}; "
+            f"{finished} of {n} samples are finished and safe in {run.path}{steps}; "
             "start again with the same arguments to go on"
         )
         raise
@@ -748,6 +840,7 @@ def _there(run: RunFolder) -> tuple[RunSettings | None, list[dict[str, Any]]]:
 def _make_room(run: RunFolder, settings: RunSettings) -> None:
     """Makes the folders inside, and clears them of what killed writers left."""
     remove_stale(run.path)
+    remove_stale(run.path / _STEPS)
     if settings.shard_size > 1:
         run.shards(settings.shard_size).make_room()
         return

@@ -203,11 +203,21 @@ def sample(
     for start in range(0, len(chosen), size):
         rows = slice(start, start + size)
         label = None if labels_of is None else labels_of[rows]
-        for state in _ddim(machine, plan, chosen[rows], label):
-            if callback is not None:
-                callback(state)
-        images[rows] = state.x_next
+        images[rows] = _drawn(machine, plan, chosen[rows], label, callback)
     return images
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a batch goes on.
+
+    Attributes:
+        step: the next one to do, 1 to ``steps``.
+        x_t: what it starts from, float64 on the CPU, ``[B, C, H, W]``.
+    """
+
+    step: int
+    x_t: Tensor
 
 
 def sample_plan(
@@ -217,33 +227,53 @@ def sample_plan(
     *,
     label: int | None = None,
     callback: Callable[[StepState], None] | None = None,
-    batch_size: int | None = None,
+    resumption: Resumption | None = None,
 ) -> Tensor:
-    """Draw some samples of a plan; arguments, result and errors are those of :func:`sample`."""
-    return sample(
-        machine,
-        steps=plan.steps,
-        patch_sizes=plan.patch_sizes,
-        seed=plan.seed,
-        schedule=plan.schedule,
-        eta=plan.eta,
-        labels=label,
-        callback=callback,
-        batch_size=batch_size,
-        indices=indices,
-        tolerance=plan.tolerance,
-    )
+    """Draw some samples of a plan at once; arguments, result and errors are those of `sample`.
+
+    Args:
+        machine: see there; so are those that are not listed.
+        plan: what to draw.
+        indices: see there.
+        label: of all samples.
+        callback: see there.
+        resumption: where to go on; None for the noise of the samples.
+    """
+    labels = _labels(machine, label, len(indices))
+    return _drawn(machine, plan, tuple(indices), labels, callback, resumption)
+
+
+def _drawn(
+    machine: Denoiser,
+    plan: SamplePlan,
+    indices: tuple[int, ...],
+    labels: Tensor | None,
+    callback: Callable[[StepState], None] | None,
+    resumption: Resumption | None = None,
+) -> Tensor:
+    """One batch, float32 on the CPU."""
+    if resumption is None:
+        noise = [initial_noise(plan.seed, index, machine.db.shape) for index in indices]
+        resumption = Resumption(plan.steps, torch.stack(noise))
+    for state in _ddim(machine, plan, indices, labels, resumption):
+        if callback is not None:
+            callback(state)
+    return state.x_next.float()
 
 
 def _ddim(
-    machine: Denoiser, plan: SamplePlan, indices: tuple[int, ...], labels: Tensor | None
+    machine: Denoiser,
+    plan: SamplePlan,
+    indices: tuple[int, ...],
+    labels: Tensor | None,
+    resumption: Resumption,
 ) -> Iterator[StepState]:
     """DDIM for one batch (arXiv 2010.02502, equations 12 and 16), the trajectory in float64."""
     shape = machine.db.shape
     # Any denoiser will do for exact steps; only a score machine is asked for approximate ones.
     posterior: Callable[..., Denoised] = machine.posterior
-    x = torch.stack([initial_noise(plan.seed, index, shape) for index in indices])
-    for step in range(plan.steps, 0, -1):
+    x = resumption.x_t
+    for step in range(resumption.step, 0, -1):
         alpha, sigma = _scales(plan, step)
         alpha_next, sigma_next = _scales(plan, step - 1)
         size = None if plan.patch_sizes is None else plan.patch_sizes[step - 1]

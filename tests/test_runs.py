@@ -117,6 +117,74 @@ def test_trajectories_need_samples_with_files_of_their_own(machine, tmp_path: Pa
     assert read_settings(tmp_path / "run").shard_size == 1
 
 
+@LAYOUTS
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_long_samples_go_on_at_the_step_where_they_were(
+    machine: ScoreMachine,
+    tmp_path: Path,
+    shard_size: int,
+    batch_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {**OPTIONS, "batch_size": batch_size, "shard_size": shard_size}
+    sample_run(machine, tmp_path / "whole", **options)
+    monkeypatch.setattr("els.engine.runs._MOST_LOST_SECONDS", 0.0)
+    done: list[int] = []
+
+    def stop(progress: StepProgress) -> None:
+        done.append(progress.images)
+        if len(done) % 2 == 0:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "interrupted"
+    notes = []
+    while not (folder / "grid.png").exists():
+        try:
+            sample_run(machine, folder, **options, progress=stop)
+        except KeyboardInterrupt as interruption:
+            notes += interruption.__notes__
+    assert len(notes) > 3
+    assert any("and so are steps of" in note for note in notes)
+    # A step is saved before it is reported, but for the last: that one is done at most twice.
+    assert sum(done) <= 5 * 3 + 5
+    assert outputs(folder) == outputs(tmp_path / "whole")
+    assert not (folder / "steps").exists()
+
+
+DAMAGES = [
+    pytest.param(lambda x, step: b"", id="empty"),
+    pytest.param(lambda x, step: b"PK no archive", id="no-archive"),
+    pytest.param(lambda x, step: {"x_t": x}, id="no-step"),
+    pytest.param(lambda x, step: {"x_t": x, "step": [step]}, id="list-of-steps"),
+    pytest.param(lambda x, step: {"x_t": x, "step": 3}, id="first-step"),
+    pytest.param(lambda x, step: {"x_t": x, "step": 0}, id="step-0"),
+    pytest.param(lambda x, step: {"x_t": x[0], "step": step}, id="shape"),
+    pytest.param(lambda x, step: {"x_t": x.astype(np.float32), "step": step}, id="dtype"),
+    pytest.param(lambda x, step: {"x_t": x * np.nan, "step": step}, id="nan"),
+    pytest.param(lambda x, step: {"x_t": np.array([{}]), "step": step}, id="pickle"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_steps_are_done_again(machine: ScoreMachine, tmp_path: Path, damage: Any) -> None:
+    options = {**OPTIONS, "n": 1}
+    sample_run(machine, tmp_path / "whole", **options)
+
+    def stop(_: StepProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_run(machine, tmp_path / "run", **options, progress=stop)
+    (tmp_path / "run/steps").mkdir()
+    content = damage(np.zeros(DB.shape), 1)
+    if isinstance(content, bytes):
+        (tmp_path / "run/steps/000000.npz").write_bytes(content)
+    else:
+        np.savez(tmp_path / "run/steps/000000.npz", **content)
+    sample_run(machine, tmp_path / "run", **options)
+    assert outputs(tmp_path / "run") == outputs(tmp_path / "whole")
+
+
 def test_timings_of_a_long_run_do_not_pile_up(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("els.engine.runs._TIMINGS_KEPT", 7)
     tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "IS", backend="torch")
@@ -399,6 +467,7 @@ def test_a_second_writer_is_refused(machine: ScoreMachine, tmp_path: Path) -> No
 
 @LAYOUTS
 @pytest.mark.parametrize("writes", [0, 1, 3, 8], ids=lambda writes: f"after-{writes}")
+@pytest.mark.thinned
 def test_a_full_disk_loses_nothing(
     machine, tmp_path: Path, monkeypatch, shard_size: int, writes: int
 ) -> None:
@@ -517,6 +586,7 @@ def test_an_interruption_of_slow_samples_loses_only_the_last(machine, tmp_path, 
 
 @pytest.mark.parametrize("shard_size", [1, 3, 4], ids=lambda size: f"shards-of-{size}")
 @pytest.mark.parametrize("batch_size", [1, 3, 9, None])
+@pytest.mark.thinned
 def test_scattered_gaps_are_filled_in_any_batches(machine, tmp_path, shard_size, batch_size):
     options = OPTIONS | {"n": 9, "shard_size": shard_size, "trajectory": shard_size == 1}
     run = sample_run(machine, tmp_path, **options).folder
