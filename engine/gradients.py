@@ -80,7 +80,8 @@ def differentiable(
         return given[-1]
 
     pulled = partial(_pulled_back, images, query, members)
-    mean, log_evidence, *effective = _Differentiable.apply(*inputs, answered, pulled)
+    made = _Differentiable.apply(*inputs, answered, pulled)  # type: ignore[no-untyped-call]
+    mean, log_evidence, *effective = made
     return replace(
         given[-1],
         mean=mean,
@@ -111,7 +112,7 @@ class _Differentiable(torch.autograd.Function):
     """The answer, and the pull-back of its gradients."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         alpha: Tensor,
         sigma: Tensor,
@@ -129,7 +130,8 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        found = _Gradient.apply(*ctx.saved_tensors, ctx.pulled, *gradients)
+        given = (*ctx.saved_tensors, ctx.pulled, *gradients)
+        found = _Gradient.apply(*given)  # type: ignore[no-untyped-call]
         return (*found, None, None)
 
 
@@ -142,7 +144,7 @@ class _Gradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         alpha: Tensor,
         sigma: Tensor,
@@ -367,11 +369,13 @@ class _Whole:
         if self._query.kind == "IS":
             return torch.einsum("chw,nchw->n", x, clean)
         spectrum = torch.fft.rfft2(x).conj() * torch.fft.rfft2(clean)
-        return torch.fft.irfft2(spectrum.sum(1), s=x.shape[1:])
+        products: Tensor = torch.fft.irfft2(spectrum.sum(1), s=x.shape[1:])
+        return products
 
     def _combined(self, weights: Tensor, values: Tensor) -> Tensor:
         """``sum_{n, s} weights[n, s] values_n[p + s]``, ``[C, H, W]``."""
         if self._query.kind == "IS":
             return torch.einsum("n,nchw->chw", weights, values)
         spectrum = torch.fft.rfft2(weights).conj().unsqueeze(1) * torch.fft.rfft2(values)
-        return torch.fft.irfft2(spectrum.sum(0), s=values.shape[2:])
+        combined: Tensor = torch.fft.irfft2(spectrum.sum(0), s=values.shape[2:])
+        return combined

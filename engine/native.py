@@ -204,7 +204,8 @@ class NativeBackend:
         blocks = -(-count // self._kernel.LANES)
         parts = max(1, min(most, blocks // _LEAST_BLOCKS))
         ends = [min(blocks * part // parts * self._kernel.LANES, count) for part in range(parts)]
-        return np.diff([*ends, count]).tolist()
+        sizes: list[int] = np.diff([*ends, count]).tolist()
+        return sizes
 
     def given(
         self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor

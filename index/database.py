@@ -363,13 +363,17 @@ def _opened_again(path: Path, content_hash: str) -> PatchDatabase:
 
 
 def _made_again(
-    images: NDArray[np.uint8], labels: NDArray[np.int64] | None, *others: Any
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None,
+    class_names: tuple[str, ...] | None,
+    num_classes: int,
+    content_hash: str,
 ) -> PatchDatabase:
     """The database of a pickle, in memory."""
     for array in (images, labels):
         if array is not None:
             array.setflags(write=False)
-    return PatchDatabase(images, labels, *others, path=None)
+    return PatchDatabase(images, labels, class_names, num_classes, content_hash, None)
 
 
 def _check_range(name: str, values: ArrayLike, stop: int) -> NDArray[np.int64]:
