@@ -146,7 +146,7 @@ def compare_posteriors(
     generator = torch.Generator().manual_seed(seed)
     for beta, patch_size in noise:
         alpha, sigma = (1 - beta) ** 0.5, beta**0.5
-        x = alpha * clean + sigma * torch.randn(clean.shape, generator=generator)
+        x = alpha * clean + sigma * torch.randn(clean.shape, generator=generator, device="cpu")
         arguments = {"alpha": alpha, "sigma": sigma, "patch_size": patch_size, "entropy": False}
         methods: list[tuple[str, dict[str, Any]]] = [("exact", {})]
         for size in _SUBSETS:
@@ -493,6 +493,6 @@ class _Moved:
     def posterior(self, x: Tensor, **arguments: Any) -> LocalPosterior:
         """The machine's answer to a query that was moved, if it is the first."""
         if self._is_first:
-            move = self._size * torch.randn(x.shape, generator=self._generator)
+            move = self._size * torch.randn(x.shape, generator=self._generator, device="cpu")
             x, self._is_first = x + move.to(x.device), False
         return self._machine.posterior(x, **arguments)

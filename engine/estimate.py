@@ -470,7 +470,9 @@ class Estimator:
         known = sums.known & is_precise(lists, alpha, sigma, largest)
 
         def placed(values: npt.NDArray[np.float64], elsewhere: float) -> Tensor:
-            room = torch.full((*served.shape, *values.shape[1:]), elsewhere, dtype=torch.float64)
+            room = torch.full(
+                (*served.shape, *values.shape[1:]), elsewhere, dtype=torch.float64, device="cpu"
+            )
             room[served] = torch.from_numpy(values)
             return room.movedim(-1, 0).unsqueeze(0) if values.ndim == 2 else room.unsqueeze(0)
 
@@ -542,7 +544,7 @@ class Estimator:
         """A few of the interior's pixels, bool ``[H, W]``."""
         places = torch.nonzero(interior.flatten()).flatten().numpy()
         chosen = self._rng.permutation(places)[:_PILOT_PIXELS]
-        pixels = torch.zeros(interior.numel(), dtype=torch.bool)
+        pixels = torch.zeros(interior.numel(), dtype=torch.bool, device="cpu")
         pixels[torch.from_numpy(chosen)] = True
         return pixels.reshape(interior.shape)
 
@@ -556,9 +558,9 @@ class Estimator:
         """Which pixels' candidates are patches inside the training image, bool ``[H, W]``."""
         height, width = self._query.x.shape[2:]
         if self._query.boundary == "circular":
-            return torch.ones(height, width, dtype=torch.bool)
+            return torch.ones(height, width, dtype=torch.bool, device="cpu")
         radius = self._query.patch_size // 2
-        served = torch.zeros(height, width, dtype=torch.bool)
+        served = torch.zeros(height, width, dtype=torch.bool, device="cpu")
         served[radius : height - radius, radius : width - radius] = True
         return served
 
@@ -569,7 +571,7 @@ class Estimator:
         served = self._is_served()
         chosen = served if pixels is None else served & pixels
         everyone = len(self._order) == len(self._db)
-        addresses = torch.full((1, *served.shape, k), -1, dtype=torch.int64)
+        addresses = torch.full((1, *served.shape, k), -1, dtype=torch.int64, device="cpu")
         patches = self._patches(chosen)
         _, found = index.search(
             patches,
@@ -610,7 +612,7 @@ class Estimator:
         places = inside * len(self._order)
         found = (head.addresses >= 0).sum(-1)
         last = head.logits.masked_fill(head.addresses < 0, torch.inf).amin(-1)
-        norms = torch.zeros(served.shape, dtype=torch.float64)
+        norms = torch.zeros(served.shape, dtype=torch.float64, device="cpu")
         norms[served] = torch.from_numpy(head.patches).double().square().sum((1, 2, 3))
         terms = query.x.shape[1] * query.patch_size**2
         alpha, sigma = float(query.alpha[0]), float(query.sigma[0])

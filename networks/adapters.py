@@ -220,7 +220,7 @@ class NetworkDenoiser:
         times = torch.full((len(x),), t, dtype=torch.float32, device=self.device)
         label = None
         if labels is not None:
-            label = torch.as_tensor(labels).expand(len(x)).to(self.device)
+            label = torch.as_tensor(labels, device=self.device).expand(len(x))
         with (
             torch.inference_mode(),
             _foreign(
@@ -340,7 +340,8 @@ def _diffusers(path: Path) -> Network:
     _require_size(model, config, folder)
     scheduler_file = path / ("scheduler" if is_pipeline else "") / "scheduler_config.json"
     described = _described(scheduler_file) if scheduler_file.exists() else {}
-    with _foreign(f"{path} cannot be opened", "it must hold what diffusers' save_pretrained wrote"):
+    remedy = "it must hold what diffusers' save_pretrained wrote"
+    with _foreign(f"{path} cannot be opened", remedy), torch.device("cpu"):
         unet = model.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
         scheduler = tables.from_config(described)
         bars = scheduler.alphas_cumprod.double()

@@ -193,7 +193,8 @@ def load(folder: NetworkFolder) -> tuple[EpsilonNetwork, dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as error:
         raise NetworkError(f"{folder.manifest} is damaged: {error}") from error
     _require_fit(config, folder)
-    network = build(config)
+    with torch.device("cpu"):
+        network = build(config)
     tensors, header = read_tensors(folder.weights)
     network.load_state_dict(tensors)
     return network.eval().requires_grad_(False), {**manifest, "trained": dict(header)}
@@ -286,7 +287,7 @@ class _Training:
         device: torch.device,
     ) -> None:
         self.db, self.folder, self.settings, self.device = db, folder, settings, device
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(_seed(settings.seed, _INITIALISATION))
             network = build(config)
         network.to(device)
@@ -335,7 +336,7 @@ class _Training:
     def save(self) -> None:
         """Write everything; the training's state first, since the rest can be made from it."""
         header = {"step": str(self.step), "processor_seconds": f"{self.seconds:.1f}"}
-        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float32)}
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float32, device="cpu")}
         for name, parameter in self.network.named_parameters():
             state = self.optimiser.state[parameter]
             tensors[f"weights.{name}"] = parameter.detach()
@@ -405,8 +406,10 @@ class _Training:
         numbers = np.array([self._image(step * size + place) for place in range(size)])
         clean = torch.from_numpy(decode(self.db.images[numbers]))
         # One time in each of `size` equal parts of [0, 1]: the loss is less noisy.
-        parts = torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        with torch.device("cpu"):
+            parts = torch.randperm(size, generator=generator)
+            parts = parts + torch.rand(size, generator=generator)
+            noise = torch.randn(clean.shape, generator=generator)
         label = None
         if self.conditional and self.db.labels is not None:
             label = torch.from_numpy(self.db.labels[numbers]).to(self.device)

@@ -163,6 +163,24 @@ def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, changes) ->
     assert cut.weights.read_bytes() == before
 
 
+def test_the_default_device_changes_no_weight_and_no_sample(tmp_path: Path) -> None:
+    """Whatever default device a program has set."""
+
+    def drawn(name: str) -> torch.Tensor:
+        settings = TrainingSettings(steps=2, batch_size=3)
+        trained = train_network(DB, tmp_path / name, config(num_classes=3), settings)
+        denoiser = NetworkDenoiser(open_network(trained.path), DB)
+        return sample(denoiser, n=1, steps=2, labels=1)
+
+    expected = drawn("plain")
+    try:
+        torch.set_default_device("meta")
+        found = drawn("meta")
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+
+
 def test_every_image_is_taken_before_any_is_taken_again(tmp_path: Path, monkeypatch) -> None:
     from els.networks import training
 
