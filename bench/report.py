@@ -307,6 +307,7 @@ def gpu_table() -> str:
             row["boundary"],
             f"{row['images']:,}",
             str(row["patch_size"]),
+            f"{row['beta']:.3g}",
             str(row["batch"]),
             f"{row['seconds_per_image_step']:.4f}",
             f"{row['pairs_per_second'] / 1e9:.0f}",
@@ -316,7 +317,8 @@ def gpu_table() -> str:
         for row in result["rows"]
         if row["what"] == "exact"
     ]
-    header = ["images", "boundary", "number", "P", "batch", "s per image-step", "1e9 pairs/s"]
+    header = ["images", "boundary", "number", "P", "beta", "batch"]
+    header += ["s per image-step", "1e9 pairs/s"]
     failed = f" The run failed: {result['failure']}." if result["failure"] else ""
     return (
         _table([*header, "of exp ceiling", "of fma ceiling"], rows)

@@ -241,7 +241,11 @@ def sample(
         typer.Option("--trajectory", help="Keep x_t and the predicted x_0 of every step."),
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="Samples at once; the images do not depend on it.")
+        int | None,
+        typer.Option(
+            help="Samples at once; the images do not depend on it. If not given, as many as take "
+            "some 20 seconds, at most 16."
+        ),
     ] = None,
     backend: Annotated[
         _Backend, typer.Option(case_sensitive=False, help="What computes.")

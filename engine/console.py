@@ -177,7 +177,7 @@ def _discard_output() -> None:
 
 
 def _fail(message: str, error: BaseException) -> None:
-    if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         message = f"[rank {os.environ['RANK']}] {message}"
     # Whoever read the messages may have left, too.
     with suppress(BrokenPipeError):
