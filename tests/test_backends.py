@@ -34,6 +34,7 @@ except (RuntimeError, MemoryError) as error:
 @pytest.mark.native
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize("megabytes", [200, 40, 0])
+@pytest.mark.thinned
 def test_threads_that_cannot_start(megabytes: int) -> None:
     """A limit on memory, as batch systems set it: fewer threads or an error, never an abort."""
     ran = subprocess.run(

@@ -417,6 +417,7 @@ def fields(answer: LocalPosterior) -> list[torch.Tensor]:
 
 
 @every_machine
+@pytest.mark.thinned
 def test_the_number_of_threads_does_not_show(
     backend: BackendUnderTest, kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def test_every_answer_to_every_input(
 
 @every_machine
 @pytest.mark.parametrize("name", ["score", "epsilon"])
+@pytest.mark.thinned
 def test_scores_have_the_whole_jacobian(kind: str, boundary: str, name: str) -> None:
     machine = machine_of(kind, boundary)
     x = noisy(machine, 1)

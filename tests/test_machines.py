@@ -211,6 +211,7 @@ def test_entropy_and_top_come_on_request() -> None:
 
 
 @pytest.mark.parametrize("kind", ["IS", "ES", "LS", "ELS"])
+@pytest.mark.thinned
 def test_copies_and_pickles_answer_alike(backend: BackendUnderTest, kind: str) -> None:
     machine = backend.machine(IMAGES, kind, "zeros", DB.labels)
     x = X.to(machine.device)

@@ -837,6 +837,7 @@ for number in range(tries):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory by what /proc says")
 @pytest.mark.parametrize("factory", ["IVF4,SQ8_direct", "PCA8,IVF32_HNSW4,SQ8"])
+@pytest.mark.thinned
 def test_no_damage_ends_a_process(db: PatchDatabase, factory: str) -> None:
     """Each try has a second GB of memory, and a manifest that fits."""
     pytest.importorskip("els.engine._native_baseline")

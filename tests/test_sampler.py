@@ -280,6 +280,7 @@ def test_torchs_defaults_change_nothing(
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize(("kind", "boundary"), MACHINES)
+@pytest.mark.thinned
 def test_backends_answer_the_same_without_gradients(
     backend: BackendUnderTest, kind: str, boundary: str, mode
 ) -> None:

@@ -80,6 +80,7 @@ def inside(values: np.ndarray, patch_size: int) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("sigma", [0.05, 0.4, 3.0, 1e3])
+@pytest.mark.thinned
 def test_all_of_the_lists_are_the_posterior(
     tmp_path: Path,
     shape: tuple[int, int, int],
