@@ -357,6 +357,7 @@ def test_every_estimate_is_a_number_and_none_claims_to_know_what_it_does_not(
         assert (error <= claimed + rounding).all()
 
 
+@pytest.mark.native
 def test_what_an_index_does_not_find_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
