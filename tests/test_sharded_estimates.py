@@ -85,7 +85,16 @@ def db(tmp_path_factory: pytest.TempPathFactory) -> PatchDatabase:
 
 
 @pytest.mark.parametrize("label", [None, 2])
-@pytest.mark.parametrize("mode", ["topk", "subset", "topk+subset", "lists", "auto"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "topk",
+        "subset",
+        "topk+subset",
+        pytest.param("lists", marks=pytest.mark.native),
+        "auto",
+    ],
+)
 def test_ranks_agree_with_each_other_and_with_one(
     db: PatchDatabase, monkeypatch: pytest.MonkeyPatch, mode: str, label: int | None
 ) -> None:
@@ -123,6 +132,7 @@ def test_ranks_agree_with_each_other_and_with_one(
     assert answers[0].subset_images == expected.subset_images
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("shards", [1, 2])
 def test_auto_reads_lists_only_beside_all_images(
     db: PatchDatabase, monkeypatch: pytest.MonkeyPatch, shards: int
