@@ -298,11 +298,11 @@ class _PosteriorMean:
         levels = 1 if patch_sizes is None else levels_of(patch_sizes)
         sizes = sizes_for_machine(machine, patch_sizes, levels)
         if labels is not None:
-            require_count("labels", labels, 0)
+            require_count("labels", labels, 0, most=None)
             machine.db.class_members(labels)
         if tolerance is not None:
             require_tolerance(tolerance)
-        require_count("seed", seed, 0)
+        require_count("seed", seed, 0, most=None)
         self.machine = machine
         self._sizes = None if sizes is None else SizesByNoise(sizes, sizes_schedule)
         self._labels = labels
@@ -418,10 +418,10 @@ def _prediction_of(scheduler: Any, wanted: str | None) -> Prediction:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The same numbers in at least float32."""
+    """The same numbers in float64: the mean that is taken away may nearly cancel them."""
     if not isinstance(x, Tensor):
         raise TypeError(f"the noisy images must be a tensor, got {type(x).__name__}")
-    return x if x.dtype not in (torch.float16, torch.bfloat16) else x.float()
+    return x.double() if x.is_floating_point() else x
 
 
 def _one_per_image(argument: str, value: Tensor | float | int, batch: int) -> Tensor:

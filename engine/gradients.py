@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import pad
 
 from els.engine.blocks import blocks, merged_in_order
@@ -55,6 +56,18 @@ class Inputs(NamedTuple):
     def want_gradients(self) -> bool:
         """Whether autograd follows any of them."""
         return torch.is_grad_enabled() and any(value.requires_grad for value in self)
+
+    def require_no_tangents(self) -> None:
+        """Refuse derivatives in forward mode, which would lack the posterior's part.
+
+        Raises:
+            ValueError: if one of them carries a tangent.
+        """
+        if any(unpack_dual(value).tangent is not None for value in self):
+            raise ValueError(
+                "a posterior has no derivatives in forward mode (torch.func.jvp, jacfwd, "
+                "forward_ad): use reverse mode, as torch.autograd.grad and torch.func.vjp do"
+            )
 
 
 def differentiable(

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from els.engine.distributed import ProcessMesh
 
 MAX_TOP = 4096
+# Threads that may be asked for; the native backend starts no more than it has work for.
+_MOST_THREADS = 2**16
 # Squared distances over 2 sigma^2 stay below this, so that sums over candidates do not overflow.
 _LARGEST_LOGIT = 1e280
 
@@ -86,8 +88,8 @@ class ScoreMachine:
             )
         _require_choice("kind", kind, get_args(Kind))
         _require_choice("boundary", boundary, get_args(Boundary))
-        if threads is not None and (type(threads) is not int or threads < 1):
-            raise ValueError(f"threads={threads!r} must be an integer of at least 1, or None")
+        if threads is not None:
+            _count("threads", threads, _MOST_THREADS, least=1)
         if mesh is not None and mesh.database_shards > len(db):
             raise ValueError(
                 f"database_shards={mesh.database_shards} for {len(db)} images; give at most as many"
@@ -209,9 +211,8 @@ class ScoreMachine:
         labels: int | Tensor | None = None,
     ) -> Tensor:
         """The score ``(alpha * mean - x) / sigma^2``, ``[B, C, H, W]``; see :meth:`posterior`."""
-        return -self.epsilon(
-            x, alpha=alpha, sigma=sigma, patch_size=patch_size, labels=labels
-        ) / _per_image(sigma, x)
+        noise = self._noise(x, alpha, sigma, patch_size, labels)
+        return (-noise / _per_image(sigma, noise)).to(x.dtype)
 
     def epsilon(
         self,
@@ -223,10 +224,22 @@ class ScoreMachine:
         labels: int | Tensor | None = None,
     ) -> Tensor:
         """The predicted noise ``(x - alpha * mean) / sigma``, ``[B, C, H, W]``."""
+        return self._noise(x, alpha, sigma, patch_size, labels).to(x.dtype)
+
+    def _noise(
+        self,
+        x: Tensor,
+        alpha: float | Tensor,
+        sigma: float | Tensor,
+        patch_size: int | None,
+        labels: int | Tensor | None,
+    ) -> Tensor:
+        """The same in float64: x and the mean may nearly cancel."""
+        wide = x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
         mean = self.posterior(
-            x, alpha=alpha, sigma=sigma, patch_size=patch_size, labels=labels, entropy=False
+            wide, alpha=alpha, sigma=sigma, patch_size=patch_size, labels=labels, entropy=False
         ).mean
-        return (x - _per_image(alpha, x) * mean) / _per_image(sigma, x)
+        return (wide - _per_image(alpha, wide) * mean) / _per_image(sigma, wide)
 
     def divergence(
         self,
@@ -283,13 +296,13 @@ class ScoreMachine:
         if not isinstance(probes, Tensor) or tuple(probes.shape[1:]) != shape or not len(probes):
             given = tuple(probes.shape) if isinstance(probes, Tensor) else type(probes).__name__
             raise ValueError(f"probes has shape {given}; give [K, B, C, H, W] = [K, {shape}]")
-        with torch.enable_grad():
-            x = query.x.double().requires_grad_()
+        # Tensors of inference mode cannot be differentiated, but copied outside of it.
+        with torch.inference_mode(False), torch.enable_grad():
+            x, directions = query.x.double().clone().requires_grad_(), probes.detach().to(query.x)
+            alpha, sigma = query.alpha.clone(), query.sigma.clone()
             size = query.patch_size if self.is_local else None
-            score = self.score(
-                x, alpha=query.alpha, sigma=query.sigma, patch_size=size, labels=labels
-            )
-            directions = probes.detach().to(x)
+            score = self.score(x, alpha=alpha, sigma=sigma, patch_size=size, labels=labels)
+            directions = directions.double().clone()
             found = [
                 (torch.autograd.grad(score, x, v, retain_graph=True)[0] * v).sum((1, 2, 3))
                 for v in directions
@@ -487,6 +500,7 @@ class ScoreMachine:
             top=_count("top", top, MAX_TOP),
         )
         _require_range(query)
+        inputs.require_no_tangents()
         return query, inputs
 
     def _patch_size(self, patch_size: int | None) -> int:

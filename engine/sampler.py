@@ -17,6 +17,8 @@ from els.engine.schedule import PATCH_SIZES, Cosine, Schedule, patch_sizes_for
 from els.index import PatchDatabase
 
 DEFAULT_BATCH = 16
+# Of samples, steps and the like, whatever is asked for.
+LARGEST_COUNT = 2**31 - 1
 
 
 class Denoised(Protocol):
@@ -124,7 +126,7 @@ def plan_sampling(
         ValueError: for a value out of range; the message says what would be right.
     """
     require_count("steps", steps, 1)
-    require_count("seed", seed, 0)
+    require_count("seed", seed, 0, most=None)
     if not isinstance(schedule, Schedule):
         raise TypeError(
             f"schedule must be a Schedule such as Cosine(), got {type(schedule).__name__}"
@@ -288,7 +290,9 @@ def _ddim(
             **_approximation(plan, indices, step),
         ).mean.to("cpu", torch.float64)
         eps = (x - alpha * clean) / sigma
-        fresh = plan.eta * sigma_next / sigma * _root(1 - (alpha / alpha_next) ** 2)
+        # Where there is nothing but noise, before and after, none of the signal is lost.
+        kept = alpha / alpha_next if alpha_next > 0 else 1.0
+        fresh = plan.eta * sigma_next / sigma * _root(1 - kept**2)
         direction = _root(sigma_next**2 - fresh**2)
         x_next = alpha_next * clean + direction * eps
         if fresh > 0:
@@ -384,9 +388,13 @@ def _labels(
     return tensor.to(torch.int64).expand(count)
 
 
-def require_count(argument: str, value: object, least: int) -> None:
-    """Refuse what is not an integer of at least ``least``."""
+def require_count(
+    argument: str, value: object, least: int, most: int | None = LARGEST_COUNT
+) -> None:
+    """Refuse what is not an integer from ``least`` to ``most``; None for any number above."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{argument} must be an integer, got {value!r}")
     if int(value) < least:
         raise ValueError(f"{argument}={value} must be at least {least}")
+    if most is not None and int(value) > most:
+        raise ValueError(f"{argument}={value} must be at most {most}")

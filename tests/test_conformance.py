@@ -331,6 +331,17 @@ def test_near_ties_far_off_the_manifold(
 
 
 @every_machine
+@pytest.mark.parametrize("sigma", [1e6, 1e16, 1e20])
+def test_noise_without_end(
+    backend: BackendUnderTest, kind: str, boundary: str, sigma: float
+) -> None:
+    question = noise(sigma)
+    machine = backend.machine(question.images, kind, boundary)
+    truth = truth_of(noise, sigma, kind, boundary)
+    assert_matches(question.ask(machine, backend.dtype), question, truth, backend)
+
+
+@every_machine
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e12, 1e30])
 def test_queries_of_any_size(
     backend: BackendUnderTest, kind: str, boundary: str, size: float

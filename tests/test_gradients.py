@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from conftest import FLOAT64, BackendUnderTest
 from test_conformance import every_machine
 
@@ -230,6 +231,41 @@ def test_nothing_is_half_connected() -> None:
     (first,) = torch.autograd.grad(score.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives"):
         torch.autograd.grad(first.sum(), x, allow_unused=True)
+
+
+# What torch imports to make a dual tensor.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ["score", "epsilon"])
+def test_forward_mode_is_refused(name: str) -> None:
+    """It would see x, but not the mean."""
+    machine = machine_of()
+    x = noisy(machine)
+
+    def answer(x: torch.Tensor) -> torch.Tensor:
+        return getattr(machine, name)(x, alpha=0.9, sigma=0.7, patch_size=3)
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            with pytest.raises(ValueError, match="forward mode"):
+                answer(forward_ad.make_dual(x, torch.ones_like(x)))
+            with pytest.raises(ValueError, match="forward mode"):
+                EDMDenoiser(machine, 3)(forward_ad.make_dual(x, torch.ones_like(x)), 0.5)
+    with pytest.raises(ValueError, match="forward mode"):
+        torch.func.jvp(answer, (x,), (torch.ones_like(x),))
+
+
+def test_the_divergence_works_in_inference_mode() -> None:
+    machine = machine_of()
+    x = noisy(machine)
+    options = {"alpha": 0.9, "sigma": 0.7, "patch_size": 3, "labels": 1}
+    probes = torch.ones(1, *x.shape)
+    expected = machine.divergence(x, probes=probes, **options)
+    with torch.inference_mode():
+        inside = x.clone()
+        assert torch.equal(machine.divergence(inside, probes=probes, **options), expected)
+        exact = machine.divergence(inside, **options)
+    assert torch.equal(machine.divergence(inside, probes=probes, **options), expected)
+    assert torch.equal(machine.divergence(x, **options), exact)
 
 
 @pytest.mark.parametrize("probes", [torch.zeros(2, 3), torch.zeros(0, 2, 2, 5, 4), "many"])

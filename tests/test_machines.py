@@ -18,7 +18,7 @@ from conftest import BackendUnderTest
 from els.engine import EDMDenoiser, ELSModel, ScoreMachine
 from els.engine.distributed import ProcessMesh
 from els.engine.reference import TorchBackend
-from els.index import PatchDatabase
+from els.index import PatchDatabase, decode
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 3, 7, 5), dtype=np.uint8)
 DB = PatchDatabase.from_arrays(IMAGES, np.array([0, 1, 1, 4, 0, 1]))
@@ -225,6 +225,29 @@ def test_copies_and_pickles_answer_alike(backend: BackendUnderTest, kind: str) -
         model = made(ELSModel(machine, 3, scheduler=[0.9, 0.5]))
         expected = ELSModel(machine, 3, scheduler=[0.9, 0.5])(x, 1).sample
         assert torch.equal(model(x, 1).sample, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sigma", [0.1, 1e-2, 1e-3, 1e-4])
+def test_what_scores_cancel_is_not_rounded(
+    backend: BackendUnderTest, dtype: torch.dtype, sigma: float
+) -> None:
+    """At little noise x and alpha * mean agree in more digits than such a number has."""
+    machine = backend.machine(IMAGES, "ELS", "zeros")
+    clean = torch.from_numpy(decode(IMAGES[:2]))
+    x = (0.9 * clean + sigma * X).to(machine.device, dtype)
+    for name in ("epsilon", "score"):
+        asked = {"alpha": 0.9, "sigma": sigma, "patch_size": 3}
+        exact = getattr(machine, name)(x.double(), **asked)
+        if exact.abs().max() > torch.finfo(dtype).max:
+            continue
+        found = getattr(machine, name)(x, **asked)
+        assert found.dtype == dtype
+        assert (found.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+    model = ELSModel(machine, 3, scheduler=[1 - sigma**2])
+    exact = model(x.double(), 0).sample
+    error = (model(x, 0).sample.double() - exact).abs().max()
+    assert error <= torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_a_machine_of_a_mesh_belongs_to_its_process() -> None:

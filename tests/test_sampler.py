@@ -226,8 +226,18 @@ def test_approximate_samples_are_near_the_exact_ones_and_repeat() -> None:
     assert (near - exact).abs().mean() <= 4 * 0.05
     assert torch.equal(near, sample(machine, n=2, tolerance=0.05, batch_size=1, **options))
     assert torch.equal(near[1:], sample(machine, indices=[1], tolerance=0.05, **options))
-    with pytest.raises(ValueError, match="needs a tolerance > 0"):
+    with pytest.raises(ValueError, match="must be a finite number above 0"):
         sample(machine, n=1, tolerance=0.0, **options)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("schedule", [Linear(0.1, 1e6), Linear(1e4, 1e4)])
+def test_schedules_that_begin_without_any_signal(schedule: Schedule, eta: float) -> None:
+    """Alpha is 0 at more than one step: no part of the signal is lost between them."""
+    machine = ScoreMachine(DB, "IS", backend="torch")
+    drawn = sample(machine, n=2, steps=10, schedule=schedule, eta=eta)
+    assert torch.isfinite(drawn).all()
+    assert drawn.abs().max() < 2
 
 
 DEFAULTS = [
