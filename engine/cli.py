@@ -463,11 +463,17 @@ def bench(
         held_out,
         write_comparison,
     )
+    from els.engine.posterior import require_tolerance
+    from els.engine.sampler import require_count
     from els.index import PatchDatabase, decode, open_source
 
     db = PatchDatabase.open(database)
-    levels = _noise_levels(noise)
+    levels = _noise_levels(noise, min(db.shape[1:]))
     allowed = _bytes(memory)
+    require_count("n", n, 1)
+    require_count("samples", samples, 0)
+    require_count("seed", seed, 0, most=None)
+    require_tolerance(tolerance)
     patch_sizes = None if sizes is None else _patch_sizes(sizes)
     if samples and patch_sizes is None:
         raise ValueError("--samples needs --sizes: the patch sizes to draw them with")
@@ -623,8 +629,8 @@ def _indices(text: str) -> list[int]:
         raise ValueError(f"--indices {text!r} must be numbers such as 3,17,5") from None
 
 
-def _noise_levels(text: str) -> list[tuple[float, int]]:
-    """What ``--noise`` means."""
+def _noise_levels(text: str, side: int) -> list[tuple[float, int]]:
+    """What ``--noise`` means for images whose shorter side is given."""
     try:
         levels = [
             (float(beta), int(size)) for beta, size in (pair.split(":") for pair in text.split(","))
@@ -633,6 +639,9 @@ def _noise_levels(text: str) -> list[tuple[float, int]]:
         raise ValueError(f"--noise {text!r} must be BETA:P,BETA:P,..., as in 0.05:3") from None
     if not all(0 < beta <= 1 for beta, _ in levels):
         raise ValueError(f"--noise {text!r}: a noise variance is above 0 and at most 1")
+    for _, size in levels:
+        if size % 2 == 0 or not 1 <= size <= side:
+            raise ValueError(f"--noise {text!r}: a patch size is odd, from 1 to {side}")
     return levels
 
 
@@ -674,11 +683,12 @@ def _bytes(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = text.strip()[:-2], text.strip()[-2:].upper()
     try:
-        return round(float(number) * units[unit])
-    except (KeyError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"--memory must be an amount such as 4GB or 800MB, got {text!r}"
-        ) from error
+        amount = round(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        amount = 0
+    if amount < 1:
+        raise ValueError(f"--memory must be an amount such as 4GB or 800MB, got {text!r}")
+    return amount
 
 
 def _described(db: PatchDatabase) -> Table:

@@ -39,6 +39,8 @@ _MARKERS = "osD^vP*X"
 _LEAST_SHOWN = 1e-6  # an error in a picture with logarithmic axes
 # Of one baseline and one query: about a minute in chunked torch on two cores.
 _MOST_PAIRS = 1 << 32
+# Seeds that a generator of torch takes; larger ones start over.
+_SEEDS = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def compare_posteriors(
     machine = ScoreMachine(db, "ELS", boundary)
     plain = ScoreMachine(db, "ELS", boundary, backend="torch") if with_torch else None
     by_hand = _ByHand(db, boundary, memory, progress) if with_baselines else None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % _SEEDS)
     for beta, patch_size in noise:
         alpha, sigma = (1 - beta) ** 0.5, beta**0.5
         x = alpha * clean + sigma * torch.randn(clean.shape, generator=generator, device="cpu")
@@ -487,7 +489,7 @@ class _Moved:
         self.db, self.kind, self.is_local = machine.db, machine.kind, machine.is_local
         self.device = machine.device
         self._machine, self._size = machine, size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed % _SEEDS)
         self._is_first = True
 
     def posterior(self, x: Tensor, **arguments: Any) -> LocalPosterior:

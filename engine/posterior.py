@@ -165,8 +165,8 @@ def require_tolerance(tolerance: object) -> None:
     """
     if not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
         raise ValueError(
-            "mode='auto' needs a tolerance > 0, the mean absolute error of the posterior mean to "
-            f"stay below, e.g. 0.01; got {tolerance!r}"
+            f"tolerance={tolerance!r} must be a finite number above 0, such as 0.01: the mean "
+            "absolute error that a posterior mean may have"
         )
 
 

@@ -375,7 +375,7 @@ def sample_run(
     if batch_size is not None:
         require_count("batch_size", batch_size, 1)
     if label is not None:
-        require_count("label", label, 0)
+        require_count("label", label, 0, most=None)
         machine.db.class_members(label)
     plan = plan_sampling(
         machine,

@@ -135,7 +135,7 @@ def calibrate(
     """
     require_count("steps", steps, 1)
     require_count("seeds", seeds, 1)
-    require_count("seed", seed, 0)
+    require_count("seed", seed, 0, most=None)
     for name, value, choices in (("metric", metric, Metric), ("search", search, Search)):
         if value not in get_args(choices):
             raise ValueError(

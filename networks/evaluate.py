@@ -150,7 +150,7 @@ def evaluate(
         NetworkError: if the folder holds something else or another evaluation, or is in use.
     """
     require_count("n", n, 1)
-    require_count("seed", seed, 0)
+    require_count("seed", seed, 0, most=None)
     if calibration.database != db.content_hash:
         raise ValueError(
             "the sizes were calibrated on other images than the database holds; calibrate again"

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -163,13 +164,27 @@ def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise NetworkError(f"{path} is not there; els train makes it")
     try:
-        with safetensors.safe_open(path, framework="pt") as opened:
+        with _utf8(path) as named, safetensors.safe_open(named, framework="pt") as opened:
             yield opened
     except Exception as error:
         # The library's own exception class is not public in every version.
         if type(error).__module__.partition(".")[0] != "safetensors":
             raise
         raise NetworkError(f"{path} is damaged ({error})") from error
+
+
+@contextmanager
+def _utf8(path: Path) -> Iterator[Path]:
+    """The same file under a name that safetensors can say: one in UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with TemporaryDirectory() as folder:
+            link = Path(folder, "tensors")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def require_safetensors() -> None:

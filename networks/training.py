@@ -49,6 +49,8 @@ Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 _CHECKPOINT_SECONDS = 60.0
 _GRADIENT_NORM = 1.0
+# Bytes of a weight in training: itself, its gradient, AdamW's two moments and the average.
+_TRAINING_BYTES = 20
 _INITIALISATION, _ORDER, _BATCH = range(3)
 
 
@@ -79,8 +81,9 @@ class TrainingSettings:
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("warm_up", 0), ("seed", 0)):
+        for name, least in (("steps", 1), ("batch_size", 1), ("warm_up", 0)):
             require_count(name, getattr(self, name), least)
+        require_count("seed", self.seed, 0, most=None)
         for name in ("learning_rate", "decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
@@ -168,6 +171,7 @@ def train_network(
         )
     require_safetensors()
     place = device_named(device)
+    _require_memory(config, settings)
     network = NetworkFolder(Path(folder))
     with claimed(network.path, "training in"):
         _start(network, db, config, settings)
@@ -178,6 +182,28 @@ def train_network(
         elif network.training.exists() and not network.picture.exists():
             _draw_losses(network)
     return network
+
+
+def _require_memory(config: NetworkConfig, settings: TrainingSettings) -> None:
+    """Refuses a network that this machine cannot hold, before anything of its size is made.
+
+    Raises:
+        ValueError: not even its widest layers fit.
+    """
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not every system tells
+        return
+    _, height, width = config.shape
+    weights = 9 * config.layers * config.levels * config.channels**2
+    features = settings.batch_size * config.channels * height * width
+    needed = _TRAINING_BYTES * weights + 4 * features
+    if needed > there:
+        raise ValueError(
+            f"layers={config.layers}, channels={config.channels} and "
+            f"batch_size={settings.batch_size} need {needed / 1e9:,.0f} GB and more, this machine "
+            f"has {there / 1e9:,.0f}; give smaller ones"
+        )
 
 
 def load(folder: NetworkFolder) -> tuple[EpsilonNetwork, dict[str, Any]]:
