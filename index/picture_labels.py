@@ -133,15 +133,29 @@ def _entries(kind: str, stream: IO[bytes]) -> Iterator[tuple[str, object]]:
                 yield pair[0], pair[1]
         case "metadata.csv":
             with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-                for row in _some(csv.DictReader(text, strict=True)):
+                reader = csv.DictReader(text, strict=True)
+                reader.fieldnames = _columns(reader.fieldnames or ())
+                for row in _some(reader):
                     name, label = _labelled(row)
-                    yield name, _typed(label) if isinstance(label, str) else label
+                    yield name, _typed(label.strip()) if isinstance(label, str) else label
         case "metadata.jsonl":
             with io.TextIOWrapper(stream, "utf-8-sig") as lines:
                 rows = (json.loads(line) for line in lines if line.strip())
                 yield from map(_labelled, _some(rows))
         case _:
             raise ValueError("it is not read; save it as metadata.csv or metadata.jsonl")
+
+
+def _columns(names: Sequence[str]) -> list[str]:
+    """The header of a table as the columns are known here, however they are written."""
+    columns = [name.strip() for name in names]
+    for known in (_NAME_COLUMN, *LABEL_COLUMNS):
+        alike = [place for place, name in enumerate(columns) if name.lower() == known]
+        if len(alike) > 1:
+            raise ValueError(f"it has {len(alike)} columns {known!r}")
+        for place in alike:
+            columns[place] = known
+    return columns
 
 
 def _some(rows: Iterable[Any]) -> Iterator[Any]:

@@ -492,9 +492,8 @@ def _open_pictures(path: Path, part: str | None, resize: tuple[int, int] | None)
     """A folder or zip of pictures."""
     is_folder = path.is_dir()
     with explained(path, DAMAGED):
-        found = _folder_names(path) if is_folder else _zip_names(path)
-        every = [parts for name in found if (parts := PurePosixPath(name).parts)]
-        visible = [parts for parts in every if not _is_hidden(parts)]
+        found = _folder_files(path) if is_folder else _zip_files(path)
+        visible = [parts for parts in found if parts and not _is_hidden(parts)]
         paths = sorted(parts for parts in visible if is_picture(parts[-1]))
         if not paths:
             raise SourceError(
@@ -509,17 +508,23 @@ def _open_pictures(path: Path, part: str | None, resize: tuple[int, int] | None)
         "/".join(parts) for parts in visible if parts[-1] in LABEL_FILES and parts[:-1] in above
     )
     if files:
+        stored = {"/".join(parts): name for parts, name in found.items()}
         labels, class_names = read_label_files(
-            str(path), files, {"/".join(parts) for parts in paths}, names, partial(_opened, path)
+            str(path),
+            files,
+            {"/".join(parts) for parts in paths},
+            names,
+            lambda file: _opened(path, stored[file]),
         )
     else:
         labels, class_names = _folder_classes(chosen, depth, str(path))
-    opener = partial(_open_folder if is_folder else _open_zip, path, names)
+    members = [found[parts] for parts in chosen]
+    opener = partial(_open_folder if is_folder else _open_zip, path, members)
     return _survey(str(path), names, opener, resize, labels, class_names)
 
 
-def _folder_names(path: Path) -> list[str]:
-    """Files below a folder, through links (but not in circles), relative."""
+def _folder_files(path: Path) -> dict[tuple[str, ...], str]:
+    """Files below a folder, through links (but not in circles): their parts and relative names."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -532,12 +537,15 @@ def _folder_names(path: Path) -> list[str]:
             continue
         seen.add(identity)
         names += [Path(folder, entry).relative_to(path).as_posix() for entry in entries]
-    return names
+    return {PurePosixPath(name).parts: name for name in names}
 
 
-def _zip_names(path: Path) -> list[str]:
+def _zip_files(path: Path) -> dict[tuple[str, ...], str]:
+    """Files in a zip: their parts, however archivers separate them, and names in the zip."""
     with zipfile.ZipFile(path) as archive:
-        return list(dict.fromkeys(name for name in archive.namelist() if not name.endswith("/")))
+        names = [name for name in archive.namelist() if not name.endswith(("/", "\\"))]
+    # Leading slashes and dots say nothing.
+    return {PurePosixPath(name.replace("\\", "/").lstrip("/")).parts: name for name in names}
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:

@@ -90,6 +90,39 @@ def test_labels_beside_pictures(
     np.testing.assert_array_equal(read(source)[:, 0], make_images(4, 3, 5))
 
 
+@pytest.mark.parametrize("header", ["file_name, label", "File_Name,Label"])
+def test_columns_however_they_are_written(tmp_path: Path, header: str) -> None:
+    pictures = four_pictures()
+    rows = "".join(f"{name}, {label}\n" for name, label in zip(pictures, "abba", strict=True))
+    entries = pictures | {"metadata.csv": f"{header}\n{rows}".encode()}
+    source = open_source(write_zip(tmp_path / "x", entries))
+    assert source.class_names == ("a", "b")
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 1, 1, 0]
+
+
+def test_columns_that_are_there_twice_are_refused(tmp_path: Path) -> None:
+    entries = four_pictures() | {"metadata.csv": b"file_name,label,Label\n1.png,1,2\n"}
+    with pytest.raises(SourceError, match="2 columns 'label'"):
+        open_source(write_zip(tmp_path / "x", entries))
+
+
+@pytest.mark.parametrize("form", ["./{}/{}", "{}//{}", "/{}/{}", "{}\\{}", ".\\{}\\{}"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_zips_separate_folders_in_many_ways(tmp_path: Path, form: str, labelled: bool) -> None:
+    images = make_images(4, 3, 5)
+    names = [("b", "1.png"), ("a", "2.png"), ("a", "1.png"), ("b", "2.png")]
+    entries = {form.format(*name): png(image) for name, image in zip(names, images, strict=True)}
+    if labelled:
+        table = "file_name,label\n" + "".join(f"{'/'.join(name)},7\n" for name in names)
+        entries["metadata.csv"] = table.encode()
+    source = open_source(write_zip(tmp_path / "x", entries))
+    assert source.labels is not None
+    assert source.labels.tolist() == ([7] * 4 if labelled else [0, 0, 1, 1])
+    found = np.concatenate(list(source.chunks(4)))
+    assert np.array_equal(found.reshape(4, -1), images[[2, 1, 0, 3]].reshape(4, -1))
+
+
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize(
     "entry",
