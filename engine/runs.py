@@ -983,11 +983,11 @@ def _require_sound(settings: RunSettings) -> None:
     Raises:
         TypeError, ValueError: naming the setting.
     """
-    counts = {"n": 1, "steps": 1, "shard_size": 1, "seed": 0}
+    for name in ("n", "steps", "shard_size"):
+        require_count(name, getattr(settings, name), 1)
+    require_count("seed", settings.seed, 0, most=None)
     if settings.label is not None:
-        counts["label"] = 0
-    for name, least in counts.items():
-        require_count(name, getattr(settings, name), least)
+        require_count("label", settings.label, 0, most=None)
     for name, choices in (
         ("machine", get_args(Kind)),
         ("boundary", (None, *get_args(Boundary))),
