@@ -135,11 +135,12 @@ import os, signal, threading, time
 import numpy as np, torch
 from els.engine.blocks import blocks, merged_in_order
 torch.set_num_threads(2)
-begun = threading.Event()
+# Both threads: Python does not wait for one that is just being started.
+begun = threading.Barrier(3)
 
 def pieces(members):
+    begun.wait()
     while True:
-        begun.set()
         torch.ones(10_000).exp()
         yield 0
 
