@@ -63,7 +63,8 @@ class Inputs(NamedTuple):
         Raises:
             ValueError: if one of them carries a tangent.
         """
-        if any(unpack_dual(value).tangent is not None for value in self):
+        duals = map(unpack_dual, self)
+        if any(dual.tangent is not None for dual in duals):
             raise ValueError(
                 "a posterior has no derivatives in forward mode (torch.func.jvp, jacfwd, "
                 "forward_ad): use reverse mode, as torch.autograd.grad and torch.func.vjp do"

@@ -309,8 +309,8 @@ class Worker {
     const double furthest = precision_ * (brightest + alpha_) * (brightest + alpha_) * area() * C;
     shrink_ = std::min(1.0, kFurthest / furthest);
     const double scale = std::sqrt(shrink_ * precision_);
-    // Centres are read off the scaled images, so alpha = 0 becomes a number too small to matter, but
-    // large enough for float32.
+    // Centres are read off the scaled images, so alpha = 0 becomes a number too small to matter,
+    // but large enough for float32.
     image_scale_ = std::max(alpha_ * scale, 1e-20);
     double power = 0.0, largest = image_scale_;
     for (int i = 0; i < C * pixels; ++i) {
