@@ -12,7 +12,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -135,7 +134,7 @@ void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body) {
         }
         pool.emplace_back(guarded);
       }
-    } catch (const std::system_error&) {  // a limit on threads or memory: fewer will do
+    } catch (const std::exception&) {  // a limit on threads or memory: fewer will do
       const std::lock_guard<std::mutex> lock(mutex);
       --running;
     }
