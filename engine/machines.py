@@ -282,9 +282,9 @@ class ScoreMachine:
                 "a gradient is wanted, but the divergence has none: give x, alpha and sigma "
                 "detached (torch.no_grad())"
             )
-        members = self._members_of(query, label)
         if probes is not None:
             return self._hutchinson(query, labels, probes)
+        members = self._members_of(query, label)
         trace = variances(self.db.images, query, members).sum((1, 2, 3))
         signal, noise = (scale.to(trace.device) for scale in (query.alpha, query.sigma))
         return ((signal / noise) ** 2 * trace - x[0].numel()) / noise**2
@@ -298,11 +298,11 @@ class ScoreMachine:
             raise ValueError(f"probes has shape {given}; give [K, B, C, H, W] = [K, {shape}]")
         # Tensors of inference mode cannot be differentiated, but copied outside of it.
         with torch.inference_mode(False), torch.enable_grad():
-            x, directions = query.x.double().clone().requires_grad_(), probes.detach().to(query.x)
+            x = query.x.double().clone().requires_grad_()
+            directions = probes.detach().to(x.device, torch.float64).clone()
             alpha, sigma = query.alpha.clone(), query.sigma.clone()
             size = query.patch_size if self.is_local else None
             score = self.score(x, alpha=alpha, sigma=sigma, patch_size=size, labels=labels)
-            directions = directions.double().clone()
             found = [
                 (torch.autograd.grad(score, x, v, retain_graph=True)[0] * v).sum((1, 2, 3))
                 for v in directions
@@ -480,7 +480,9 @@ class ScoreMachine:
         device = self._backend.device
         if x.device != device:
             raise ValueError(f"x is on {x.device}, but {self.backend} computes on {device}; move x")
-        if not bool(torch.isfinite(x).all()):
+        # Of each image, once: where x is on a GPU, every look at it waits for the GPU.
+        largest = x.detach().abs().amax((1, 2, 3)).double().cpu()
+        if not bool(torch.isfinite(largest).all()):
             bad = int((~torch.isfinite(x)).sum())
             raise ValueError(f"x has {bad} values that are not finite; check the previous step")
         inputs = Inputs(
@@ -499,7 +501,7 @@ class ScoreMachine:
             entropy=bool(entropy),
             top=_count("top", top, MAX_TOP),
         )
-        _require_range(query)
+        _require_range(query, largest)
         inputs.require_no_tangents()
         return query, inputs
 
@@ -591,16 +593,20 @@ def _per_image(value: float | Tensor, x: Tensor) -> Tensor:
     return scale.to(x.dtype).reshape(-1, 1, 1, 1)
 
 
-def _require_range(query: PosteriorQuery) -> None:
-    """Whether float64 can hold the logits of everything that is asked."""
-    largest = query.x.double().abs().amax((1, 2, 3)).cpu() + query.alpha
-    terms = query.x[0].numel()
-    logits = terms * (largest / query.sigma).square() / 2
+def _require_range(query: PosteriorQuery, largest: Tensor) -> None:
+    """Whether float64 can hold the logits of everything that is asked.
+
+    Args:
+        query: what is asked.
+        largest: absolute value in each noisy image, float64 ``[B]`` on the CPU.
+    """
+    ratios = (largest + query.alpha) / query.sigma
+    logits = query.x[0].numel() * ratios.square() / 2
     if bool((logits > _LARGEST_LOGIT).any()):
-        worst = int((largest / query.sigma).argmax())
+        worst = int(ratios.argmax())
         raise ValueError(
             f"sigma={float(query.sigma[worst]):g} is too small for x, whose values go up to "
-            f"{float(query.x[worst].abs().max()):g}: squared distances over sigma^2 would exceed "
+            f"{float(largest[worst]):g}: squared distances over sigma^2 would exceed "
             f"{_LARGEST_LOGIT:g}; check the previous step, or give more noise"
         )
 

@@ -307,7 +307,7 @@ def test_every_geometry(backend: BackendUnderTest, kind: str, boundary: str, nam
 
 
 @every_machine
-@pytest.mark.parametrize("sigma", [1e-6, 1e-5, 1e-4, 1e-3, 0.03, 0.3, 0.8, 1e3])
+@pytest.mark.parametrize("sigma", [1e-6, 1e-5, 1e-4, 1e-3, 0.03, 0.3, 0.8, 1e3, 1e6, 1e16, 1e20])
 def test_every_noise_level(
     backend: BackendUnderTest, kind: str, boundary: str, sigma: float
 ) -> None:
@@ -328,17 +328,6 @@ def test_near_ties_far_off_the_manifold(
     machine = backend.machine(question.images, kind, boundary)
     truth = truth_of(far_ties, sigma, kind, boundary)
     assert_matches(question.ask(machine, backend.dtype, top=TOP), question, truth, backend)
-
-
-@every_machine
-@pytest.mark.parametrize("sigma", [1e6, 1e16, 1e20])
-def test_noise_without_end(
-    backend: BackendUnderTest, kind: str, boundary: str, sigma: float
-) -> None:
-    question = noise(sigma)
-    machine = backend.machine(question.images, kind, boundary)
-    truth = truth_of(noise, sigma, kind, boundary)
-    assert_matches(question.ask(machine, backend.dtype), question, truth, backend)
 
 
 @every_machine
