@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := index engine triton_kernels networks bench
+FOLDERS := storage index engine triton_kernels networks bench
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 

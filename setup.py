@@ -8,7 +8,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
-FOLDERS = ["index", "engine", "triton_kernels", "networks", "bench"]
+FOLDERS = ["storage", "index", "engine", "triton_kernels", "networks", "bench"]
 
 # One source, compiled once per instruction set; engine/native.py picks at run time. The one that
 # takes longest to compile comes first, so that the cores are done at about the same time.
@@ -65,6 +65,7 @@ setup(
     package_dir={f"els.{folder}": folder for folder in FOLDERS},
     packages=[f"els.{folder}" for folder in FOLDERS],
     package_data={
+        "els.storage": ["py.typed"],
         "els.index": ["py.typed", "data/*"],
         "els.engine": ["py.typed", "csrc/*", "page/*"],
         "els.triton_kernels": ["py.typed"],

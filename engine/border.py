@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from els.engine.backends import available_cores
+from els.engine.cores import available_cores
 from els.engine.native import kernel_module
 from els.engine.posterior import PosteriorQuery, PosteriorState
 from els.engine.scan import LARGEST_QUERY, LOGIT_ERROR, can_scan, has_tiles

@@ -594,7 +594,7 @@ def explain(
 def _patch_sizes(text: str) -> str | int | list[int]:
     """What ``--sizes`` means: a table's name, one size, or a list, written out or in a file."""
     if text.endswith(".json"):
-        from els.index.manifests import read_json
+        from els.storage.manifests import read_json
 
         try:
             listed = read_json(text)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from els.engine.pictures import grid, panels, write_png
 from els.engine.runs import RunError, RunFolder, RunSettings, read_sessions, read_settings
 from els.engine.sampler import require_count
 from els.engine.shards import Samples, write_array
 from els.index import encode
-from els.index.files import atomic_file, is_locked, require_space
+from els.storage.files import atomic_file, require_space
+from els.storage.locks import is_locked
+from els.storage.png import grid, panels, write_png
 
 MOST_TILES = 10_000
 _FLOAT_BYTES = 4

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from els.engine.by_hand import FlatNearest, answered, chunked_torch, pairs, query_patches
-from els.engine.figures import optional_picture, write_figure
 from els.engine.machines import ScoreMachine
 from els.engine.posterior import Boundary, LocalPosterior
 from els.engine.sampler import Denoiser, sample
 from els.index import PatchDatabase, decode
-from els.index.files import write_json
+from els.storage.figures import optional_picture, write_figure
+from els.storage.files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

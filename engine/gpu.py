@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.backends import available_cores
+from els.engine.cores import available_cores
 from els.engine.posterior import (
     PosteriorQuery,
     PosteriorState,

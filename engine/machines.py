@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.backends import BackendName, available_cores, choose
+from els.engine.backends import BackendName, choose
+from els.engine.cores import available_cores
 from els.engine.estimate import Approximation, Estimator
 from els.engine.gradients import Inputs, differentiable, variances
 from els.engine.posterior import (

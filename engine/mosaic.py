@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from els.engine.explain import Contributor, Explanation
-from els.engine.figures import neutral_style, write_figure
-from els.engine.pictures import colours, require_suffix
 from els.index import PatchDatabase, encode
-from els.index.files import atomic_file
+from els.storage.figures import neutral_style, write_figure
+from els.storage.files import atomic_file
+from els.storage.png import colours, require_suffix
 
 # Imported inside neutral_style: whether matplotlib can be imported depends on MPLBACKEND.
 if TYPE_CHECKING:

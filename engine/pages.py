@@ -16,10 +16,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from els.engine.explain import Walkthrough
-from els.engine.figures import require_matplotlib
-from els.engine.pictures import Pixels, colours, require_suffix
 from els.index import PatchDatabase, encode
-from els.index.files import atomic_file
+from els.storage.figures import require_matplotlib
+from els.storage.files import atomic_file
+from els.storage.png import Pixels, colours, require_suffix
 
 MOST_EMBEDDED_PIXELS = 2_000_000
 """Most pixels of training images in a page: 2,551 images of 28 x 28, 1,953 of 32 x 32."""

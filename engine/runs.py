@@ -40,7 +40,6 @@ from els.engine.backends import BackendName
 from els.engine.distributed import ProcessMesh, SharedTask
 from els.engine.machines import ScoreMachine
 from els.engine.native import instruction_sets
-from els.engine.pictures import grid, panels, write_png
 from els.engine.posterior import Boundary, Kind
 from els.engine.sampler import (
     DEFAULT_BATCH,
@@ -55,8 +54,10 @@ from els.engine.scan import can_scan, has_tiles
 from els.engine.schedule import Cosine, Schedule, describe, described, patch_sizes_for
 from els.engine.shards import DEFAULT_SHARD_SIZE, RunError, Samples, ShardFolder, missing, united
 from els.index import encode
-from els.index.files import atomic_file, remove_stale, take_lock, visible_names, write_json
-from els.index.manifests import package_version, read_json
+from els.storage.files import atomic_file, remove_stale, visible_names, write_json
+from els.storage.locks import take_lock
+from els.storage.manifests import package_version, read_json
+from els.storage.png import grid, panels, write_png
 
 FORMAT = "els-run"
 VERSION = 1

@@ -23,7 +23,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from els.engine.backends import available_cores
+from els.engine.cores import available_cores
 from els.engine.native import instruction_sets, kernel_module
 from els.index.lists import InvertedLists
 

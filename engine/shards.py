@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from els.index.files import atomic_file, remove_stale
+from els.storage.files import atomic_file, remove_stale
 
 Samples = npt.NDArray[np.float32]
 

@@ -1,10 +1,10 @@
 """Training images on disk: built once, opened instantly, addressed by patch."""
 
-from .arrays import decode, encode
-from .database import DatabaseError, PatchDatabase
-from .foreign import SourceError
-from .retrieval import PatchIndex, choose_factory
-from .sources import ImageSource, open_source
+from els.index.arrays import decode, encode
+from els.index.database import DatabaseError, PatchDatabase
+from els.index.foreign import SourceError
+from els.index.retrieval import PatchIndex, choose_factory
+from els.index.sources import ImageSource, open_source
 
 __all__ = [
     "DatabaseError",

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Self, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import files
-from .arrays import ArrayData, check_class_names, check_images, check_labels
-from .manifests import checksum, package_version, sealed
-from .sources import ArraySource, ImageSource
+from els.index.arrays import ArrayData, check_class_names, check_images, check_labels
+from els.index.sources import ArraySource, ImageSource
+from els.storage import files
+from els.storage.manifests import checksum, package_version, sealed
 
 if TYPE_CHECKING:
-    from .retrieval import IndexProgress, PatchIndex
+    from els.index.retrieval import IndexProgress, PatchIndex
 
 Progress = Callable[[int, int], object]
 """Called with (images done, images in all)."""
@@ -230,7 +230,7 @@ class PatchDatabase:
 
         See `els.index.retrieval.build_index`, which this calls.
         """
-        from .retrieval import build_index
+        from els.index.retrieval import build_index
 
         return build_index(
             self,
@@ -244,13 +244,13 @@ class PatchDatabase:
 
     def open_index(self, patch_size: int) -> "PatchIndex":
         """Opens the index that `build_index` made; see `els.index.retrieval.open_index`."""
-        from .retrieval import open_index
+        from els.index.retrieval import open_index
 
         return open_index(self, patch_size)
 
     def has_index(self, patch_size: int) -> bool:
         """Whether there is an index of this patch size; `open_index` tells whether it is sound."""
-        from .retrieval import index_folder
+        from els.index.retrieval import index_folder
 
         return self.path is not None and index_folder(self, patch_size).exists()
 

@@ -25,8 +25,8 @@ from typing import Any, Self, final
 import numpy as np
 from numpy.typing import NDArray
 
-from . import files
-from .database import PatchDatabase
+from els.index.database import PatchDatabase
+from els.storage import files
 
 NORMS, CENTRES, MISFITS, SPREAD = TABLES = (
     "norms.npy",

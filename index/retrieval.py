@@ -32,11 +32,19 @@ from typing import Any, Self, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import files
-from .database import DatabaseError, PatchDatabase
-from .layout import LayoutError, check_layout
-from .lists import NORMS, TABLES, InvertedLists, can_read, open_tables, transforms, write_tables
-from .manifests import checksum, package_version, sealed
+from els.index.database import DatabaseError, PatchDatabase
+from els.index.layout import LayoutError, check_layout
+from els.index.lists import (
+    NORMS,
+    TABLES,
+    InvertedLists,
+    can_read,
+    open_tables,
+    transforms,
+    write_tables,
+)
+from els.storage import files, locks
+from els.storage.manifests import checksum, package_version, sealed
 
 IndexProgress = Callable[[str, int, int], object]
 """Called with (stage, done, in all): training, adding, merging, writing, tabulating."""
@@ -949,7 +957,7 @@ def _claimed(work: Path) -> Iterator[None]:
     """Makes the folder of checkpoints and keeps other processes out of it until the end."""
     work.mkdir(parents=True, exist_ok=True)
     try:
-        lock = files.take_lock(work / _LOCK)
+        lock = locks.take_lock(work / _LOCK)
     except BlockingIOError as error:
         raise DatabaseError(
             f"another process is building the index in {work}; wait for it to finish"

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from .arrays import check_class_names, check_labels
-from .foreign import (
+from els.index.arrays import check_class_names, check_labels
+from els.index.foreign import (
     DAMAGED,
     MAX_DEFLATE_RATIO,
     SourceError,
@@ -34,7 +34,7 @@ from .foreign import (
     open_regular,
     read_exactly,
 )
-from .picture_labels import (
+from els.index.picture_labels import (
     LABEL_COLUMNS,
     LABEL_FILES,
     MAX_LABEL_FILE_BYTES,
@@ -42,7 +42,7 @@ from .picture_labels import (
     class_labels,
     read_label_files,
 )
-from .pictures import FORMATS, MAX_PIXELS, decode_picture, is_picture, read_header
+from els.index.pictures import FORMATS, MAX_PIXELS, decode_picture, is_picture, read_header
 
 _EMBEDDED = {"fashion-mnist": "fashion-mnist-4096.npz"}
 _IMAGE_KEYS = ("images", "x_train", "x", "data")

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from els.engine.devices import device_named
 from els.engine.schedule import Cosine, Linear, Schedule
 from els.index import PatchDatabase
-from els.index.manifests import read_json
 from els.networks.architecture import Padding
 from els.networks.folders import EMBEDDED, NetworkError, network_folder, tensor_shapes
 from els.networks.training import load
 from els.networks.unet import unet2d_model
+from els.storage.manifests import read_json
 
 _MANIFEST, _DIFFUSERS = "network.json", "config.json"
 

@@ -35,14 +35,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from els.engine.figures import optional_picture, write_figure
 from els.engine.machines import ScoreMachine
 from els.engine.posterior import Boundary
 from els.engine.sampler import StepState, require_count, sample
 from els.engine.schedule import Schedule, describe, described, patch_sizes_for
-from els.index.files import write_json
-from els.index.manifests import read_json
 from els.networks.adapters import NetworkDenoiser
+from els.storage.figures import optional_picture, write_figure
+from els.storage.files import write_json
+from els.storage.manifests import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -35,18 +35,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from els.engine.figures import optional_picture, write_figure
 from els.engine.machines import ScoreMachine
-from els.engine.pictures import grid, panels, write_png
 from els.engine.posterior import Boundary, Kind
 from els.engine.runs import StepProgress, sample_run
 from els.engine.sampler import StepState, initial_noise, require_count, sample
 from els.index import PatchDatabase, encode
-from els.index.files import atomic_file, remove_stale, visible_names, write_json
-from els.index.manifests import package_version, read_json
 from els.networks.adapters import NetworkDenoiser
 from els.networks.calibrate import Calibration
 from els.networks.folders import NetworkError, claimed
+from els.storage.figures import optional_picture, write_figure
+from els.storage.files import atomic_file, remove_stale, visible_names, write_json
+from els.storage.manifests import package_version, read_json
+from els.storage.png import grid, panels, write_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,8 +22,9 @@ from typing import Any
 
 from torch import Tensor
 
-from els.index.files import atomic_file, take_lock, write_json
-from els.index.manifests import read_json
+from els.storage.files import atomic_file, write_json
+from els.storage.locks import take_lock
+from els.storage.manifests import read_json
 
 FORMAT = "els-network"
 VERSION = 1

@@ -22,11 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from els.engine.devices import device_named
-from els.engine.figures import optional_picture, write_figure
 from els.engine.sampler import require_count
 from els.index import PatchDatabase, decode
-from els.index.files import remove_stale, visible_names
-from els.index.manifests import package_version
 from els.networks.architecture import EpsilonNetwork, NetworkConfig, noise_scales
 from els.networks.folders import (
     NetworkError,
@@ -41,6 +38,9 @@ from els.networks.folders import (
 )
 from els.networks.resnet import ResNet
 from els.networks.unet import AttentionUNet, UNet
+from els.storage.figures import optional_picture, write_figure
+from els.storage.files import remove_stale, visible_names
+from els.storage.manifests import package_version
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

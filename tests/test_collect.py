@@ -11,10 +11,10 @@ from typer.testing import CliRunner, Result
 
 from els.engine import ScoreMachine, cli
 from els.engine.collect import draw_grid, merge_run, run_status
-from els.engine.pictures import grid
 from els.engine.runs import RunError, RunFolder, StepProgress, sample_run
 from els.index import PatchDatabase, encode
-from els.index.files import DiskFullError
+from els.storage.files import DiskFullError
+from els.storage.png import grid
 
 RNG = np.random.default_rng(31)
 DB = PatchDatabase.from_arrays(RNG.integers(0, 256, (6, 1, 4, 5), dtype=np.uint8))

@@ -24,8 +24,8 @@ from test_files import everything_in, file_size_limit, small_disk  # noqa: F401
 
 from els.index import DatabaseError, ImageSource, PatchDatabase, decode, encode
 from els.index import database as module
-from els.index.files import DiskFullError
-from els.index.manifests import checksum
+from els.storage.files import DiskFullError
+from els.storage.manifests import checksum
 
 
 def make_images(*shape: int, seed: int = 0) -> NDArray[np.uint8]:

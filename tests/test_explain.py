@@ -9,11 +9,11 @@ from PIL import Image
 from els.engine import ScoreMachine
 from els.engine.explain import Explanation, explain_run, explain_sample
 from els.engine.mosaic import draw, require_picture, write_explanation
-from els.engine.pictures import colours, grid, panels
 from els.engine.runs import RunError, RunFolder, sample_run
 from els.engine.sampler import plan_sampling
 from els.engine.schedule import Cosine
 from els.index import PatchDatabase, decode
+from els.storage.png import colours, grid, panels
 
 RNG = np.random.default_rng(21)
 COUNT, HEIGHT, WIDTH = 5, 7, 9

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from els.engine.figures import neutral_style, optional_picture, write_figure
+from els.storage.figures import neutral_style, optional_picture, write_figure
 
 COMMANDS = """
 import sys
@@ -74,7 +74,7 @@ def test_settings_of_the_user_stop_nothing(tmp_path: Path) -> None:
 def test_any_backend_may_be_asked_for_and_stays_asked_for(tmp_path: Path, backend: str) -> None:
     code = """
 import os, sys
-from els.engine.figures import write_figure
+from els.storage.figures import write_figure
 def draw():
     from matplotlib.figure import Figure
     figure = Figure()

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from els.index import files
-from els.index.files import DiskFullError
+from els.storage import files, locks
+from els.storage.files import DiskFullError
 
 
 def everything_in(folder: Path) -> list[str]:
@@ -104,7 +104,7 @@ def test_an_overwritten_folder_stays_until_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_step: bool
 ) -> None:
     if not one_step:
-        monkeypatch.setattr("els.index.files.sys.platform", "other")
+        monkeypatch.setattr("els.storage.files.sys.platform", "other")
     path = tmp_path / "folder"
     with files.atomic_directory(path, overwrite=True) as folder:
         (folder / "old").touch()
@@ -201,9 +201,9 @@ def test_a_small_disk(small_disk: Path) -> None:
 
 
 def test_a_lock_is_held_until_it_is_let_go(tmp_path: Path) -> None:
-    with files.take_lock(tmp_path / "lock"), pytest.raises(BlockingIOError):
-        files.take_lock(tmp_path / "lock", patience=0.05)
-    files.take_lock(tmp_path / "lock").close()
+    with locks.take_lock(tmp_path / "lock"), pytest.raises(BlockingIOError):
+        locks.take_lock(tmp_path / "lock", patience=0.05)
+    locks.take_lock(tmp_path / "lock").close()
 
 
 def failing_fsync(monkeypatch: pytest.MonkeyPatch, code: int, *, folders_only: bool) -> None:
@@ -229,7 +229,7 @@ def failing_flock(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
 def test_what_cannot_be_flushed_is_written_with_one_warning(
     tmp_path: Path, monkeypatch, caplog, code: int, folders_only: bool
 ) -> None:
-    monkeypatch.setattr(files, "_warned", set())
+    monkeypatch.setattr(locks, "_warned", set())
     failing_fsync(monkeypatch, code, folders_only=folders_only)
     files.write_text(tmp_path / "file", "x")
     with files.atomic_directory(tmp_path / "folder") as folder:
@@ -240,7 +240,7 @@ def test_what_cannot_be_flushed_is_written_with_one_warning(
 
 
 def test_a_folder_that_cannot_be_opened_is_not_flushed(tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(files, "_warned", set())
+    monkeypatch.setattr(locks, "_warned", set())
     opened = os.open
 
     def refused(path: object, *arguments: int) -> int:
@@ -260,26 +260,26 @@ def test_a_disk_that_fails_is_no_missing_protection(tmp_path, monkeypatch, code:
     with pytest.raises(OSError, match=os.strerror(code)):
         files.write_text(tmp_path / "file", "x")
     failing_flock(monkeypatch, code)
-    for attempt in (files.take_lock, files.is_locked):
+    for attempt in (locks.take_lock, locks.is_locked):
         (tmp_path / "lock").touch()
         with pytest.raises(OSError, match=os.strerror(code)):
             attempt(tmp_path / "lock")
     assert everything_in(tmp_path) == ["lock"]
 
 
-@pytest.mark.parametrize("code", sorted(files._NO_LOCKS), ids=errno.errorcode.get)
+@pytest.mark.parametrize("code", sorted(locks._NO_LOCKS), ids=errno.errorcode.get)
 def test_without_locks_work_goes_on_with_one_warning(
     tmp_path: Path, monkeypatch, caplog, code: int
 ) -> None:
-    monkeypatch.setattr(files, "_warned", set())
+    monkeypatch.setattr(locks, "_warned", set())
     (tmp_path / ".els-1.partial").touch()
     failing_flock(monkeypatch, code)
     with files.atomic_directory(tmp_path / "db") as live, files.atomic_file(tmp_path / "f") as file:
         files.remove_stale(tmp_path)
         assert live.exists()
         file.write(b"x")
-    with files.take_lock(tmp_path / "lock"):
-        assert not files.is_locked(tmp_path / "lock")
+    with locks.take_lock(tmp_path / "lock"):
+        assert not locks.is_locked(tmp_path / "lock")
     # Nobody knows whether the writer of a temporary lives: it stays.
     assert everything_in(tmp_path) == [".els-1.partial", "db", "f", "lock"]
     assert len(caplog.messages) == 1

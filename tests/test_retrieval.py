@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from els.engine import cli
 from els.index import DatabaseError, PatchDatabase, PatchIndex, choose_factory, decode
 from els.index import retrieval as module
-from els.index.files import DiskFullError
 from els.index.layout import LayoutError, check_layout
-from els.index.manifests import sealed
+from els.storage.files import DiskFullError
+from els.storage.manifests import sealed
 
 faiss = pytest.importorskip("faiss")
 

@@ -15,7 +15,7 @@ from els.engine import ScoreMachine
 from els.engine.scan import ListSums, can_scan, has_tiles, is_precise, scan
 from els.index import DatabaseError, PatchDatabase, PatchIndex
 from els.index.lists import InvertedLists
-from els.index.manifests import sealed
+from els.storage.manifests import sealed
 
 ALPHA = 0.9
 UNITS = [(name, tiles) for name in INSTRUCTION_SETS for tiles in (False, True)]

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from els.index.files import atomic_file
+from els.storage.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from els.index.files import atomic_file
+from els.storage.files import atomic_file
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -11,34 +11,21 @@ locked has a name of its own, which `remove_stale` leaves alone.
 
 import ctypes
 import errno
-import fcntl
 import json
-import logging
 import os
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-_BETWEEN_TRIES = 0.02  # seconds
-_PREFIX, _SUFFIX = ".els-", ".partial"
-_UNLOCKED = ".unlocked"  # suffix of a temporary where the file system has no locks
+from els.storage.locks import TEMPORARY_PREFIX, UNLOCKED_SUFFIX, lock_descriptor, warn_without
+
+_SUFFIX = ".partial"  # of what is being written, a hidden file or folder beside its target
 # EFBIG: past a file size limit (ulimit -f, or FAT), which calls for the same remedy.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What flock answers where there are no locks: Lustre without -o flock, NFS without lockd (or of a
-# descriptor that is open for reading), FUSE.
-_NO_LOCKS = {
-    errno.EBADF,
-    errno.EINVAL,
-    errno.ENOLCK,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-}
 # What opening and flushing a folder answers where that cannot be done: CIFS, FUSE, 9p, AFS.
 _NO_FLUSH = {
     errno.EACCES,
@@ -51,9 +38,6 @@ _NO_FLUSH = {
     errno.EPERM,
 }
 
-_log = logging.getLogger("els")
-_warned: set[str] = set()  # the protections whose absence this process has told of
-
 
 class DiskFullError(OSError):
     """No room for what was to be written; nothing half-written is left at the path."""
@@ -64,46 +48,6 @@ class DiskFullError(OSError):
             f"(df -h {path.parent}) or choose another place, then start again"
         )
         self.errno = code
-
-
-def take_lock(path: Path, patience: float = 0.0) -> IO[bytes]:
-    """The lock file at a path, made and locked for as long as it is open.
-
-    Where the file system has no locks the file is not locked, and a warning says so.
-
-    Args:
-        path: of the lock file; its folder is there.
-        patience: seconds to wait for another process to let go.
-
-    Raises:
-        BlockingIOError: another process has it.
-    """
-    until = time.monotonic() + patience
-    lock = path.open("ab")
-    try:
-        while True:
-            try:
-                _lock(lock.fileno(), path)
-                return lock
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise
-            time.sleep(_BETWEEN_TRIES)
-    except BaseException:
-        lock.close()
-        raise
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock file at a path; False where there are no locks."""
-    try:
-        with path.open("rb") as stream:
-            _lock(stream.fileno(), path, fcntl.LOCK_SH)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def visible_names(folder: Path) -> list[str]:
@@ -204,7 +148,7 @@ def remove_stale(folder: str | Path) -> None:
 
     So does all that cannot be locked: nothing says there whether its writer lives.
     """
-    for entry in Path(folder).glob(f"{_PREFIX}*{_SUFFIX}"):
+    for entry in Path(folder).glob(f"{TEMPORARY_PREFIX}*{_SUFFIX}"):
         try:
             # NFS locks files only that are open for writing. A fifo must not be waited for.
             access = os.O_RDONLY if entry.is_dir() else os.O_RDWR
@@ -212,7 +156,7 @@ def remove_stale(folder: str | Path) -> None:
         except OSError:
             continue
         try:
-            if not _lock(descriptor, entry):
+            if not lock_descriptor(descriptor, entry):
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -260,7 +204,7 @@ def _create(path: Path, *, folder: bool) -> tuple[Path, int]:
             str(path),
         )
     while True:
-        temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}")
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}{_SUFFIX}")
         try:
             if folder:
                 temporary.mkdir()
@@ -277,36 +221,14 @@ def _create(path: Path, *, folder: bool) -> tuple[Path, int]:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
         try:
-            if not _lock(descriptor, path):
-                temporary = temporary.rename(temporary.with_suffix(_UNLOCKED))
+            if not lock_descriptor(descriptor, path):
+                temporary = temporary.rename(temporary.with_suffix(UNLOCKED_SUFFIX))
             # Another process's remove_stale may have met it before it was locked.
             if temporary.exists():
                 return temporary, descriptor
         except (BlockingIOError, FileNotFoundError):
             pass
         os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks it; False, and a warning, where the file system has no locks.
-
-    Raises:
-        BlockingIOError: another process has it.
-        OSError: another failure.
-    """
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        _warn_once(
-            "locks",
-            f"the file system of {path.parent} has no file locks ({os.strerror(error.errno)}): "
-            "nothing keeps two processes from writing to one place, so start only one, and what "
-            f"killed processes leave ({_PREFIX}*) is not removed",
-        )
-        return False
-    return True
 
 
 def _flush(target: Path | int, path: Path) -> None:
@@ -324,7 +246,7 @@ def _flush(target: Path | int, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_FLUSH:
             raise
-        _warn_once(
+        warn_without(
             "flush",
             f"the file system of {path} cannot flush files or folders to the disk "
             f"({os.strerror(error.errno)}): what was just written may be lost in a power cut",
@@ -332,12 +254,6 @@ def _flush(target: Path | int, path: Path) -> None:
     finally:
         if opened is not None:
             os.close(opened)
-
-
-def _warn_once(protection: str, message: str) -> None:
-    if protection not in _warned:
-        _warned.add(protection)
-        _log.warning("warning: %s", message)
 
 
 def _rename(temporary: Path, path: Path) -> None:
@@ -357,7 +273,7 @@ def _exchange(new: Path, old: Path) -> None:
             at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange
         ):
             return
-    aside = new.with_name(f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}")
+    aside = new.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}{_SUFFIX}")
     old.rename(aside)
     try:
         new.rename(old)
