@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FOLDERS := storage index engine triton_kernels networks bench
+FOLDERS := storage index triton_kernels engine runs explain networks cli bench
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 

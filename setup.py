@@ -8,7 +8,17 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
 
-FOLDERS = ["storage", "index", "engine", "triton_kernels", "networks", "bench"]
+FOLDERS = [
+    "storage",
+    "index",
+    "triton_kernels",
+    "engine",
+    "runs",
+    "explain",
+    "networks",
+    "cli",
+    "bench",
+]
 
 # One source, compiled once per instruction set; engine/native.py picks at run time. The one that
 # takes longest to compile comes first, so that the cores are done at about the same time.
@@ -67,7 +77,10 @@ setup(
     package_data={
         "els.storage": ["py.typed"],
         "els.index": ["py.typed", "data/*"],
-        "els.engine": ["py.typed", "csrc/*", "page/*"],
+        "els.engine": ["py.typed", "csrc/*"],
+        "els.runs": ["py.typed"],
+        "els.explain": ["py.typed", "web/*"],
+        "els.cli": ["py.typed"],
         "els.triton_kernels": ["py.typed"],
         "els.networks": ["py.typed", "checkpoints/*/*"],
         "els.bench": ["py.typed"],
@@ -108,8 +121,8 @@ setup(
         "bench": ["faiss-cpu", "pykeops", "pytest-benchmark"],
     },
     entry_points={
-        "console_scripts": ["els = els.engine.cli:main"],
+        "console_scripts": ["els = els.cli.app:main"],
         # Further commands of `els`: each is called with the typer app.
-        "els.commands": ["networks = els.networks.commands:register"],
+        "els.commands": ["networks = els.cli.networks:register"],
     },
 )

@@ -15,9 +15,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from els.bench.compare import compare_samples
 from els.bench.workloads import BETA, Workload, load_images, workload
 from els.engine import ScoreMachine
-from els.engine.compare import compare_samples
 from els.index import PatchDatabase, decode, open_source
 
 _QUERIES, _SAMPLES = 4, 2

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from els.engine.runs import RunFolder, read_settings
 from els.index import PatchDatabase, open_source
+from els.runs.folder import RunFolder, read_settings
 
 KILLS = 24
 SAMPLES = 300

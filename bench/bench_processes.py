@@ -20,8 +20,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from els.engine import ScoreMachine, sample
 from els.engine.posterior import Kind, LocalPosterior, PosteriorState, finish
-from els.engine.runs import RunFolder, StepProgress, sample_run
 from els.index import PatchDatabase, open_source
+from els.runs.folder import RunFolder
+from els.runs.run import StepProgress, sample_run
 
 # Processes, database shards, threads of each.
 SETTINGS = {
@@ -37,7 +38,7 @@ import json, sys, time
 from pathlib import Path
 from els.engine import ScoreMachine
 from els.engine.distributed import process_mesh
-from els.engine.runs import sample_run
+from els.runs.run import sample_run
 from els.index import PatchDatabase
 
 db, run, shards, threads, n, steps, size, batch, rounds = sys.argv[1:]

@@ -9,8 +9,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from els.engine import ScoreMachine
-from els.engine.runs import RunReport, sample_run
 from els.index import PatchDatabase, open_source
+from els.runs.run import RunReport, sample_run
 
 SCORE = textwrap.dedent(
     """

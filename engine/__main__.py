@@ -1,5 +1,5 @@
 """``python -m els.engine`` is the command line ``els``."""
 
-from els.engine.cli import main
+from els.cli.app import main
 
 main()

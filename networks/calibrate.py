@@ -39,7 +39,7 @@ from els.engine.machines import ScoreMachine
 from els.engine.posterior import Boundary
 from els.engine.sampler import StepState, require_count, sample
 from els.engine.schedule import Schedule, describe, described, patch_sizes_for
-from els.networks.adapters import NetworkDenoiser
+from els.networks.denoiser import NetworkDenoiser
 from els.storage.figures import optional_picture, write_figure
 from els.storage.files import write_json
 from els.storage.manifests import read_json

@@ -37,12 +37,12 @@ import torch
 
 from els.engine.machines import ScoreMachine
 from els.engine.posterior import Boundary, Kind
-from els.engine.runs import StepProgress, sample_run
 from els.engine.sampler import StepState, initial_noise, require_count, sample
 from els.index import PatchDatabase, encode
-from els.networks.adapters import NetworkDenoiser
 from els.networks.calibrate import Calibration
+from els.networks.denoiser import NetworkDenoiser
 from els.networks.folders import NetworkError, claimed
+from els.runs.run import StepProgress, sample_run
 from els.storage.figures import optional_picture, write_figure
 from els.storage.files import atomic_file, remove_stale, visible_names, write_json
 from els.storage.manifests import package_version, read_json

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from els.engine import ScoreMachine
 from els.engine.distributed import ProcessMesh, process_mesh
-from els.engine.runs import sample_run
 from els.engine.scan import can_scan
 from els.index import PatchDatabase
+from els.runs.run import sample_run
 
 RNG = np.random.default_rng(21)
 # 37 images: neither ranks nor blocks divide them. Class 3 is with one rank only, as are its ties.

@@ -14,8 +14,8 @@ import diffusers
 from els.engine import sample
 from els.engine.schedule import Cosine, Linear, describe
 from els.index import PatchDatabase
-from els.networks.adapters import NetworkDenoiser, open_network
 from els.networks.architecture import NetworkConfig
+from els.networks.denoiser import NetworkDenoiser, open_network
 from els.networks.folders import NetworkError
 from els.networks.training import TrainingSettings, build, load, train_network
 

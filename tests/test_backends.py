@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from els.engine import cores
+from els.engine import cores as core_count
 from els.engine.cores import available_cores
 
 ALONE = """
@@ -84,11 +84,11 @@ def test_quotas_of_control_groups(
         place = tmp_path / "sys/fs/cgroup" / name
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(content + "\n")
-    assert cores._cpu_quota(tmp_path) == quota
+    assert core_count._cpu_quota(tmp_path) == quota
 
 
 def test_without_control_groups(tmp_path: Path) -> None:
-    assert cores._cpu_quota(tmp_path) == math.inf
+    assert core_count._cpu_quota(tmp_path) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_what_limits_the_cores(
     monkeypatch: pytest.MonkeyPatch, quota: float, wanted: str | None, cores: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(cores, "_cpu_quota", lambda: quota)
+    monkeypatch.setattr(core_count, "_cpu_quota", lambda: quota)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if wanted is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", wanted)

@@ -14,9 +14,13 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from els.engine import ScoreMachine, cli, console
-from els.engine.runs import RunError, RunFolder, read_settings, sample_run
+from els.cli import app as cli
+from els.cli import console
+from els.engine import ScoreMachine
 from els.index import PatchDatabase
+from els.runs.folder import RunFolder, read_settings
+from els.runs.run import sample_run
+from els.runs.stores import RunError
 
 RNG = np.random.default_rng(13)
 IMAGES = RNG.integers(0, 256, (6, 6, 8), dtype=np.uint8)
@@ -382,7 +386,7 @@ import sys, types, importlib.util
 package = types.ModuleType("els.engine")
 package.__path__ = list(importlib.util.find_spec("els.engine").submodule_search_locations)
 sys.modules["els.engine"] = package
-from els.engine.cli import command_line
+from els.cli.app import command_line
 command_line()
 heavy = {"torch", "numpy", "matplotlib", "PIL"} & set(sys.modules)
 assert not heavy, heavy

@@ -9,10 +9,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from els.engine import ScoreMachine, cli
-from els.engine.collect import draw_grid, merge_run, run_status
-from els.engine.runs import RunError, RunFolder, StepProgress, sample_run
+from els.cli import app as cli
+from els.engine import ScoreMachine
 from els.index import PatchDatabase, encode
+from els.runs.export import draw_grid, merge_run
+from els.runs.folder import RunFolder
+from els.runs.run import StepProgress, sample_run
+from els.runs.status import run_status
+from els.runs.stores import RunError
 from els.storage.files import DiskFullError
 from els.storage.png import grid
 
@@ -95,7 +99,7 @@ def test_a_merge_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -
         assert size >= 11 * 20 * 4
         raise DiskFullError(path, "test")
 
-    monkeypatch.setattr("els.engine.collect.require_space", no_room)
+    monkeypatch.setattr("els.runs.export.require_space", no_room)
     with pytest.raises(DiskFullError):
         merge_run(run.path, output)
     assert output.read_bytes() == b"mine"

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from els.engine import ScoreMachine, by_hand, compare
-from els.engine.cli import app
-from els.engine.compare import (
+from els.bench import compare
+from els.bench.compare import (
     Comparison,
     _front,
     _kind,
@@ -21,6 +20,8 @@ from els.engine.compare import (
     compare_samples,
     held_out,
 )
+from els.cli.app import app
+from els.engine import ScoreMachine, by_hand
 from els.engine.posterior import Boundary
 from els.index import PatchDatabase, decode
 

@@ -22,7 +22,8 @@ from distributed_worker import BACKENDS, IMAGES, LABELS, MANY, RUN, answers
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from els.engine import ScoreMachine, cli
+from els.cli import app as cli
+from els.engine import ScoreMachine
 from els.engine.distributed import (
     ProcessMesh,
     RankError,
@@ -33,16 +34,10 @@ from els.engine.distributed import (
 from els.engine.native import NativeBackend
 from els.engine.posterior import PosteriorQuery, merge_all
 from els.engine.reference import TorchBackend
-from els.engine.runs import (
-    RunError,
-    RunFolder,
-    RunReport,
-    StepProgress,
-    read_sessions,
-    read_settings,
-    sample_run,
-)
 from els.index import PatchDatabase
+from els.runs.folder import RunFolder, read_sessions, read_settings
+from els.runs.run import RunReport, StepProgress, sample_run
+from els.runs.stores import RunError
 
 DB = PatchDatabase.from_arrays(IMAGES, LABELS)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

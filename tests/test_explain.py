@@ -7,12 +7,15 @@ import pytest
 from PIL import Image
 
 from els.engine import ScoreMachine
-from els.engine.explain import Explanation, explain_run, explain_sample
-from els.engine.mosaic import draw, require_picture, write_explanation
-from els.engine.runs import RunError, RunFolder, sample_run
 from els.engine.sampler import plan_sampling
 from els.engine.schedule import Cosine
+from els.explain.explanation import Explanation
+from els.explain.picture import draw, require_picture, write_explanation
+from els.explain.replay import explain_run, explain_sample
 from els.index import PatchDatabase, decode
+from els.runs.folder import RunFolder
+from els.runs.run import sample_run
+from els.runs.stores import RunError
 from els.storage.png import colours, grid, panels
 
 RNG = np.random.default_rng(21)

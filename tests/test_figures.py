@@ -16,7 +16,7 @@ from els.storage.figures import neutral_style, optional_picture, write_figure
 COMMANDS = """
 import sys
 from typer.testing import CliRunner
-from els.engine.cli import command_line
+from els.cli.app import command_line
 for arguments in (
     "build images.npz -o db",
     "train db -o net --steps 2 --channels 4",

@@ -335,7 +335,7 @@ def test_errors_name_the_path_that_was_asked_for(tmp_path: Path) -> None:
 COMMANDS = """
 import sys
 from typer.testing import CliRunner
-from els.engine.cli import command_line
+from els.cli.app import command_line
 for arguments in (
     "build images.npy -o db",
     "index db --patch-sizes 3",

@@ -22,8 +22,8 @@ pytest.importorskip("safetensors", reason="networks are stored with safetensors"
 
 from machine_network import MachineNetwork
 
-from els.networks.adapters import Network, NetworkDenoiser, open_network
 from els.networks.architecture import NetworkConfig
+from els.networks.denoiser import Network, NetworkDenoiser, open_network
 from els.networks.folders import (
     NetworkError,
     NetworkFolder,

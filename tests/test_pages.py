@@ -17,11 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from els.engine import ScoreMachine, explain, pages
-from els.engine.explain import Walkthrough, explain_run, walk_run
-from els.engine.pages import page, require_page, write_page
-from els.engine.runs import RunError, RunFolder, read_settings, sample_run
+from els.engine import ScoreMachine
+from els.explain import page as pages
+from els.explain import replay as explain
+from els.explain.explanation import Walkthrough
+from els.explain.page import page, require_page, write_page
+from els.explain.replay import explain_run, walk_run
 from els.index import PatchDatabase, encode
+from els.runs.folder import RunFolder, read_settings
+from els.runs.run import sample_run
+from els.runs.stores import RunError
 
 RNG = np.random.default_rng(44)
 COUNT, HEIGHT, WIDTH, STEPS, TOP = 7, 6, 9, 3, 4

@@ -9,14 +9,15 @@ import torch
 from machine_network import MachineNetwork
 from typer.testing import CliRunner, Result
 
-from els.engine import ScoreMachine, cli, sample
-from els.engine.runs import RunError
+from els.cli import app as cli
+from els.engine import ScoreMachine, sample
 from els.index import PatchDatabase
+from els.runs.stores import RunError
 
 pytest.importorskip("safetensors", reason="networks are stored with safetensors")
 
-from els.networks.adapters import Network, NetworkDenoiser, open_network
 from els.networks.calibrate import calibrate, draw_calibration, read_calibration
+from els.networks.denoiser import Network, NetworkDenoiser, open_network
 from els.networks.evaluate import Prediction, compared, evaluate
 from els.networks.folders import NetworkError, embedded, network_folder
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from test_files import file_size_limit
 from typer.testing import CliRunner
 
-from els.engine import cli
+from els.cli import app as cli
 from els.index import DatabaseError, PatchDatabase, PatchIndex, choose_factory, decode
 from els.index import retrieval as module
 from els.index.layout import LayoutError, check_layout

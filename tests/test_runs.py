@@ -20,11 +20,12 @@ from torch.distributed import HashStore
 
 from els.engine import ScoreMachine, sample
 from els.engine.distributed import ProcessMesh
-from els.engine.explain import explain_run
-from els.engine.runs import GRID_MOST, RunError, RunFolder, StepProgress, read_settings, sample_run
 from els.engine.schedule import Linear
-from els.engine.shards import DEFAULT_SHARD_SIZE
+from els.explain.replay import explain_run
 from els.index import PatchDatabase, encode
+from els.runs.folder import GRID_MOST, RunFolder, read_settings
+from els.runs.run import StepProgress, sample_run
+from els.runs.stores import DEFAULT_SHARD_SIZE, RunError
 
 RNG = np.random.default_rng(8)
 IMAGES = RNG.integers(0, 256, (6, 1, 6, 8), dtype=np.uint8)
@@ -88,7 +89,7 @@ def test_a_run_in_shards_holds_the_samples(machine, tmp_path: Path, shard_size, 
 
 def test_large_runs_are_in_shards_unless_told_otherwise(tmp_path: Path, monkeypatch) -> None:
     assert DEFAULT_SHARD_SIZE == 1000
-    monkeypatch.setattr("els.engine.runs.DEFAULT_SHARD_SIZE", 10)
+    monkeypatch.setattr("els.runs.run.DEFAULT_SHARD_SIZE", 10)
     tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "IS", backend="torch")
     few, many = tmp_path / "few", tmp_path / "many"
     for folder, n, size in ((few, 10, 1), (many, 11, 10)):
@@ -128,7 +129,7 @@ def test_long_samples_go_on_at_the_step_where_they_were(
 ) -> None:
     options = {**OPTIONS, "batch_size": batch_size, "shard_size": shard_size}
     sample_run(machine, tmp_path / "whole", **options)
-    monkeypatch.setattr("els.engine.runs._MOST_LOST_SECONDS", 0.0)
+    monkeypatch.setattr("els.runs.run._MOST_LOST_SECONDS", 0.0)
     done: list[int] = []
 
     def stop(progress: StepProgress) -> None:
@@ -186,7 +187,7 @@ def test_damaged_steps_are_done_again(machine: ScoreMachine, tmp_path: Path, dam
 
 
 def test_timings_of_a_long_run_do_not_pile_up(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("els.engine.runs._TIMINGS_KEPT", 7)
+    monkeypatch.setattr("els.runs.run._TIMINGS_KEPT", 7)
     tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "IS", backend="torch")
     seen: list[StepProgress] = []
     report = sample_run(tiny, tmp_path, n=5, steps=4, batch_size=1, progress=seen.append)
@@ -271,7 +272,7 @@ def test_a_grid_of_fewer_samples_never_stays(machine, tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("els.engine.runs._write_grid", die)
+        patch.setattr("els.runs.run._write_grid", die)
         with pytest.raises(KeyboardInterrupt):
             sample_run(machine, tmp_path / "grown", **OPTIONS)
     assert sample_run(machine, tmp_path / "grown", **OPTIONS).computed == 0
@@ -307,7 +308,7 @@ def test_a_shard_whose_writer_was_killed_is_completed(machine, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("els.engine.shards.ShardFolder.complete", die)
+        patch.setattr("els.runs.stores.ShardFolder.complete", die)
         with pytest.raises(KeyboardInterrupt) as caught:
             sample_run(machine, run.path, **OPTIONS, shard_size=5)
     assert caught.value.__notes__[0].startswith("5 of 5 samples are finished")
@@ -534,7 +535,7 @@ class Clock:
 def test_a_batch_takes_no_longer_than_an_interruption_may_lose(
     tmp_path: Path, monkeypatch, kind: str, step_seconds: float, batches: list[int]
 ) -> None:
-    monkeypatch.setattr("els.engine.runs.time", Clock(step_seconds))
+    monkeypatch.setattr("els.runs.run.time", Clock(step_seconds))
     machine = ScoreMachine(DB, kind, "zeros", "torch")
     options = {"n": 8, "steps": 2, "patch_sizes": 3}
     seen: list[StepProgress] = []
@@ -545,7 +546,7 @@ def test_a_batch_takes_no_longer_than_an_interruption_may_lose(
 
 
 def test_large_batches_come_with_fast_samples_and_have_a_limit(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("els.engine.runs.time", Clock(1e-6))
+    monkeypatch.setattr("els.runs.run.time", Clock(1e-6))
     seen: list[StepProgress] = []
     tiny = ScoreMachine(PatchDatabase.from_arrays(IMAGES[:, :, :1, :1]), "LS", backend="torch")
     sample_run(tiny, tmp_path, n=40, steps=1, patch_sizes=1, progress=seen.append)
@@ -556,7 +557,7 @@ def test_ranks_that_share_the_database_have_batches_that_no_clock_changes(
     tmp_path: Path, monkeypatch
 ) -> None:
     """The size of a batch changes the order in which three ranks or more add."""
-    monkeypatch.setattr("els.engine.runs.time", Clock(11.0))
+    monkeypatch.setattr("els.runs.run.time", Clock(11.0))
     # A mesh without a group merges nothing.
     mesh = ProcessMesh(HashStore(), world_size=2, database_shards=2)
     machine = ScoreMachine(DB, "LS", "zeros", "torch", mesh=mesh)
@@ -573,7 +574,7 @@ def test_ranks_that_share_the_database_have_batches_that_no_clock_changes(
 
 
 def test_an_interruption_of_slow_samples_loses_only_the_last(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr("els.engine.runs.time", Clock(11.0))
+    monkeypatch.setattr("els.runs.run.time", Clock(11.0))
 
     def stop(step: StepProgress) -> None:
         if step.finished == 3 and step.step == 1:

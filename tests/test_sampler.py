@@ -12,10 +12,10 @@ from conftest import BackendUnderTest
 
 from els.engine import LocalPosterior, ScoreMachine, sample
 from els.engine.posterior import PosteriorQuery
-from els.engine.runs import sample_run
 from els.engine.sampler import StepState, initial_noise
 from els.engine.schedule import Cosine, Exponential, Linear, Schedule
 from els.index import PatchDatabase, decode
+from els.runs.run import sample_run
 
 RNG = np.random.default_rng(5)
 IMAGES = RNG.integers(0, 256, (5, 2, 7, 9), dtype=np.uint8)

@@ -1,19 +1,7 @@
-"""Runs: a folder of samples that can be killed at any moment and goes on where it was.
+"""Sampling into a folder: only what is missing is computed, by one process or many.
 
-A run folder holds::
-
-    run.json            every setting, and when and with which versions it was worked on
-    samples/000000.npy  float32 [C, H, W], nominally in [-1, 1]; it is there if and only if the
-                        sample is finished
-    samples/000000.png  the same as 8-bit pixels (2 and 4 channels: side by side, in grey)
-    steps/              where samples are that take long, until they are finished: 000000.npz
-    trajectory/         on request: 000000.png (above x_t, below the predicted x_0, noise first)
-                        and 000000.npz (both as float32 [steps, C, H, W], with t, alpha, sigma)
-    grid.png            all samples (the first 1,024), made when the last is finished
-
-A large run has ``shards/`` in place of ``samples/``: see :mod:`els.engine.shards`. A machine with a
-mesh (:mod:`els.engine.distributed`) shares the work with the other processes of the run: rank 0
-keeps the folder, and whoever computes samples writes them.
+A machine with a mesh (:mod:`els.engine.distributed`) shares the work with the other processes of
+the run: rank 0 keeps the folder, and whoever computes samples writes them.
 """
 
 from __future__ import annotations
@@ -26,48 +14,44 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, final, get_args
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from els.engine.backends import BackendName
 from els.engine.distributed import ProcessMesh, SharedTask
 from els.engine.machines import ScoreMachine
-from els.engine.native import instruction_sets
-from els.engine.posterior import Boundary, Kind
 from els.engine.sampler import (
     DEFAULT_BATCH,
     Resumption,
-    SamplePlan,
     StepState,
     plan_sampling,
     require_count,
     sample_plan,
 )
-from els.engine.scan import can_scan, has_tiles
-from els.engine.schedule import Cosine, Schedule, describe, described, patch_sizes_for
-from els.engine.shards import DEFAULT_SHARD_SIZE, RunError, Samples, ShardFolder, missing, united
+from els.engine.schedule import Cosine, Schedule
 from els.index import encode
-from els.storage.files import atomic_file, remove_stale, visible_names, write_json
-from els.storage.locks import take_lock
-from els.storage.manifests import package_version, read_json
+from els.runs.folder import (
+    _STEPS,
+    GRID_MOST,
+    RunFolder,
+    _claimed,
+    _make_room,
+    _there,
+    _write_manifest,
+    read_settings,
+)
+from els.runs.settings import _MAY_DIFFER, RunSettings, _restored, _settings, _stored
+from els.runs.stores import DEFAULT_SHARD_SIZE, RunError, Samples, missing
+from els.storage.files import atomic_file
+from els.storage.manifests import package_version
 from els.storage.png import grid, panels, write_png
 
-FORMAT = "els-run"
-VERSION = 1
-GRID_MOST = 1024
-
-_MANIFEST, _GRID, _LOCK, _STEPS = "run.json", "grid.png", ".lock", "steps"
-# Settings that may differ from those of the run in the folder; estimates are compared apart.
-_MAY_DIFFER = {"n", "database", "estimates"}
-# Seconds to try for the lock: els status holds it for an instant when it looks whether it is held.
-_LOCK_PATIENCE = 0.2
 # Steps whose timing is kept: their medians do not need all, and a long run must not grow.
 _TIMINGS_KEPT = 4096
 # Seconds of work that an interruption may cost: batches whose size is not given take at most so
@@ -76,193 +60,6 @@ _MOST_LOST_SECONDS = 20.0
 # Fewest samples in such a batch of IS and ES: they read and transform every training image once for
 # all, so that four samples take 1.2 to 2.5 times as long as one.
 _LEAST_SHARED_BATCH = 4
-
-__all__ = [
-    "GRID_MOST",
-    "EstimateSource",
-    "RunError",
-    "RunFolder",
-    "RunReport",
-    "RunSettings",
-    "StepProgress",
-    "read_sessions",
-    "read_settings",
-    "sample_run",
-]
-
-
-@dataclass(frozen=True)
-class EstimateSource:
-    """What the estimates of an ELS run with a tolerance depend on beside the database.
-
-    Attributes:
-        kernel: which estimates use: the instruction set, ``+tiles`` with a matrix unit, and
-            ``none`` without the compiled extension.
-        indices: SHA-256 of the database's patch index of every patch size of the run that has one.
-    """
-
-    kernel: str
-    indices: dict[str, str]
-
-    def __post_init__(self) -> None:
-        # It may come from a file.
-        indices = self.indices.items() if isinstance(self.indices, dict) else [(None, None)]
-        if not isinstance(self.kernel, str) or not all(
-            isinstance(size, str) and size.isdecimal() and isinstance(content, str)
-            for size, content in indices
-        ):
-            raise TypeError(f"estimates are {self!r}")
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Everything that the samples of a run depend on, as ``run.json`` holds it.
-
-    Attributes:
-        database: folder of the database; it may move, its content may not change.
-        content_hash: of the database.
-        machine: which score machine.
-        boundary: of the machine; None for IS and ES, to which it does not matter.
-        backend: ``native``, ``torch`` or ``triton``: they agree to rounding, not to the bit.
-        patch_sizes: one per step, lowest noise first; None for IS and ES.
-        schedule: name and constants.
-        steps: of the sampler.
-        eta: of the sampler.
-        seed: of the run.
-        label: class of the training images that were drawn on; None for all.
-        trajectory: whether every step is kept.
-        n: number of samples; may grow.
-        tolerance: of every posterior mean; None for exact ones.
-        shard_size: samples to a file; 1 for a picture and a file of each.
-        estimates: what estimates depend on; None without a tolerance, for machines other than ELS,
-            and in runs of older versions.
-    """
-
-    database: str
-    content_hash: str
-    machine: Kind
-    boundary: Boundary | None
-    backend: BackendName
-    patch_sizes: tuple[int, ...] | None
-    schedule: dict[str, str | float]
-    steps: int
-    eta: float
-    seed: int
-    label: int | None
-    trajectory: bool
-    n: int
-    tolerance: float | None = None
-    shard_size: int = 1
-    estimates: EstimateSource | None = None
-
-    @property
-    def plan(self) -> SamplePlan:
-        """How the samples are drawn."""
-        return SamplePlan(
-            self.steps,
-            self.patch_sizes,
-            self.seed,
-            described(self.schedule),
-            self.eta,
-            self.tolerance,
-        )
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Where the files of a run are."""
-
-    path: Path
-
-    @property
-    def manifest(self) -> Path:
-        """Settings and sessions."""
-        return self.path / _MANIFEST
-
-    @property
-    def lock(self) -> Path:
-        """Locked by the process that keeps the folder, as long as the run goes on."""
-        return self.path / _LOCK
-
-    @property
-    def grid(self) -> Path:
-        """The picture of all samples."""
-        return self.path / _GRID
-
-    def values(self, index: int) -> Path:
-        """Float values of a sample; written last, so it marks the sample as finished."""
-        return self.path / "samples" / f"{index:06d}.npy"
-
-    def picture(self, index: int) -> Path:
-        """8-bit picture of a sample."""
-        return self.path / "samples" / f"{index:06d}.png"
-
-    def trajectory(self, index: int, suffix: str) -> Path:
-        """``.png`` or ``.npz`` of a sample's steps."""
-        return self.path / "trajectory" / f"{index:06d}{suffix}"
-
-    def step(self, index: int) -> Path:
-        """Where a sample is that is not finished yet."""
-        return self.path / _STEPS / f"{index:06d}.npz"
-
-    def shards(self, size: int) -> ShardFolder:
-        """The samples of a large run."""
-        return ShardFolder(self.path / "shards", size)
-
-    def is_finished(self, index: int) -> bool:
-        """Whether a sample that has files of its own is there, as values and as a picture."""
-        return self.values(index).exists() and self.picture(index).exists()
-
-    def finished(self, settings: RunSettings) -> list[range]:
-        """The numbers of the finished samples, in disjoint ascending runs.
-
-        Raises:
-            RunError: if a shard is damaged.
-        """
-        if settings.shard_size > 1:
-            return self.shards(settings.shard_size).finished()
-        # Of the files that are there: n may be any number.
-        stems = [path.stem for path in self.values(0).parent.glob("*.npy")]
-        numbers = sorted(int(stem) for stem in stems if stem.isdecimal())
-        there = (index for index in numbers if index < settings.n and self.is_finished(index))
-        return united(range(index, index + 1) for index in there)
-
-    def load(self, index: int) -> npt.NDArray[np.float32]:
-        """A finished sample, float32 ``[C, H, W]``.
-
-        Raises:
-            RunError: if it is not finished, or damaged.
-        """
-        values: npt.NDArray[np.float32] = next(self.samples(range(index, index + 1)))[0]
-        return values
-
-    def samples(self, numbers: range) -> Iterator[Samples]:
-        """Finished samples in their order, float32 ``[k, C, H, W]`` at a time.
-
-        Raises:
-            RunError: if one is not finished, or its file is damaged.
-        """
-        size = read_settings(self.path).shard_size if self.manifest.exists() else 1
-        if size > 1:
-            yield from self.shards(size).pieces(numbers)
-        else:
-            for index in numbers:
-                yield self._own_values(index)[np.newaxis]
-
-    def _own_values(self, index: int) -> npt.NDArray[np.float32]:
-        try:
-            values: npt.NDArray[np.float32] = np.load(self.values(index), allow_pickle=False)
-        except FileNotFoundError as error:
-            raise RunError(
-                f"sample {index} of {self.path} is not there; the same els sample command that "
-                "began the run goes on with it"
-            ) from error
-        except (ValueError, EOFError) as error:
-            raise RunError(
-                f"{self.values(index)} is damaged ({error}); remove it and start the same els "
-                "sample command again"
-            ) from error
-        return values
 
 
 @dataclass(frozen=True)
@@ -412,26 +209,6 @@ def sample_run(
             task.wait("left", mesh.world_size)
             _end(run, report)
         return report
-
-
-def read_settings(folder: str | Path) -> RunSettings:
-    """The settings of a run.
-
-    Raises:
-        RunError: if there is none, or its ``run.json`` is damaged or too new.
-    """
-    run = RunFolder(Path(folder))
-    return _settings_of(run, _read_manifest(run))
-
-
-def read_sessions(folder: str | Path) -> list[dict[str, Any]]:
-    """When, how and with which versions a run was worked on, one entry a session.
-
-    Raises:
-        RunError: as :func:`read_settings`.
-    """
-    sessions: list[dict[str, Any]] = _read_manifest(RunFolder(Path(folder)))["sessions"]
-    return sessions
 
 
 @dataclass(frozen=True)
@@ -791,22 +568,6 @@ def _write_grid(run: RunFolder, n: int) -> None:
 
 
 @contextmanager
-def _claimed(run: RunFolder) -> Iterator[None]:
-    """Makes the folder and keeps other runs out of it until the end, however it comes."""
-    if run.path.exists() and not run.path.is_dir():
-        raise RunError(f"{run.path} is a file; give a folder for the run")
-    run.path.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = take_lock(run.lock, _LOCK_PATIENCE)
-    except BlockingIOError as error:
-        raise RunError(
-            f"another process is sampling into {run.path}; wait for it, or give another folder"
-        ) from error
-    with lock:
-        yield
-
-
-@contextmanager
 def _explained(run: RunFolder, n: int) -> Iterator[None]:
     try:
         yield
@@ -822,32 +583,6 @@ def _explained(run: RunFolder, n: int) -> Iterator[None]:
             "start again with the same arguments to go on"
         )
         raise
-
-
-def _there(run: RunFolder) -> tuple[RunSettings | None, list[dict[str, Any]]]:
-    """The settings and sessions of the run in a folder that may be used for one."""
-    if run.manifest.exists():
-        manifest = _read_manifest(run)
-        return _settings_of(run, manifest), manifest["sessions"]
-    foreign = visible_names(run.path)
-    if foreign:
-        raise RunError(
-            f"{run.path} is not empty and not a run (it has {foreign[0]!r}, but no "
-            f"{_MANIFEST}); give another folder"
-        )
-    return None, []
-
-
-def _make_room(run: RunFolder, settings: RunSettings) -> None:
-    """Makes the folders inside, and clears them of what killed writers left."""
-    remove_stale(run.path)
-    remove_stale(run.path / _STEPS)
-    if settings.shard_size > 1:
-        run.shards(settings.shard_size).make_room()
-        return
-    for name in ("samples", *(["trajectory"] if settings.trajectory else [])):
-        (run.path / name).mkdir(exist_ok=True)
-        remove_stale(run.path / name)
 
 
 def _require_same(run: RunFolder, there: RunSettings, here: RunSettings) -> None:
@@ -910,133 +645,6 @@ def _require_no_new_indices(machine: ScoreMachine, settings: RunSettings) -> Non
 
 def _shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _estimate_source(machine: ScoreMachine, plan: SamplePlan) -> EstimateSource | None:
-    """What the plan's estimates depend on; other machines' than ELS only on the database."""
-    if plan.tolerance is None or machine.kind != "ELS":
-        return None
-    kernel = "none"
-    if can_scan():
-        kernel = instruction_sets()[-1] + ("+tiles" if has_tiles() else "")
-    found = {size: machine._index(size) for size in sorted(set(plan.patch_sizes or ()))}
-    return EstimateSource(
-        kernel, {str(size): index.content_hash for size, index in found.items() if index}
-    )
-
-
-def _settings(
-    machine: ScoreMachine, plan: SamplePlan, n: int, label: int | None, trajectory: bool
-) -> RunSettings:
-    db = machine.db
-    return RunSettings(
-        database="(in memory)" if db.path is None else str(db.path.resolve()),
-        content_hash=db.content_hash,
-        machine=machine.kind,
-        boundary=machine.boundary if machine.is_local else None,
-        backend=machine.backend_name,
-        patch_sizes=plan.patch_sizes,
-        schedule=describe(plan.schedule),
-        steps=plan.steps,
-        eta=plan.eta,
-        seed=plan.seed,
-        label=None if label is None else int(label),
-        trajectory=bool(trajectory),
-        n=int(n),
-        tolerance=plan.tolerance,
-        estimates=_estimate_source(machine, plan),
-    )
-
-
-def _read_manifest(run: RunFolder) -> dict[str, Any]:
-    try:
-        manifest = read_json(run.manifest)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(
-            f"{run.path} is not a run (it has no {_MANIFEST}); els sample makes one"
-        ) from error
-    except ValueError as error:
-        raise _damaged(run, str(error)) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _damaged(run, f"its format is not {FORMAT!r}")
-    if manifest.get("version") != VERSION:
-        raise RunError(
-            f"{run.manifest} has version {manifest.get('version')}, this els-machine reads "
-            f"{VERSION}; upgrade els-machine, or give another folder"
-        )
-    if not isinstance(manifest.get("sessions"), list):
-        raise _damaged(run, "it has no list of sessions")
-    return manifest
-
-
-def _settings_of(run: RunFolder, manifest: dict[str, Any]) -> RunSettings:
-    try:
-        settings = _restored(manifest["settings"])
-        _require_sound(settings)
-        return settings
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(run, f"its settings are not ours ({error})") from error
-
-
-def _require_sound(settings: RunSettings) -> None:
-    """Refuses settings that no run has.
-
-    Raises:
-        TypeError, ValueError: naming the setting.
-    """
-    for name in ("n", "steps", "shard_size"):
-        require_count(name, getattr(settings, name), 1)
-    require_count("seed", settings.seed, 0, most=None)
-    if settings.label is not None:
-        require_count("label", settings.label, 0, most=None)
-    for name, choices in (
-        ("machine", get_args(Kind)),
-        ("boundary", (None, *get_args(Boundary))),
-        ("trajectory", (False, True)),
-    ):
-        if getattr(settings, name) not in choices:
-            raise ValueError(f"{name} is {getattr(settings, name)!r}")
-    for name, types in (
-        ("database", (str,)),
-        ("content_hash", (str,)),
-        ("backend", (str,)),
-        ("eta", (int, float)),
-        ("tolerance", (int, float, type(None))),
-    ):
-        if not isinstance(getattr(settings, name), types):
-            raise TypeError(f"{name} is {getattr(settings, name)!r}")
-    described(settings.schedule)
-    if settings.patch_sizes is not None:
-        patch_sizes_for(settings.patch_sizes, settings.steps)
-
-
-def _restored(content: dict[str, Any]) -> RunSettings:
-    settings = RunSettings(**content)
-    sizes, estimates = settings.patch_sizes, content.get("estimates")
-    return replace(
-        settings,
-        patch_sizes=None if sizes is None else tuple(sizes),
-        estimates=None if estimates is None else EstimateSource(**estimates),
-    )
-
-
-def _stored(settings: RunSettings) -> dict[str, Any]:
-    """The settings as JSON; runs without estimates say nothing of them, as in older versions."""
-    content = asdict(settings)
-    if settings.estimates is None:
-        del content["estimates"]
-    return content
-
-
-def _damaged(run: RunFolder, reason: str) -> RunError:
-    return RunError(f"{run.manifest} is damaged: {reason}; give another folder")
-
-
-def _write_manifest(
-    run: RunFolder, settings: RunSettings, sessions: Sequence[dict[str, Any]]
-) -> None:
-    content = {"format": FORMAT, "version": VERSION, "settings": _stored(settings)}
-    write_json(run.manifest, content | {"sessions": list(sessions)})
 
 
 def _surroundings(machine: ScoreMachine, mesh: ProcessMesh) -> dict[str, Any]:

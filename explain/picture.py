@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from els.engine.explain import Contributor, Explanation
+from els.explain.explanation import Contributor, Explanation
 from els.index import PatchDatabase, encode
 from els.storage.figures import neutral_style, write_figure
 from els.storage.files import atomic_file

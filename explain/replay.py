@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -13,10 +12,13 @@ import torch
 from torch import Tensor
 
 from els.engine.machines import MAX_TOP, ScoreMachine
-from els.engine.posterior import Boundary, Kind, LocalPosterior
-from els.engine.runs import RunError, RunFolder, RunSettings, read_settings
+from els.engine.posterior import LocalPosterior
 from els.engine.sampler import SamplePlan, StepState, sample_plan
+from els.explain.explanation import Explanation, Walkthrough
 from els.index import DatabaseError, PatchDatabase
+from els.runs.folder import RunFolder, read_settings
+from els.runs.settings import RunSettings
+from els.runs.stores import RunError
 
 DEFAULT_TOP = 16
 DEFAULT_WALK_TOP = 6
@@ -25,80 +27,6 @@ MOST_ENTRIES = 500_000
 
 # A grey level: rounding differs between processors by far less, another noise by far more.
 _SAME_SAMPLE = 1 / 127.5
-
-
-@dataclass(frozen=True)
-class Contributor:
-    """A training image that gave to a sample.
-
-    Attributes:
-        image: its number in the database.
-        share: of the sample: posterior weight of its patches, averaged over the pixels, 0 to 1.
-    """
-
-    image: int
-    share: float
-
-
-@dataclass(frozen=True, eq=False)
-class Explanation:
-    """The posteriors behind one sample, step by step from noise to clean (S steps).
-
-    Attributes:
-        index: the sample's number in its run.
-        kind: the machine.
-        values: the sample, float32 ``[C, H, W]``, nominally in [-1, 1].
-        step: the step that is looked at closely; steps count down to 1.
-        sigma: standard deviation of the noise, float64 ``[S]``.
-        patch_sizes: int64 ``[S]``; 0 for IS and ES, which compare whole images.
-        effective_patches: exp(entropy of the weights), float32 ``[S, H, W]``.
-        heaviest: image number and centre of every pixel's heaviest patch, ``(n, y, x)``, int64
-            ``[S, H, W, 3]``.
-        weights: at :attr:`step`, posterior weights of the k heaviest patches, best first, float32
-            ``[H, W, k]``.
-        sources: their image numbers, int64 ``[H, W, k]``; -1 where there are fewer than k.
-    """
-
-    index: int
-    kind: Kind
-    values: npt.NDArray[np.float32]
-    step: int
-    sigma: npt.NDArray[np.float64]
-    patch_sizes: npt.NDArray[np.int64]
-    effective_patches: npt.NDArray[np.float32]
-    heaviest: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float32]
-    sources: npt.NDArray[np.int64]
-
-    @property
-    def row(self) -> int:
-        """Where :attr:`step` is in the arrays."""
-        return len(self.sigma) - self.step
-
-    def offsets(self) -> npt.NDArray[np.int64]:
-        """``(dy, dx)`` from every pixel to the centre of its heaviest patch, ``[S, H, W, 2]``.
-
-        The shifts of ES are cyclic: of the two ways round, the shorter.
-        """
-        sides = np.array(self.values.shape[1:])
-        here = np.moveaxis(np.indices(self.values.shape[1:]), 0, -1)
-        offsets: npt.NDArray[np.int64] = self.heaviest[..., 1:] - here
-        if self.kind == "ES":
-            offsets = (offsets + sides // 2) % sides - sides // 2
-        return offsets
-
-    def contributors(self) -> tuple[Contributor, ...]:
-        """The training images among the heaviest patches at :attr:`step`, most given first.
-
-        Shares count the k heaviest patches of each pixel; what is missing to a sum of 1 is the
-        mass beyond them.
-        """
-        there = self.sources >= 0
-        numbers, places = np.unique(self.sources[there], return_inverse=True)
-        pixels = self.values[0].size
-        sums = np.bincount(places, self.weights[there]) / pixels
-        order = np.argsort(-sums, kind="stable")
-        return tuple(Contributor(int(numbers[i]), float(sums[i])) for i in order)
 
 
 def explain_sample(
@@ -192,46 +120,6 @@ def explain_run(
     )
     _require_same(folder, index, explanation.values, stored)
     return explanation, machine.db
-
-
-@dataclass(frozen=True, eq=False)
-class Walkthrough:
-    """The heaviest patches of every pixel of one sample at every step that is kept (S of them).
-
-    Attributes:
-        index: the sample's number in its run.
-        kind: the machine.
-        boundary: of the machine.
-        values: the sample, float32 ``[C, H, W]``, nominally in [-1, 1].
-        plan_steps: how many steps drew it.
-        tolerance: of the posteriors that drew it; None for exact ones. The weights are exact.
-        step: where to begin to look; one of :attr:`steps`.
-        steps: which are kept, counting down to 1, int64 ``[S]``.
-        sigma: standard deviation of the noise, float64 ``[S]``.
-        patch_sizes: int64 ``[S]``; 0 for IS and ES, which compare whole images.
-        noisy: x_t, float32 ``[S, C, H, W]``.
-        predicted: posterior mean of the clean image, float32 ``[S, C, H, W]``.
-        effective_patches: exp(entropy of the weights), float32 ``[S, H, W]``.
-        weights: posterior weights of the k heaviest patches, best first, float32 ``[S, H, W, k]``.
-        addresses: of their centres, ``(n * H + y) * W + x``, int64 ``[S, H, W, k]``; -1 where
-            there are fewer than k.
-    """
-
-    index: int
-    kind: Kind
-    boundary: Boundary
-    values: npt.NDArray[np.float32]
-    plan_steps: int
-    tolerance: float | None
-    step: int
-    steps: npt.NDArray[np.int64]
-    sigma: npt.NDArray[np.float64]
-    patch_sizes: npt.NDArray[np.int64]
-    noisy: npt.NDArray[np.float32]
-    predicted: npt.NDArray[np.float32]
-    effective_patches: npt.NDArray[np.float32]
-    weights: npt.NDArray[np.float32]
-    addresses: npt.NDArray[np.int64]
 
 
 def walk_sample(

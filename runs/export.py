@@ -1,94 +1,23 @@
-"""What becomes of a run's samples: one file of all, a grid of some, and how far the run is."""
+"""The samples of a run as one array or one picture."""
 
 from __future__ import annotations
 
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from els.engine.runs import RunError, RunFolder, RunSettings, read_sessions, read_settings
 from els.engine.sampler import require_count
-from els.engine.shards import Samples, write_array
 from els.index import encode
+from els.runs.folder import RunFolder, read_settings
+from els.runs.stores import RunError, Samples, write_array
 from els.storage.files import atomic_file, require_space
-from els.storage.locks import is_locked
 from els.storage.png import grid, panels, write_png
 
 MOST_TILES = 10_000
 _FLOAT_BYTES = 4
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """How far a run is.
-
-    Attributes:
-        n: how many samples it is to have.
-        finished: how many are finished.
-        is_running: whether a process works on it now.
-        samples_per_second: over the latest session, by all its processes; None before its first
-            sample.
-        seconds_left: at that rate; None if nobody works on it or the rate is not known.
-        started: when the latest session began, ISO 8601.
-        processes: of the latest session.
-        database_shards: among how many of them the images were divided.
-        backend: that they compute with.
-    """
-
-    n: int
-    finished: int
-    is_running: bool
-    samples_per_second: float | None
-    seconds_left: float | None
-    started: str
-    processes: int
-    database_shards: int
-    backend: str
-
-
-def run_status(folder: str | Path) -> RunStatus:
-    """How far a run is; it may be going on, anywhere that sees the folder.
-
-    Raises:
-        RunError: if there is no run, or it is damaged.
-    """
-    run = RunFolder(Path(folder))
-    settings, sessions = read_settings(run.path), read_sessions(run.path)
-    is_running = is_locked(run.lock)
-    finished = sum(len(_within(numbers, settings.n)) for numbers in run.finished(settings))
-    latest = sessions[-1] if sessions else {}
-    try:
-        started = datetime.fromisoformat(latest["started"])
-        if is_running:
-            ended = datetime.now(UTC)
-        elif latest["finished"] is not None:
-            ended = datetime.fromisoformat(latest["finished"])
-        else:
-            ended = _last_written(run, settings)
-        computed = finished - int(latest.get("finished_before", 0))
-        processes, shards = latest.get("processes", 1), latest.get("database_shards", 1)
-        backend = str(latest["backend"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{run.manifest} is damaged: its last session is not ours") from error
-    seconds = (ended - started).total_seconds()
-    rate = computed / seconds if computed > 0 and seconds > 0 else None
-    left = (settings.n - finished) / rate if rate is not None and is_running else None
-    return RunStatus(
-        settings.n,
-        finished,
-        is_running,
-        rate,
-        left,
-        started.isoformat(),
-        processes,
-        shards,
-        backend,
-    )
 
 
 def merge_run(
@@ -212,11 +141,3 @@ def draw_grid(
 
 def _within(numbers: range, n: int) -> range:
     return range(numbers.start, min(numbers.stop, n))
-
-
-def _last_written(run: RunFolder, settings: RunSettings) -> datetime:
-    """When a sample was last written: a folder changes with every file that appears in it."""
-    shards = run.shards(settings.shard_size)
-    folders = [run.path / "samples"] if settings.shard_size == 1 else [shards.path, shards.parts]
-    newest = max(folder.stat().st_mtime for folder in [run.manifest, *folders] if folder.exists())
-    return datetime.fromtimestamp(newest, UTC)

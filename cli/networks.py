@@ -12,14 +12,14 @@ import typer
 from rich.progress import TaskID, TextColumn
 from rich.table import Table
 
-from els.engine.console import BoundaryOption, ScheduleOption, print_table, progress_bar, reported
+from els.cli.console import BoundaryOption, ScheduleOption, print_table, progress_bar, reported
 
-# As in els.engine.cli: commands import what they use, help none of it.
+# As in els.cli.app: commands import what they use, help none of it.
 if TYPE_CHECKING:
-    from els.engine.runs import StepProgress
     from els.index import PatchDatabase
     from els.networks.evaluate import Evaluation, Machine
     from els.networks.training import TrainingProgress
+    from els.runs.run import StepProgress
 
 
 class _Network(StrEnum):
@@ -249,9 +249,9 @@ def calibrate(
     from els.engine import ScoreMachine
     from els.engine.devices import device_named
     from els.index import PatchDatabase
-    from els.networks.adapters import NetworkDenoiser, open_network
     from els.networks.calibrate import calibrate as find_sizes
     from els.networks.calibrate import draw_calibration
+    from els.networks.denoiser import NetworkDenoiser, open_network
 
     if output.suffix != ".json":
         raise ValueError(f"--output {output} must end in .json")
@@ -312,8 +312,8 @@ def evaluate(
     """
     from els.engine.devices import device_named
     from els.index import PatchDatabase
-    from els.networks.adapters import NetworkDenoiser, open_network
     from els.networks.calibrate import read_calibration
+    from els.networks.denoiser import NetworkDenoiser, open_network
     from els.networks.evaluate import evaluate as compare
     from els.networks.folders import network_folder
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from els.engine.explain import Walkthrough
+from els.explain.explanation import Walkthrough
 from els.index import PatchDatabase, encode
 from els.storage.figures import require_matplotlib
 from els.storage.files import atomic_file
@@ -25,7 +25,7 @@ MOST_EMBEDDED_PIXELS = 2_000_000
 """Most pixels of training images in a page: 2,551 images of 28 x 28, 1,953 of 32 x 32."""
 
 _SUFFIXES = (".html", ".htm")
-_PARTS = Path(__file__).with_name("page")
+_PARTS = Path(__file__).with_name("web")
 _SHADES = "magma"
 
 

@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.progress import TaskID, TextColumn
 from rich.table import Table
 
-from els.engine.console import (
+from els.cli.console import (
     BoundaryOption,
     ScheduleOption,
     prepare_streams,
@@ -35,12 +35,12 @@ from els.engine.console import (
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
-    from els.engine.collect import RunStatus
-    from els.engine.compare import Comparison, SampleComparison
-    from els.engine.explain import Explanation
-    from els.engine.runs import RunReport, StepProgress
+    from els.bench.compare import Comparison, SampleComparison
     from els.engine.sampler import StepState
+    from els.explain.explanation import Explanation
     from els.index import PatchDatabase
+    from els.runs.run import RunReport, StepProgress
+    from els.runs.status import RunStatus
 
 _MOST_LISTED = 8
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -290,9 +290,9 @@ def sample(
     from els.engine import ScoreMachine
     from els.engine.devices import device_named
     from els.engine.distributed import local_device, process_mesh
-    from els.engine.runs import sample_run
     from els.engine.schedule import schedule_named
     from els.index import PatchDatabase
+    from els.runs.run import sample_run
 
     if device is not None:
         device_named(device)
@@ -348,7 +348,7 @@ def status(
     """Show how far a run is: samples done, rate, time left."""
     from dataclasses import asdict
 
-    from els.engine.collect import run_status
+    from els.runs.status import run_status
 
     if watch and as_json:
         raise ValueError("--json prints once; leave out --watch")
@@ -382,7 +382,7 @@ def merge(
     ] = False,
 ) -> None:
     """Write the samples of a run to one file, in order; streamed, whole or not at all."""
-    from els.engine.collect import merge_run
+    from els.runs.export import merge_run
 
     with _counting("samples") as update:
         count = merge_run(run, output, partial=partial, progress=update)
@@ -402,7 +402,7 @@ def grid(
     ] = None,
 ) -> None:
     """Draw samples of a run in one picture."""
-    from els.engine.collect import draw_grid
+    from els.runs.export import draw_grid
 
     chosen = None if indices is None else _indices(indices)
     count = draw_grid(run, output, rows=rows, columns=columns, first=first, indices=chosen)
@@ -457,7 +457,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of noise, subsets and samples.")] = 0,
 ) -> None:
     """Compare approximate posteriors with exact ones: time, error, what they say of it."""
-    from els.engine.compare import (
+    from els.bench.compare import (
         compare_posteriors,
         compare_samples,
         held_out,
@@ -556,15 +556,10 @@ def explain(
     ] = None,
 ) -> None:
     """Draw where a sample came from: which training patches, how many, from which images."""
-    from els.engine.explain import (
-        DEFAULT_TOP,
-        DEFAULT_WALK_TOP,
-        explain_run,
-        walk_run,
-    )
-    from els.engine.mosaic import require_picture, write_explanation
-    from els.engine.pages import require_page, write_page
-    from els.engine.runs import read_settings
+    from els.explain.page import require_page, write_page
+    from els.explain.picture import require_picture, write_explanation
+    from els.explain.replay import DEFAULT_TOP, DEFAULT_WALK_TOP, explain_run, walk_run
+    from els.runs.folder import read_settings
 
     if html:
         page = run / f"explain-{sample:06d}.html" if output is None else output

@@ -1,0 +1,1 @@
+"""Explanations: which training patches every pixel of a sample came from."""

@@ -1,0 +1,183 @@
+"""Settings of a run: everything its samples depend on, and whether two runs agree."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+from els.engine.backends import BackendName
+from els.engine.machines import ScoreMachine
+from els.engine.native import instruction_sets
+from els.engine.posterior import Boundary, Kind
+from els.engine.sampler import (
+    SamplePlan,
+    require_count,
+)
+from els.engine.scan import can_scan, has_tiles
+from els.engine.schedule import describe, described, patch_sizes_for
+
+# Settings that may differ from those of the run in the folder; estimates are compared apart.
+_MAY_DIFFER = {"n", "database", "estimates"}
+
+
+@dataclass(frozen=True)
+class EstimateSource:
+    """What the estimates of an ELS run with a tolerance depend on beside the database.
+
+    Attributes:
+        kernel: which estimates use: the instruction set, ``+tiles`` with a matrix unit, and
+            ``none`` without the compiled extension.
+        indices: SHA-256 of the database's patch index of every patch size of the run that has one.
+    """
+
+    kernel: str
+    indices: dict[str, str]
+
+    def __post_init__(self) -> None:
+        # It may come from a file.
+        indices = self.indices.items() if isinstance(self.indices, dict) else [(None, None)]
+        if not isinstance(self.kernel, str) or not all(
+            isinstance(size, str) and size.isdecimal() and isinstance(content, str)
+            for size, content in indices
+        ):
+            raise TypeError(f"estimates are {self!r}")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that the samples of a run depend on, as ``run.json`` holds it.
+
+    Attributes:
+        database: folder of the database; it may move, its content may not change.
+        content_hash: of the database.
+        machine: which score machine.
+        boundary: of the machine; None for IS and ES, to which it does not matter.
+        backend: ``native``, ``torch`` or ``triton``: they agree to rounding, not to the bit.
+        patch_sizes: one per step, lowest noise first; None for IS and ES.
+        schedule: name and constants.
+        steps: of the sampler.
+        eta: of the sampler.
+        seed: of the run.
+        label: class of the training images that were drawn on; None for all.
+        trajectory: whether every step is kept.
+        n: number of samples; may grow.
+        tolerance: of every posterior mean; None for exact ones.
+        shard_size: samples to a file; 1 for a picture and a file of each.
+        estimates: what estimates depend on; None without a tolerance, for machines other than ELS,
+            and in runs of older versions.
+    """
+
+    database: str
+    content_hash: str
+    machine: Kind
+    boundary: Boundary | None
+    backend: BackendName
+    patch_sizes: tuple[int, ...] | None
+    schedule: dict[str, str | float]
+    steps: int
+    eta: float
+    seed: int
+    label: int | None
+    trajectory: bool
+    n: int
+    tolerance: float | None = None
+    shard_size: int = 1
+    estimates: EstimateSource | None = None
+
+    @property
+    def plan(self) -> SamplePlan:
+        """How the samples are drawn."""
+        return SamplePlan(
+            self.steps,
+            self.patch_sizes,
+            self.seed,
+            described(self.schedule),
+            self.eta,
+            self.tolerance,
+        )
+
+
+def _estimate_source(machine: ScoreMachine, plan: SamplePlan) -> EstimateSource | None:
+    """What the plan's estimates depend on; other machines' than ELS only on the database."""
+    if plan.tolerance is None or machine.kind != "ELS":
+        return None
+    kernel = "none"
+    if can_scan():
+        kernel = instruction_sets()[-1] + ("+tiles" if has_tiles() else "")
+    found = {size: machine._index(size) for size in sorted(set(plan.patch_sizes or ()))}
+    return EstimateSource(
+        kernel, {str(size): index.content_hash for size, index in found.items() if index}
+    )
+
+
+def _settings(
+    machine: ScoreMachine, plan: SamplePlan, n: int, label: int | None, trajectory: bool
+) -> RunSettings:
+    db = machine.db
+    return RunSettings(
+        database="(in memory)" if db.path is None else str(db.path.resolve()),
+        content_hash=db.content_hash,
+        machine=machine.kind,
+        boundary=machine.boundary if machine.is_local else None,
+        backend=machine.backend_name,
+        patch_sizes=plan.patch_sizes,
+        schedule=describe(plan.schedule),
+        steps=plan.steps,
+        eta=plan.eta,
+        seed=plan.seed,
+        label=None if label is None else int(label),
+        trajectory=bool(trajectory),
+        n=int(n),
+        tolerance=plan.tolerance,
+        estimates=_estimate_source(machine, plan),
+    )
+
+
+def _require_sound(settings: RunSettings) -> None:
+    """Refuses settings that no run has.
+
+    Raises:
+        TypeError, ValueError: naming the setting.
+    """
+    for name in ("n", "steps", "shard_size"):
+        require_count(name, getattr(settings, name), 1)
+    require_count("seed", settings.seed, 0, most=None)
+    if settings.label is not None:
+        require_count("label", settings.label, 0, most=None)
+    for name, choices in (
+        ("machine", get_args(Kind)),
+        ("boundary", (None, *get_args(Boundary))),
+        ("trajectory", (False, True)),
+    ):
+        if getattr(settings, name) not in choices:
+            raise ValueError(f"{name} is {getattr(settings, name)!r}")
+    for name, types in (
+        ("database", (str,)),
+        ("content_hash", (str,)),
+        ("backend", (str,)),
+        ("eta", (int, float)),
+        ("tolerance", (int, float, type(None))),
+    ):
+        if not isinstance(getattr(settings, name), types):
+            raise TypeError(f"{name} is {getattr(settings, name)!r}")
+    described(settings.schedule)
+    if settings.patch_sizes is not None:
+        patch_sizes_for(settings.patch_sizes, settings.steps)
+
+
+def _restored(content: dict[str, Any]) -> RunSettings:
+    settings = RunSettings(**content)
+    sizes, estimates = settings.patch_sizes, content.get("estimates")
+    return replace(
+        settings,
+        patch_sizes=None if sizes is None else tuple(sizes),
+        estimates=None if estimates is None else EstimateSource(**estimates),
+    )
+
+
+def _stored(settings: RunSettings) -> dict[str, Any]:
+    """The settings as JSON; runs without estimates say nothing of them, as in older versions."""
+    content = asdict(settings)
+    if settings.estimates is None:
+        del content["estimates"]
+    return content
