@@ -114,6 +114,18 @@ def progress_bar(unit: str, *extra: TextColumn) -> Iterator[Progress]:
         yield progress
 
 
+@contextmanager
+def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told how many of how many units are done."""
+    with progress_bar(unit) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
 def _described(error: Exception) -> str:
     """An error in words."""
     match error:

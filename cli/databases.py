@@ -1,0 +1,162 @@
+"""Commands that build databases and patch indices, and show them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import TaskID
+from rich.table import Table
+
+from els.cli.console import (
+    counting,
+    print_table,
+    progress_bar,
+    reported,
+)
+from els.cli.options import memory_given, patch_sizes_given
+
+# Torch and matplotlib take seconds to import: commands import what they use, help none of it.
+if TYPE_CHECKING:
+    from els.index import PatchDatabase
+
+commands = typer.Typer()
+
+
+@commands.command(epilog="Example: els build photos.zip -o db --resize 32")
+@reported
+def build(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder or zip of pictures (labels from dataset.json, metadata.csv or "
+            "metadata.jsonl, or from class subfolders), an .npz, .npy or idx file, hf:NAME, or "
+            "embedded:fashion-mnist."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The database folder to make.")],
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="Scale every picture to this height and width.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels of an .npy or idx SOURCE (.npy or idx).")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the database at --output.")
+    ] = False,
+) -> None:
+    """Build a patch database from images; streamed, whole or not at all."""
+    from els.index import PatchDatabase, open_source
+
+    images = open_source(source, labels=labels, resize=resize)
+    with counting("images") as update:
+        db = PatchDatabase.build(images, path=output, overwrite=overwrite, progress=update)
+    print_table(_described(db))
+
+
+@commands.command(epilog="Example: els info db --verify")
+@reported
+def info(
+    database: Annotated[Path, typer.Argument(help="The database folder.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything and check the content hash.")
+    ] = False,
+) -> None:
+    """Show what a patch database holds."""
+    from els.index import PatchDatabase
+
+    db = PatchDatabase.open(database)
+    print_table(_described(db))
+    if verify:
+        with counting("images") as update:
+            db.verify(progress=update)
+        typer.echo("verified: the content is what was built")
+
+
+@commands.command(name="index", epilog="Example: els index db --patch-sizes 3,5,9 --memory 8GB")
+@reported
+def build_indices(
+    database: Annotated[Path, typer.Argument(help="The database folder.")],
+    patch_sizes: Annotated[
+        str, typer.Option(help="Odd patch sizes, one index each: a comma list such as 3,5,9.")
+    ],
+    factory: Annotated[
+        str | None,
+        typer.Option(help="A FAISS factory string, such as IVF4096,SQ8_direct; else chosen."),
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(help="Memory that a build may take, such as 4GB or 800MB.")
+    ] = "4GB",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of FAISS; one per core if not given.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Build sizes anew that are there already.")
+    ] = False,
+) -> None:
+    """Build FAISS indices of a database's patches, inside it; started again, it goes on."""
+    from els.index import PatchDatabase
+
+    db = PatchDatabase.open(database)
+    sizes = patch_sizes_given(patch_sizes)
+    if isinstance(sizes, str):
+        raise ValueError(f"--patch-sizes must be odd numbers such as 3,5,9, got {sizes!r}")
+    table = Table("patch size", "patches", "factory", "size", box=None, pad_edge=False)
+    for size in [sizes] if isinstance(sizes, int) else sizes:
+        if db.has_index(size) and not overwrite:
+            made = db.open_index(size)
+            if factory not in (None, made.factory):
+                raise ValueError(
+                    f"the index of patch size {size} is there, made with {made.factory!r}, not "
+                    f"{factory!r}; replace it with --overwrite"
+                )
+        else:
+            with _staged(f"P {size:2d}") as update:
+                made = db.build_index(
+                    size,
+                    factory=factory,
+                    memory=memory_given(memory),
+                    threads=threads,
+                    overwrite=overwrite,
+                    progress=update,
+                )
+        megabytes = f"{made.size_bytes / 1e6:,.1f} MB"
+        table.add_row(str(size), f"{made.count:,}", made.factory, megabytes)
+    print_table(table)
+
+
+def _described(db: PatchDatabase) -> Table:
+    channels, height, width = db.shape
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("images", f"{len(db):,}")
+    table.add_row("shape", f"{height} x {width}, {channels} channel{'s' * (channels > 1)}")
+    table.add_row("size", f"{db.size_bytes / 1e6:,.1f} MB")
+    table.add_row("content", db.content_hash)
+    table.add_row("path", str(db.path))
+    if db.labels is None:
+        table.add_row("classes", "none")
+        return table
+    counts = Counter(db.labels.tolist())
+    # Without names, numbers that are no label are left out: there may be billions.
+    for row, label in enumerate(range(db.num_classes) if db.class_names else sorted(counts)):
+        name = db.class_names[label] if db.class_names else ""
+        table.add_row("" if row else "classes", f"{label:3d}  {counts[label]:7,}  {name}")
+    return table
+
+
+@contextmanager
+def _staged(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar for each stage."""
+    with progress_bar("") as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(f"{name} {stage}", total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield update

@@ -1,0 +1,46 @@
+"""What the text of an option means."""
+
+from __future__ import annotations
+
+
+def patch_sizes_given(text: str) -> str | int | list[int]:
+    """What ``--sizes`` means: a table's name, one size, or a list, written out or in a file."""
+    if text.endswith(".json"):
+        from els.storage.manifests import read_json
+
+        try:
+            listed = read_json(text)
+        except FileNotFoundError:
+            raise ValueError(
+                f"--sizes {text} is not there; els calibrate makes one, or write a JSON list of "
+                "sizes, such as [3, 3, 5]"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"--sizes {text}: {error}") from None
+        if isinstance(listed, dict) and listed.get("format") == "els-sizes":
+            listed = listed.get("sizes")
+        # JSON's true and 3.0 are no integers, though they equal some.
+        if not isinstance(listed, list) or not all(type(size) is int for size in listed):
+            raise ValueError(
+                f"--sizes {text} must hold a JSON list of integers, such as [3, 3, 5], or come "
+                "from els calibrate"
+            )
+        return listed
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        return text
+    return numbers if "," in text else numbers[0]
+
+
+def memory_given(text: str) -> int:
+    """An amount of memory such as 4GB, 800MB or 1.5 GB."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
+    try:
+        amount = round(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        amount = 0
+    if amount < 1:
+        raise ValueError(f"--memory must be an amount such as 4GB or 800MB, got {text!r}")
+    return amount

@@ -1,0 +1,339 @@
+"""Commands that sample, and look after runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.progress import TaskID, TextColumn
+from rich.table import Table
+
+from els.cli.console import (
+    BoundaryOption,
+    ScheduleOption,
+    counting,
+    print_table,
+    progress_bar,
+    reported,
+)
+from els.cli.options import patch_sizes_given
+
+# Torch and matplotlib take seconds to import: commands import what they use, help none of it.
+if TYPE_CHECKING:
+    from els.runs.run import RunReport, StepProgress
+    from els.runs.status import RunStatus
+
+commands = typer.Typer()
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class _Machine(StrEnum):
+    IS = "IS"
+    ES = "ES"
+    LS = "LS"
+    ELS = "ELS"
+
+
+class _Backend(StrEnum):
+    AUTO = "auto"
+    NATIVE = "native"
+    TORCH = "torch"
+    TRITON = "triton"
+
+
+@commands.command(
+    epilog="Examples: els sample db --sizes fashion-mnist-resnet -o run; "
+    "els sample db --machine LS --sizes 5 --label 3 -n 4 -o threes; "
+    "els sample db --machine IS -o memorised"
+)
+@reported
+def sample(
+    database: Annotated[Path, typer.Argument(help="The database folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder; may exist.")],
+    n: Annotated[int, typer.Option("-n", help="Number of samples; may grow later.")] = 16,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    machine: Annotated[
+        _Machine,
+        typer.Option(
+            case_sensitive=False,
+            help="IS: whole images. ES: their cyclic shifts. LS: patches from the same place. "
+            "ELS: patches from everywhere.",
+        ),
+    ] = _Machine.ELS,
+    boundary: Annotated[
+        BoundaryOption,
+        typer.Option(case_sensitive=False, help="What a patch reads beyond the border."),
+    ] = BoundaryOption.ZEROS,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Patch sizes, needed by LS and ELS: the name of a calibrated table "
+            "(fashion-mnist-resnet; a wrong name lists all), one odd number, a comma list or a "
+            ".json list with one per step, lowest noise first, or the file of els calibrate."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Sample i depends on this and on i alone.")] = 0,
+    label: Annotated[
+        int | None, typer.Option(help="Draw only on training images of this class.")
+    ] = None,
+    schedule: Annotated[
+        ScheduleOption, typer.Option(case_sensitive=False, help="Noise over time.")
+    ] = ScheduleOption.COSINE,
+    eta: Annotated[
+        float, typer.Option(help="0 (DDIM, deterministic) to 1 (fresh noise in every step).")
+    ] = 0.0,
+    trajectory: Annotated[
+        bool,
+        typer.Option("--trajectory", help="Keep x_t and the predicted x_0 of every step."),
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples at once; the images do not depend on it. If not given, as many as take "
+            "some 20 seconds, at most 16."
+        ),
+    ] = None,
+    backend: Annotated[
+        _Backend, typer.Option(case_sensitive=False, help="What computes.")
+    ] = _Backend.AUTO,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the native backend; one per core if not given.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Approximate every step to this mean absolute error of a pixel in [-1, 1], e.g. "
+            "0.01: many times faster on large data sets, more so after els index."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where torch and triton compute, e.g. cuda:1; a GPU if there is one."),
+    ] = None,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples to a file; 1: a picture and a file of each. If not given, 1 up to 1,000 "
+            "samples, else 1,000; an existing run keeps what it has."
+        ),
+    ] = None,
+    database_shards: Annotated[
+        int,
+        typer.Option(
+            help="Of the processes that torchrun starts, how many share the database; the rest "
+            "deal out the samples."
+        ),
+    ] = 1,
+) -> None:
+    """Sample images into a run folder; the same command goes on with an interrupted run.
+
+    Each finished sample is written at once (samples/*.png and *.npy), a grid.png at the end;
+    run.json holds every setting. With other settings an existing run is refused. More than 1,000
+    samples are written in shards/ of 1,000 (els merge, els grid, els status).
+
+    On many cores, GPUs or machines: torchrun --nproc-per-node=2 -m els.engine sample db ...
+    """
+    from els.engine import ScoreMachine
+    from els.engine.devices import device_named
+    from els.engine.distributed import local_device, process_mesh
+    from els.engine.schedule import schedule_named
+    from els.index import PatchDatabase
+    from els.runs.run import sample_run
+
+    if device is not None:
+        device_named(device)
+    patch_sizes = None if sizes is None else patch_sizes_given(sizes)
+    db = PatchDatabase.open(database)
+    with process_mesh(database_shards) as mesh:
+        if device is None and backend in (_Backend.AUTO, _Backend.TRITON):
+            device = local_device()
+        chosen = ScoreMachine(
+            db,
+            machine.value,
+            boundary.value,
+            backend.value,
+            threads=threads,
+            device=device,
+            mesh=mesh,
+        )
+        speaks = mesh.rank == 0
+        if speaks:
+            processes = "" if mesh.world_size == 1 else f"{mesh.world_size} processes, "
+            reason = chosen.backend_reason
+            typer.echo(f"backend: {processes}{chosen.backend}: {reason}", err=True)
+        with _sampling(n, steps, shown=speaks) as update:
+            report = sample_run(
+                chosen,
+                output,
+                n=n,
+                steps=steps,
+                patch_sizes=patch_sizes,
+                seed=seed,
+                schedule=schedule_named(schedule.value),
+                eta=eta,
+                label=label,
+                trajectory=trajectory,
+                batch_size=batch_size,
+                tolerance=tolerance,
+                shard_size=shard_size,
+                progress=update,
+            )
+    if speaks:
+        _print_report(report, n)
+
+
+@commands.command(epilog="Example: els status run --watch")
+@reported
+def status(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Keep looking until nobody works on the run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show how far a run is: samples done, rate, time left."""
+    from dataclasses import asdict
+
+    from els.runs.status import run_status
+
+    if watch and as_json:
+        raise ValueError("--json prints once; leave out --watch")
+    seen = run_status(run)
+    if as_json:
+        typer.echo(json.dumps(asdict(seen), indent=2))
+    elif not watch:
+        print_table(_status_table(seen))
+    else:
+        with Live(_status_table(seen), console=Console(), auto_refresh=False) as live:
+            while seen.is_running:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+                seen = run_status(run)
+                live.update(_status_table(seen), refresh=True)
+
+
+@commands.command(epilog="Example: els merge run -o samples.npz")
+@reported
+def merge(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The .npz file: samples, float32 [n, C, H, W] in [-1, 1], and their indices.",
+        ),
+    ],
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Take what is finished of an incomplete run.")
+    ] = False,
+) -> None:
+    """Write the samples of a run to one file, in order; streamed, whole or not at all."""
+    from els.runs.export import merge_run
+
+    with counting("samples") as update:
+        count = merge_run(run, output, partial=partial, progress=update)
+    typer.echo(f"{count:,} samples: {output}")
+
+
+@commands.command(epilog="Example: els grid run -o grid.png --rows 4 --columns 16 --first 100")
+@reported
+def grid(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture (.png).")],
+    rows: Annotated[int, typer.Option(help="Rows of samples, at most.")] = 8,
+    columns: Annotated[int, typer.Option(help="Samples in a row.")] = 8,
+    first: Annotated[int, typer.Option(help="Number of the first sample.")] = 0,
+    indices: Annotated[
+        str | None, typer.Option(help="These samples instead, in this order: 3,17,5.")
+    ] = None,
+) -> None:
+    """Draw samples of a run in one picture."""
+    from els.runs.export import draw_grid
+
+    chosen = None if indices is None else _indices(indices)
+    count = draw_grid(run, output, rows=rows, columns=columns, first=first, indices=chosen)
+    typer.echo(f"{count:,} samples: {output}")
+
+
+def _indices(text: str) -> list[int]:
+    """What ``--indices`` means."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--indices {text!r} must be numbers such as 3,17,5") from None
+
+
+def _status_table(status: RunStatus) -> Table:
+    unknown = "not known yet"
+    rate, left = status.samples_per_second, status.seconds_left
+    if status.finished == status.n:
+        state = "complete"
+    elif status.is_running:
+        state = "running"
+    else:
+        state = "stopped; the same els sample command goes on"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("state", state)
+    table.add_row("done", f"{status.finished:,} of {status.n:,} ({status.finished / status.n:.1%})")
+    table.add_row("rate", unknown if rate is None else f"{rate:.3g} samples/s")
+    if status.is_running:
+        table.add_row("left", unknown if left is None else str(timedelta(seconds=round(left))))
+    shards = status.database_shards
+    shared = f", in groups of {shards} that share the database" if shards > 1 else ""
+    table.add_row("processes", f"{status.processes}{shared}")
+    table.add_row("backend", status.backend)
+    table.add_row("started", status.started)
+    return table
+
+
+def _print_report(report: RunReport, n: int) -> None:
+    typer.echo(f"{n} samples in {report.folder.path} ({report.computed} computed now)")
+    typer.echo(f"grid: {report.folder.grid}")
+    seconds = report.seconds_per_image_step()
+    if seconds is None:
+        return
+    typer.echo(f"seconds per image-step (median): {seconds:.4g}")
+    for size, of_size in report.seconds_by_patch_size().items():
+        if size is not None:
+            typer.echo(f"  patch size {size:3d}: {of_size:.4g}")
+
+
+@contextmanager
+def _sampling(
+    n: int, steps: int, *, shown: bool
+) -> Iterator[Callable[[StepProgress], None] | None]:
+    if not shown:
+        yield None
+        return
+    speed = TextColumn("{task.fields[seconds]}")
+    with progress_bar("image-steps", speed) as progress:
+        task: TaskID | None = None
+        before = 0
+
+        def update(done: StepProgress) -> None:
+            nonlocal task, before
+            if task is None:
+                # Earlier sessions' samples are not this one's work: the time left is for the rest.
+                before = done.finished
+                total = (n - before) * steps
+                task = progress.add_task("sampling", total=total, seconds="")
+            size = "" if done.patch_size is None else f", P {done.patch_size:2d}"
+            progress.update(
+                task,
+                # Of the other processes, only what is finished is known.
+                completed=(done.finished - before) * steps + done.images * (steps - done.step + 1),
+                description=f"step {steps - done.step + 1:2d}/{steps}{size}",
+                seconds=f"({done.seconds / done.images:.3f} s)",
+            )
+
+        yield update
