@@ -42,7 +42,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror engine/csrc/*
-	$(BIN)/python -m els.bench.report tables --check
+	$(BIN)/python -m els.bench.tables tables --check
 
 # mypy does not follow package_dir, so it is shown the packages where they will be installed.
 types: install
@@ -53,7 +53,7 @@ types: install
 
 # The docs' tables, from the result files in bench/results.
 tables: install
-	$(BIN)/python -m els.bench.report tables
+	$(BIN)/python -m els.bench.tables tables
 
 clean:
 	rm -rf .venv build demo *.egg-info engine/*.so

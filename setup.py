@@ -73,7 +73,11 @@ setup(
     license_files=["LICENSE", "index/data/LICENSE-fashion-mnist"],
     python_requires=">=3.11",
     package_dir={f"els.{folder}": folder for folder in FOLDERS},
-    packages=[f"els.{folder}" for folder in FOLDERS],
+    packages=[
+        ".".join(("els", *path.parent.parts))
+        for folder in FOLDERS
+        for path in sorted(Path(folder).rglob("__init__.py"))
+    ],
     package_data={
         "els.storage": ["py.typed"],
         "els.index": ["py.typed", "data/*"],

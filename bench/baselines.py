@@ -1,85 +1,160 @@
-"""What a user would pick instead: the same ELS (circular) posterior mean with common libraries."""
+"""What one would write by hand with common libraries: the baselines of els bench.
+
+They answer for the pixels of an ELS machine whose candidates are all patches inside the training
+images: every pixel where the query is read cyclically, else those whose own patch lies inside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
+from typing import Any, final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, unfold
 
-from els.bench.workloads import Workload
-from els.engine import by_hand
+from els.engine.posterior import Boundary
+from els.index import decode
 
-Baseline = Callable[[Workload], Tensor]
+Images = npt.NDArray[np.uint8]
 
-
-def query_patches(work: Workload) -> Tensor:
-    """Cyclic patches around every pixel, float32 ``[B * H * W, C * P^2]``."""
-    return by_hand.query_patches(work.x, work.patch_size, "circular")
+_CHUNK_IMAGES = 32
 
 
-def training_patches(work: Workload) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of (scaled patches ``[M, C * P^2]``, their clean centres ``[M, C]``)."""
-    chunks = by_hand.training_patches(work.db.images, work.patch_size, work.x.device)
-    return ((work.alpha * patches, centres) for patches, centres in chunks)
+def query_patches(x: Tensor, patch_size: int, boundary: Boundary) -> Tensor:
+    """Patches around the pixels that are answered, ``[B * h * w, C * P * P]``.
 
-
-def chunked_matmul(work: Workload) -> Tensor:
-    """Matrix product and running softmax over chunks of unfolded patches."""
-    means = by_hand.chunked_torch(
-        work.db.images,
-        query_patches(work),
-        alpha=work.alpha,
-        sigma=work.sigma,
-        patch_size=work.patch_size,
+    Args:
+        x: noisy images, ``[B, C, H, W]``.
+        patch_size: P, odd.
+        boundary: ``circular``, every pixel, h, w = H, W; or ``zeros``, those whose patch lies
+            inside, h, w = H - P + 1, W - P + 1.
+    """
+    radius = patch_size // 2
+    return _rows(
+        unfold(pad(x, (radius,) * 4, "circular") if boundary == "circular" else x, patch_size)
     )
-    return _image(means, work)
 
 
-def attention(work: Workload) -> Tensor:
-    """``scaled_dot_product_attention``; one more coordinate carries the norms of the patches."""
-    patches, centres = (torch.cat(parts) for parts in zip(*training_patches(work), strict=True))
-    queries = query_patches(work)
-    queries = torch.cat([queries, queries.new_ones(len(queries), 1)], dim=1)
-    keys = torch.cat([patches, -0.5 * patches.square().sum(1, keepdim=True)], dim=1)
-    result = scaled_dot_product_attention(
-        queries[None, None], keys[None, None], centres[None, None], scale=1 / work.sigma**2
-    )
-    return _image(result[0, 0], work)
+def training_patches(
+    images: Images, patch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of (patches ``[M, C * P * P]``, their centres ``[M, C]``), clean, float32.
+
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        patch_size: P, odd.
+        device: where they go.
+    """
+    radius = patch_size // 2
+    height, width = images.shape[2:]
+    for start in range(0, len(images), _CHUNK_IMAGES):
+        clean = torch.from_numpy(decode(images[start : start + _CHUNK_IMAGES])).to(device)
+        centres = clean[:, :, radius : height - radius, radius : width - radius].flatten(2)
+        yield _rows(unfold(clean, patch_size)), _rows(centres)
 
 
-def keops(work: Workload) -> Tensor:
-    """KeOps, which forms distances in registers and never the matrix."""
-    from pykeops.torch import LazyTensor
+def chunked_torch(
+    images: Images, queries: Tensor, *, alpha: float, sigma: float, patch_size: int
+) -> Tensor:
+    """Posterior means ``[Q, C]``: matrix products and a running softmax over chunks of patches.
 
-    patches, centres = (torch.cat(parts) for parts in zip(*training_patches(work), strict=True))
-    q = LazyTensor(query_patches(work)[:, None, :])
-    k = LazyTensor(patches[None, :, :])
-    logits = -((q - k) ** 2).sum(-1) / (2 * work.sigma**2)
-    return _image(logits.sumsoftmaxweight(LazyTensor(centres[None, :, :]), axis=1), work)
+    In float32 as usual, with ``|q|^2 - 2 q k + |k|^2``, which cancels at small sigma.
+
+    Args:
+        images: the training images, uint8 ``[N, C, H, W]``.
+        queries: noisy patches, float32 ``[Q, C * P * P]``.
+        alpha: signal scale.
+        sigma: noise standard deviation.
+        patch_size: P.
+    """
+    maximum = queries.new_full((len(queries), 1), -torch.inf)
+    mass = queries.new_zeros(len(queries), 1)
+    total = queries.new_zeros(len(queries), images.shape[1])
+    for clean, centres in training_patches(images, patch_size, queries.device):
+        patches = alpha * clean
+        logits = queries @ patches.T
+        logits -= 0.5 * patches.square().sum(1)
+        logits /= sigma**2
+        new = torch.maximum(maximum, logits.amax(1, keepdim=True))
+        weights = logits.sub_(new).exp_()
+        scale = (maximum - new).exp()
+        mass = mass * scale + weights.sum(1, keepdim=True)
+        total = total * scale + weights @ centres
+        maximum = new
+    return total / mass
 
 
-def faiss_nearest(work: Workload) -> Tensor:
-    """One exact FAISS search for the nearest patch alone: less work, and a biased answer."""
-    import faiss
+@final
+class FlatNearest:
+    """A FAISS ``IndexFlatL2`` of all patches in float32, and a softmax over the k nearest.
 
-    patches, centres = (torch.cat(parts) for parts in zip(*training_patches(work), strict=True))
-    index = faiss.IndexFlatL2(patches.shape[1])
-    index.add(patches.numpy())
-    _, nearest = index.search(query_patches(work).numpy(), 1)
-    return _image(centres[torch.from_numpy(np.ascontiguousarray(nearest[:, 0]))], work)
+    Args:
+        images: the training images, uint8 ``[N, C, H, W]``.
+        patch_size: P, odd.
+
+    Raises:
+        RuntimeError: FAISS is not installed.
+    """
+
+    def __init__(self, images: Images, patch_size: int) -> None:
+        faiss = _faiss()
+        self._images, self._patch_size = images, patch_size
+        self._index = faiss.IndexFlatL2(images.shape[1] * patch_size**2)
+        for patches, _ in training_patches(images, patch_size, torch.device("cpu")):
+            self._index.add(patches.numpy())
+
+    @staticmethod
+    def most_images(shape: tuple[int, int, int], patch_size: int, memory: int) -> int:
+        """How many images of a shape fit: FAISS's array grows by doubling."""
+        channels, height, width = shape
+        places = (height - patch_size + 1) * (width - patch_size + 1)
+        return memory // (2 * 4 * channels * patch_size**2 * places)
+
+    def means(self, queries: Tensor, *, alpha: float, sigma: float, k: int) -> Tensor:
+        """Posterior means ``[Q, C]`` over the k nearest patches alone, biased where many matter.
+
+        Args:
+            queries: noisy patches, float32 ``[Q, C * P * P]``.
+            alpha: signal scale, > 0.
+            sigma: noise standard deviation.
+            k: how many.
+        """
+        k = min(k, self._index.ntotal)
+        distances, places = self._index.search((queries.cpu() / alpha).numpy(), k)
+        logits = torch.from_numpy(distances) * (-0.5 * (alpha / sigma) ** 2)
+        radius = self._patch_size // 2
+        height, width = (length - 2 * radius for length in self._images.shape[2:])
+        image, y, x = np.unravel_index(places, (len(self._images), height, width))
+        centres = torch.from_numpy(decode(self._images[image, :, y + radius, x + radius]))
+        return (logits.softmax(1).unsqueeze(-1) * centres).sum(1)
 
 
-BASELINES: dict[str, Baseline] = {
-    "chunked matmul": chunked_matmul,
-    "attention": attention,
-    "keops": keops,
-    "faiss k=1": faiss_nearest,
-}
+def answered(shape: tuple[int, int, int], patch_size: int, boundary: Boundary) -> tuple[slice, ...]:
+    """Where in ``[H, W]`` the pixels are that are answered."""
+    radius = 0 if boundary == "circular" else patch_size // 2
+    return tuple(slice(radius, length - radius) for length in shape[1:])
 
 
-def _image(rows: Tensor, work: Workload) -> Tensor:
-    batch, channels, height, width = work.x.shape
-    return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+def pairs(shape: tuple[int, int, int], patch_size: int, boundary: Boundary) -> int:
+    """Pairs of a pixel that is answered and a patch of one training image."""
+    inside = math.prod(length - patch_size + 1 for length in shape[1:])
+    return inside * (math.prod(shape[1:]) if boundary == "circular" else inside)
+
+
+def _rows(columns: Tensor) -> Tensor:
+    """``[N, D, L]`` as ``[N * L, D]``."""
+    return columns.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise RuntimeError(
+            "this baseline needs FAISS, which is not installed: pip install 'els-machine[cpu]'"
+        ) from error
+    return faiss

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from els.engine.by_hand import FlatNearest, answered, chunked_torch, pairs, query_patches
+from els.bench.baselines import FlatNearest, answered, chunked_torch, pairs, query_patches
 from els.engine.machines import ScoreMachine
 from els.engine.posterior import Boundary, LocalPosterior
 from els.engine.sampler import Denoiser, sample
@@ -124,7 +124,8 @@ def compare_posteriors(
 ) -> Iterator[Comparison]:
     """Every method at every noise level, on ELS machines.
 
-    The baselines are what one would write by hand (`els.engine.by_hand`): chunked torch, exact, and
+    The baselines are what one would write by hand (`els.bench.baselines`): chunked torch, exact,
+    and
     a flat FAISS index of all patches with a softmax over the 256 nearest; making that index is not
     counted. With zeros beyond the border they get the pixels at the border, whose candidates are
     few, from the exact posterior, for nothing. Where one would take more than 2^32 pairs a query

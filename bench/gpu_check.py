@@ -506,7 +506,7 @@ def alternatives(check: Check, machine: Any, name: str, works: list[Any]) -> Non
     """A chunked matrix product and attention in torch, on the same card and images."""
     import torch
 
-    from els.bench.baselines import attention, chunked_matmul
+    from els.bench.cases.other_libraries import attention, chunked_matmul
     from els.engine import ScoreMachine
     from els.index import PatchDatabase
 

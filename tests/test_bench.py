@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from els.bench import index_growth, report
+from els.bench import index_growth
+from els.bench.tables.__main__ import app
+from els.bench.tables.indices import power_law
 from els.index import PatchDatabase
 
 
 def test_a_power_law_is_found() -> None:
     x = [1.0, 4.0, 16.0, 60.0]
-    scale, exponent, ratios = report.power_law(x, [3 * value**0.5 for value in x])
+    scale, exponent, ratios = power_law(x, [3 * value**0.5 for value in x])
     assert (scale, exponent) == (pytest.approx(3), pytest.approx(0.5))
     assert ratios == pytest.approx([1] * 4)
     # Least squares in logarithms: what is left has the geometric mean 1 and no slope.
-    _, _, ratios = report.power_law(x, [2.0, 3.0, 11.0, 17.0])
+    _, _, ratios = power_law(x, [2.0, 3.0, 11.0, 17.0])
     left = np.log(ratios)
     assert left.sum() == pytest.approx(0, abs=1e-12)
     assert left @ np.log(x) == pytest.approx(0, abs=1e-12)
@@ -45,12 +47,12 @@ def test_several_runs_make_one_result(tmp_path: Path) -> None:
     second.write_text(json.dumps(raw("second", "A")))
     other.write_text(json.dumps(raw("other", "B")))
     output = tmp_path / "results" / "out.json"
-    done = CliRunner().invoke(report.app, ["record", str(first), str(second), str(output)])
+    done = CliRunner().invoke(app, ["record", str(first), str(second), str(output)])
     assert done.exit_code == 0, done.output
     result = json.loads(output.read_text())
     assert [case["test"] for case in result["cases"]] == ["first", "second"]
     assert (result["commit"], result["dirty"]) == ("second", True)
-    done = CliRunner().invoke(report.app, ["record", str(first), str(other), str(output)])
+    done = CliRunner().invoke(app, ["record", str(first), str(other), str(output)])
     assert done.exit_code != 0
     assert "different processors" in done.output
 

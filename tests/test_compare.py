@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from els.bench import baselines as by_hand
 from els.bench import compare
 from els.bench.compare import (
     Comparison,
@@ -21,7 +22,7 @@ from els.bench.compare import (
     held_out,
 )
 from els.cli.app import app
-from els.engine import ScoreMachine, by_hand
+from els.engine import ScoreMachine
 from els.engine.posterior import Boundary
 from els.index import PatchDatabase, decode
 

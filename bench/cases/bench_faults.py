@@ -1,4 +1,4 @@
-"""Faults: ``pytest bench/bench_faults.py``. Processes killed at random, a full disk, damage.
+"""Faults: ``pytest bench/cases/bench_faults.py``. Processes killed at random, a full disk, damage.
 
 Every case ends with the same files as a run that nobody disturbed, to the bit.
 """

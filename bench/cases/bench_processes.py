@@ -1,4 +1,4 @@
-"""Many processes: ``pytest bench/bench_processes.py``, on one machine.
+"""Many processes: ``pytest bench/cases/bench_processes.py``, on one machine.
 
 Speed-up of two processes over one with as many threads in all, bytes that a step sends, what a step
 takes besides its posterior, and a run of 100,000 samples from its start to its end.

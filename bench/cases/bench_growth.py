@@ -1,6 +1,7 @@
 """What an index costs as the data set grows: build, disk, memory, search, recall.
 
-``pytest bench/bench_growth.py --fashion-mnist SOURCE --cifar SOURCE``. One thread, and processes of
+``pytest bench/cases/bench_growth.py --fashion-mnist SOURCE --cifar SOURCE``. One thread, and
+processes of
 their own, so that memory is theirs. The gates: what a search says of a patch's distance is what the
 images say, nothing is nearer than the nearest, and most of the nearest are found.
 """

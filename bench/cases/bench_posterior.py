@@ -1,4 +1,4 @@
-"""Speed of the exact posterior: ``pytest bench/bench_posterior.py --cifar SOURCE``.
+"""Speed of the exact posterior: ``pytest bench/cases/bench_posterior.py --cifar SOURCE``.
 
 Each case first passes a gate: its mean must agree with the float64 torch backend.
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from els.bench.baselines import BASELINES
+from els.bench.cases.other_libraries import BASELINES
 from els.bench.workloads import Workload, workload
 from els.engine import ScoreMachine
 from els.engine.posterior import Boundary

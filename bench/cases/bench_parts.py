@@ -1,6 +1,7 @@
 """The parts of an approximate posterior: build, search, exact distances, merging head and tail.
 
-``OMP_NUM_THREADS=1 pytest bench/bench_parts.py --benchmark-timer=time.process_time``, on 1,024
+``OMP_NUM_THREADS=1 pytest bench/cases/bench_parts.py --benchmark-timer=time.process_time``, on
+1,024
 Fashion-MNIST images: processor time, on one thread. Each case first passes a gate: against brute
 force in float64, or against the exact posterior.
 """

@@ -1,4 +1,4 @@
-"""Whole data sets: ``pytest bench/bench_scale.py --cifar SOURCE --fashion-mnist SOURCE``."""
+"""Whole data sets: ``pytest bench/cases/bench_scale.py --cifar SOURCE --fashion-mnist SOURCE``."""
 
 import subprocess
 import sys
