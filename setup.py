@@ -20,8 +20,8 @@ FOLDERS = [
     "bench",
 ]
 
-# One source, compiled once per instruction set; engine/native.py picks at run time. The one that
-# takes longest to compile comes first, so that the cores are done at about the same time.
+# One source, compiled once per instruction set; engine/backends/native.py picks at run time. The
+# one that takes longest to compile comes first, so that the cores finish at about the same time.
 INSTRUCTION_SETS: dict[str, list[str]] = {}
 if platform.machine().lower() in {"x86_64", "amd64"}:
     INSTRUCTION_SETS["avx512"] = [

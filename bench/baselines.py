@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, unfold
 
-from els.engine.posterior import Boundary
+from els.engine.kinds import Boundary
 from els.index import decode
 
 Images = npt.NDArray[np.uint8]

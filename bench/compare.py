@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from els.bench.baselines import FlatNearest, answered, chunked_torch, pairs, query_patches
+from els.engine.kinds import Boundary
 from els.engine.machines import ScoreMachine
-from els.engine.posterior import Boundary, LocalPosterior
+from els.engine.result import LocalPosterior
 from els.engine.sampler import Denoiser, sample
 from els.index import PatchDatabase, decode
 from els.storage.figures import optional_picture, write_figure

@@ -341,7 +341,7 @@ def sampled_means(images: Any, work: Any, rows: Any, columns: Any) -> Any:
 def tune(check: Check, works: list[Any], images: Any) -> None:
     """Every configuration of the exact kernel, a thousand images, batch 1."""
     from els.engine import ScoreMachine
-    from els.engine.gpu import TritonBackend
+    from els.engine.backends.triton import TritonBackend
     from els.index import PatchDatabase
     from els.triton_kernels.configurations import CANDIDATES
 
@@ -382,7 +382,7 @@ def exponentials_an_image(machine: Any, work: Any) -> float:
     import numpy as np
     import torch
 
-    from els.engine.posterior import PosteriorQuery
+    from els.engine.query import PosteriorQuery
 
     query = PosteriorQuery(
         work.x[:1],
@@ -452,7 +452,7 @@ def approximate(check: Check, machine: Any, name: str, works: list[Any]) -> None
     """Top-k of the whole database, and the posterior over given candidates."""
     import torch
 
-    from els.engine.gpu import _LN2
+    from els.engine.backends.triton import _LN2
     from els.triton_kernels.queries import Queries
     from els.triton_kernels.truncated import truncated
 

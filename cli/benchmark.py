@@ -76,7 +76,7 @@ def bench(
         held_out,
         write_comparison,
     )
-    from els.engine.posterior import require_tolerance
+    from els.engine.result import require_tolerance
     from els.engine.sampler import require_count
     from els.index import PatchDatabase, decode, open_source
 

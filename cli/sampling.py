@@ -145,7 +145,7 @@ def sample(
     """
     from els.engine import ScoreMachine
     from els.engine.devices import device_named
-    from els.engine.distributed import local_device, process_mesh
+    from els.engine.mesh import local_device, process_mesh
     from els.engine.schedule import schedule_named
     from els.index import PatchDatabase
     from els.runs.run import sample_run

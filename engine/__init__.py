@@ -4,23 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from els.engine.adapters import EDMDenoiser as EDMDenoiser
-    from els.engine.adapters import ELSModel as ELSModel
-    from els.engine.adapters import trained_betas as trained_betas
+    from els.engine.adapters.diffusers import ELSModel as ELSModel
+    from els.engine.adapters.diffusers import trained_betas as trained_betas
+    from els.engine.adapters.edm import EDMDenoiser as EDMDenoiser
     from els.engine.machines import ScoreMachine as ScoreMachine
-    from els.engine.posterior import LocalPosterior as LocalPosterior
-    from els.engine.posterior import PosteriorState as PosteriorState
-    from els.engine.posterior import merge as merge
+    from els.engine.result import LocalPosterior as LocalPosterior
     from els.engine.sampler import sample as sample
+    from els.engine.state import PosteriorState as PosteriorState
+    from els.engine.state import merge as merge
 
 # Looked up on first use: the command line answers --help without waiting for torch.
 _HOMES = {
     "EDMDenoiser": "adapters",
     "ELSModel": "adapters",
-    "LocalPosterior": "posterior",
-    "PosteriorState": "posterior",
+    "LocalPosterior": "result",
+    "PosteriorState": "state",
     "ScoreMachine": "machines",
-    "merge": "posterior",
+    "merge": "state",
     "sample": "sampler",
     "trained_betas": "adapters",
 }

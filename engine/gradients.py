@@ -28,15 +28,17 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import pad
 
-from els.engine.blocks import blocks, merged_in_order
-from els.engine.posterior import LocalPosterior, PosteriorQuery, PosteriorState, finish
-from els.engine.reference import (
+from els.engine.backends.image_blocks import blocks, merged_in_order
+from els.engine.backends.pytorch import (
     TorchBackend,
     aligned,
     padded,
     patch_distances,
     window_sums,
 )
+from els.engine.query import PosteriorQuery
+from els.engine.result import LocalPosterior, finish
+from els.engine.state import PosteriorState
 
 # Temporary memory of one block of training images.
 _BLOCK_BYTES = 32 << 20

@@ -11,28 +11,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from els.engine.approximate.estimate import Approximation, Estimator
 from els.engine.backends import BackendName, choose
-from els.engine.cores import available_cores
-from els.engine.estimate import Approximation, Estimator
+from els.engine.backends.cores import available_cores
+from els.engine.backends.native_lists import can_read, can_scan, is_precise
 from els.engine.gradients import Inputs, differentiable, variances
-from els.engine.posterior import (
-    Boundary,
-    Kind,
-    LocalPosterior,
-    Mode,
-    PosteriorQuery,
-    PosteriorState,
-    finish,
-    moved,
-    require_tolerance,
-    stack,
-    take,
-)
-from els.engine.scan import can_read, can_scan, is_precise
+from els.engine.kinds import Boundary, Kind
+from els.engine.query import PosteriorQuery
+from els.engine.result import LocalPosterior, Mode, finish, require_tolerance
+from els.engine.state import PosteriorState, moved, stack, take
 from els.index import PatchDatabase, PatchIndex
 
 if TYPE_CHECKING:
-    from els.engine.distributed import ProcessMesh
+    from els.engine.mesh import ProcessMesh
 
 MAX_TOP = 4096
 # Threads that may be asked for; the native backend starts no more than it has work for.
@@ -60,7 +51,7 @@ class ScoreMachine:
         device: where the torch and triton backends compute and queries live, e.g. ``"cpu"``,
             ``"cuda:1"``; None for a GPU with ``"triton"`` and ``"auto"`` (if there is one), else
             the CPU.
-        mesh: the processes of a distributed run (:func:`~els.engine.distributed.process_mesh`).
+        mesh: the processes of a distributed run (:func:`~els.engine.mesh.process_mesh`).
             With database shards, every rank of a group asks the same questions in the same order,
             computes over its own images, and gets the answer over all.
 
@@ -105,7 +96,7 @@ class ScoreMachine:
             threads = max(1, available_cores() // mesh.processes_here)
         self._backend, self.backend_reason = choose(backend, threads=threads, device=device)
         if mesh is not None and mesh.database_shards > 1:
-            from els.engine.distributed import ShardedBackend
+            from els.engine.backends.sharded import ShardedBackend
 
             self._backend = ShardedBackend(self._backend, mesh)
 

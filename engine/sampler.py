@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from els.engine.posterior import require_tolerance
-from els.engine.schedule import PATCH_SIZES, Cosine, Schedule, patch_sizes_for
+from els.engine.patch_sizes import PATCH_SIZES, patch_sizes_for
+from els.engine.result import require_tolerance
+from els.engine.schedule import Cosine, Schedule
 from els.index import PatchDatabase
 
 DEFAULT_BATCH = 16
@@ -169,7 +170,7 @@ def sample(
         steps: number of steps; step i = steps..1 goes from t = i / steps to (i - 1) / steps.
         patch_sizes: needed by LS and ELS: a calibrated table's name such as
             ``"fashion-mnist-resnet"``, one odd size for all steps, or one per step, **lowest noise
-            first** (see :func:`~els.engine.schedule.patch_sizes_for`).
+            first** (see :func:`~els.engine.patch_sizes.patch_sizes_for`).
         seed: of the run, >= 0.
         schedule: noise over time.
         eta: 0 (deterministic DDIM) to 1 (ancestral sampling).

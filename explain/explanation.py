@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from els.engine.posterior import Boundary, Kind
+from els.engine.kinds import Boundary, Kind
 
 
 @dataclass(frozen=True)

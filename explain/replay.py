@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from els.engine.machines import MAX_TOP, ScoreMachine
-from els.engine.posterior import LocalPosterior
+from els.engine.result import LocalPosterior
 from els.engine.sampler import SamplePlan, StepState, sample_plan
 from els.explain.explanation import Explanation, Walkthrough
 from els.index import DatabaseError, PatchDatabase

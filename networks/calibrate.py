@@ -35,10 +35,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from els.engine.kinds import Boundary
 from els.engine.machines import ScoreMachine
-from els.engine.posterior import Boundary
+from els.engine.patch_sizes import patch_sizes_for
 from els.engine.sampler import StepState, require_count, sample
-from els.engine.schedule import Schedule, describe, described, patch_sizes_for
+from els.engine.schedule import Schedule, describe, described
 from els.networks.denoiser import NetworkDenoiser
 from els.storage.figures import optional_picture, write_figure
 from els.storage.files import write_json

@@ -35,8 +35,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from els.engine.kinds import Boundary, Kind
 from els.engine.machines import ScoreMachine
-from els.engine.posterior import Boundary, Kind
 from els.engine.sampler import StepState, initial_noise, require_count, sample
 from els.index import PatchDatabase, encode
 from els.networks.calibrate import Calibration

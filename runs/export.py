@@ -12,7 +12,7 @@ import numpy as np
 from els.engine.sampler import require_count
 from els.index import encode
 from els.runs.folder import RunFolder, read_settings
-from els.runs.stores import RunError, Samples, write_array
+from els.runs.stores import RunError, Samples, within, write_array
 from els.storage.files import atomic_file, require_space
 from els.storage.png import grid, panels, write_png
 
@@ -51,7 +51,7 @@ def merge_run(
         raise ValueError(f"{output} must end in .npz, the one format that els merge writes")
     run = RunFolder(Path(folder))
     settings = read_settings(run.path)
-    finished = [_within(numbers, settings.n) for numbers in run.finished(settings)]
+    finished = [within(numbers, settings.n) for numbers in run.finished(settings)]
     count = sum(map(len, finished))
     if count == 0 or (count < settings.n and not partial):
         raise RunError(
@@ -137,7 +137,3 @@ def draw_grid(
     ]
     write_png(output, grid(tiles, columns=min(columns, count)))
     return count
-
-
-def _within(numbers: range, n: int) -> range:
-    return range(numbers.start, min(numbers.stop, n))

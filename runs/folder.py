@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from els.runs.settings import RunSettings, _require_sound, _restored, _stored
+from els.runs.settings import RunSettings, require_sound, settings_from_json, settings_to_json
 from els.runs.stores import RunError, Samples, ShardFolder, united
 from els.storage.files import remove_stale, visible_names, write_json
 from els.storage.locks import take_lock
@@ -222,8 +222,8 @@ def _read_manifest(run: RunFolder) -> dict[str, Any]:
 
 def _settings_of(run: RunFolder, manifest: dict[str, Any]) -> RunSettings:
     try:
-        settings = _restored(manifest["settings"])
-        _require_sound(settings)
+        settings = settings_from_json(manifest["settings"])
+        require_sound(settings)
         return settings
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(run, f"its settings are not ours ({error})") from error
@@ -236,5 +236,5 @@ def _damaged(run: RunFolder, reason: str) -> RunError:
 def _write_manifest(
     run: RunFolder, settings: RunSettings, sessions: Sequence[dict[str, Any]]
 ) -> None:
-    content = {"format": FORMAT, "version": VERSION, "settings": _stored(settings)}
+    content = {"format": FORMAT, "version": VERSION, "settings": settings_to_json(settings)}
     write_json(run.manifest, content | {"sessions": list(sessions)})

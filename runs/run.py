@@ -1,6 +1,6 @@
 """Sampling into a folder: only what is missing is computed, by one process or many.
 
-A machine with a mesh (:mod:`els.engine.distributed`) shares the work with the other processes of
+A machine with a mesh (:mod:`els.engine.mesh`) shares the work with the other processes of
 the run: rank 0 keeps the folder, and whoever computes samples writes them.
 """
 
@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from els.engine.distributed import ProcessMesh, SharedTask
 from els.engine.machines import ScoreMachine
+from els.engine.mesh import ProcessMesh, SharedTask
 from els.engine.sampler import (
     DEFAULT_BATCH,
     Resumption,
@@ -46,12 +46,14 @@ from els.runs.folder import (
     _write_manifest,
     read_settings,
 )
-from els.runs.settings import _MAY_DIFFER, RunSettings, _restored, _settings, _stored
+from els.runs.settings import RunSettings, settings_from_json, settings_of, settings_to_json
 from els.runs.stores import DEFAULT_SHARD_SIZE, RunError, Samples, missing
 from els.storage.files import atomic_file
 from els.storage.manifests import package_version
 from els.storage.png import grid, panels, write_png
 
+# Settings that may differ from those of the run in the folder; estimates are compared apart.
+_MAY_DIFFER = {"n", "database", "estimates"}
 # Steps whose timing is kept: their medians do not need all, and a long run must not grow.
 _TIMINGS_KEPT = 4096
 # Seconds of work that an interruption may cost: batches whose size is not given take at most so
@@ -184,7 +186,7 @@ def sample_run(
         eta=eta,
         tolerance=tolerance,
     )
-    settings = _settings(machine, plan, n, label, trajectory)
+    settings = settings_of(machine, plan, n, label, trajectory)
     mesh = machine.mesh or ProcessMesh.alone()
     task = mesh.task()
     run = RunFolder(Path(folder))
@@ -228,7 +230,7 @@ class _Work:
     @classmethod
     def of(cls, told: dict[str, Any]) -> _Work:
         return cls(
-            _restored(told["settings"]),
+            settings_from_json(told["settings"]),
             tuple(range(start, stop) for start, stop in told["missing"]),
             told["is_done"],
         )
@@ -236,7 +238,7 @@ class _Work:
     def told(self) -> dict[str, Any]:
         """The same as JSON."""
         return {
-            "settings": _stored(self.settings),
+            "settings": settings_to_json(self.settings),
             "missing": [(run.start, run.stop) for run in self.missing],
             "is_done": self.is_done,
         }

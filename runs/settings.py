@@ -6,18 +6,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from els.engine.backends import BackendName
+from els.engine.backends.native import instruction_sets
+from els.engine.backends.native_lists import can_scan, has_tiles
+from els.engine.kinds import Boundary, Kind
 from els.engine.machines import ScoreMachine
-from els.engine.native import instruction_sets
-from els.engine.posterior import Boundary, Kind
+from els.engine.patch_sizes import patch_sizes_for
 from els.engine.sampler import (
     SamplePlan,
     require_count,
 )
-from els.engine.scan import can_scan, has_tiles
-from els.engine.schedule import describe, described, patch_sizes_for
-
-# Settings that may differ from those of the run in the folder; estimates are compared apart.
-_MAY_DIFFER = {"n", "database", "estimates"}
+from els.engine.schedule import describe, described
 
 
 @dataclass(frozen=True)
@@ -110,9 +108,10 @@ def _estimate_source(machine: ScoreMachine, plan: SamplePlan) -> EstimateSource 
     )
 
 
-def _settings(
+def settings_of(
     machine: ScoreMachine, plan: SamplePlan, n: int, label: int | None, trajectory: bool
 ) -> RunSettings:
+    """The settings of a run with this machine."""
     db = machine.db
     return RunSettings(
         database="(in memory)" if db.path is None else str(db.path.resolve()),
@@ -133,7 +132,7 @@ def _settings(
     )
 
 
-def _require_sound(settings: RunSettings) -> None:
+def require_sound(settings: RunSettings) -> None:
     """Refuses settings that no run has.
 
     Raises:
@@ -165,7 +164,8 @@ def _require_sound(settings: RunSettings) -> None:
         patch_sizes_for(settings.patch_sizes, settings.steps)
 
 
-def _restored(content: dict[str, Any]) -> RunSettings:
+def settings_from_json(content: dict[str, Any]) -> RunSettings:
+    """The inverse of :func:`settings_to_json`; raises TypeError for unknown or missing settings."""
     settings = RunSettings(**content)
     sizes, estimates = settings.patch_sizes, content.get("estimates")
     return replace(
@@ -175,7 +175,7 @@ def _restored(content: dict[str, Any]) -> RunSettings:
     )
 
 
-def _stored(settings: RunSettings) -> dict[str, Any]:
+def settings_to_json(settings: RunSettings) -> dict[str, Any]:
     """The settings as JSON; runs without estimates say nothing of them, as in older versions."""
     content = asdict(settings)
     if settings.estimates is None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from els.runs.export import _within
 from els.runs.folder import RunFolder, read_sessions, read_settings
 from els.runs.settings import RunSettings
-from els.runs.stores import RunError
+from els.runs.stores import RunError, within
 from els.storage.locks import is_locked
 
 
@@ -50,7 +49,7 @@ def run_status(folder: str | Path) -> RunStatus:
     run = RunFolder(Path(folder))
     settings, sessions = read_settings(run.path), read_sessions(run.path)
     is_running = is_locked(run.lock)
-    finished = sum(len(_within(numbers, settings.n)) for numbers in run.finished(settings))
+    finished = sum(len(within(numbers, settings.n)) for numbers in run.finished(settings))
     latest = sessions[-1] if sessions else {}
     try:
         started = datetime.fromisoformat(latest["started"])

@@ -244,3 +244,8 @@ def _damaged(path: Path, reason: object) -> RunError:
         f"{path} is damaged ({reason}); remove it and start the same els sample command again: "
         "it computes what is missing"
     )
+
+
+def within(numbers: range, n: int) -> range:
+    """Those of the sample numbers that are below n."""
+    return range(numbers.start, min(numbers.stop, n))

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from els.engine import ScoreMachine
 from els.engine.backends import Backend
-from els.engine.native import NativeBackend, instruction_sets
-from els.engine.reference import TorchBackend
-from els.engine.scan import has_tiles
+from els.engine.backends.native import NativeBackend, instruction_sets
+from els.engine.backends.native_lists import has_tiles
+from els.engine.backends.pytorch import TorchBackend
 from els.index import PatchDatabase
 
 # Without a GPU the Triton kernels are interpreted; the switch is read when they are imported.
@@ -91,7 +91,7 @@ DIFFERENCE_ERROR = 3 * 2.0**-24
 
 def triton_backend(threads: int) -> Backend:
     """On the GPU as shipped; interpreted with few large tiles: every operation costs alike."""
-    from els.engine.gpu import TritonBackend
+    from els.engine.backends.triton import TritonBackend
     from els.triton_kernels.configurations import Configuration
 
     large = Configuration(64, 32, together=2, warps=4, stages=1)

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from els.engine import ScoreMachine
-from els.engine.distributed import ProcessMesh, process_mesh
-from els.engine.scan import can_scan
+from els.engine.backends.native_lists import can_scan
+from els.engine.mesh import ProcessMesh, process_mesh
 from els.index import PatchDatabase
 from els.runs.run import sample_run
 

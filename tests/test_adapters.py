@@ -21,15 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from els.engine import EDMDenoiser, ELSModel, ScoreMachine, sample, trained_betas
+from els.engine.patch_sizes import PATCH_SIZES, SizesByNoise, patch_sizes_for
 from els.engine.sampler import initial_noise
-from els.engine.schedule import (
-    PATCH_SIZES,
-    Cosine,
-    Exponential,
-    Linear,
-    SizesByNoise,
-    patch_sizes_for,
-)
+from els.engine.schedule import Cosine, Exponential, Linear
 from els.index import PatchDatabase, open_source
 
 RNG = np.random.default_rng(33)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from els.engine import cores as core_count
-from els.engine.cores import available_cores
+from els.engine.backends import cores as core_count
+from els.engine.backends.cores import available_cores
 
 ALONE = """
 import resource, sys

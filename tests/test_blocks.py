@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from els.engine import ScoreMachine
-from els.engine.blocks import blocks, merged_in_order
+from els.engine.backends.image_blocks import blocks, merged_in_order
 from els.index import PatchDatabase
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def test_ctrl_c_stops_the_blocks_at_work_and_those_that_wait(several: None) -> N
 SCRIPT = """
 import os, signal, threading, time
 import numpy as np, torch
-from els.engine.blocks import blocks, merged_in_order
+from els.engine.backends.image_blocks import blocks, merged_in_order
 torch.set_num_threads(2)
 # Both threads: Python does not wait for one that is just being started.
 begun = threading.Barrier(3)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from els.engine import ScoreMachine
-from els.engine.border import border_states, can_multiply
-from els.engine.native import kernel_module
-from els.engine.posterior import PosteriorQuery, merge_all
+from els.engine.backends.native import kernel_module
+from els.engine.backends.native_border import border_states, can_multiply
+from els.engine.query import PosteriorQuery
+from els.engine.state import merge_all
 from els.index import PatchDatabase
 
 needs_tiles = pytest.mark.amx

@@ -23,7 +23,7 @@ from els.bench.compare import (
 )
 from els.cli.app import app
 from els.engine import ScoreMachine
-from els.engine.posterior import Boundary
+from els.engine.kinds import Boundary
 from els.index import PatchDatabase, decode
 
 

@@ -28,8 +28,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from oracle import OraclePosterior
 
-from els.engine import ScoreMachine, reference, whole_image
-from els.engine.posterior import LocalPosterior, PosteriorQuery, finish, merge_all
+from els.engine import ScoreMachine
+from els.engine.backends import image_machines as whole_image
+from els.engine.backends import pytorch as reference
+from els.engine.query import PosteriorQuery
+from els.engine.result import LocalPosterior, finish
+from els.engine.state import merge_all
 
 FLOAT64_ERROR = 16 * 2.0**-52
 TOP = 4

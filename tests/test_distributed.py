@@ -24,16 +24,12 @@ from typer.testing import CliRunner
 
 from els.cli import app as cli
 from els.engine import ScoreMachine
-from els.engine.distributed import (
-    ProcessMesh,
-    RankError,
-    ShardedBackend,
-    local_device,
-    process_mesh,
-)
-from els.engine.native import NativeBackend
-from els.engine.posterior import PosteriorQuery, merge_all
-from els.engine.reference import TorchBackend
+from els.engine.backends.native import NativeBackend
+from els.engine.backends.pytorch import TorchBackend
+from els.engine.backends.sharded import ShardedBackend
+from els.engine.mesh import ProcessMesh, RankError, local_device, process_mesh
+from els.engine.query import PosteriorQuery
+from els.engine.state import merge_all
 from els.index import PatchDatabase
 from els.runs.folder import RunFolder, read_sessions, read_settings
 from els.runs.run import RunReport, StepProgress, sample_run

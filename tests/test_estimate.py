@@ -12,8 +12,9 @@ from conftest import TRITON
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from els.engine import ScoreMachine, estimate
-from els.engine.posterior import PosteriorQuery
+from els.engine import ScoreMachine
+from els.engine.approximate import estimate
+from els.engine.query import PosteriorQuery
 from els.index import DatabaseError, PatchDatabase
 
 SIDE, COUNT = 9, 640

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
-    "index": {"els.index"},
+    "storage": {"els.storage"},
+    "index": {"els.index", "els.storage"},
     "triton_kernels": {"els.triton_kernels"},
     "engine": {"els.engine", "els.index", "els.triton_kernels"},
     "networks": {"els.networks", "els.engine", "els.index"},

@@ -16,8 +16,8 @@ import torch
 from conftest import BackendUnderTest
 
 from els.engine import EDMDenoiser, ELSModel, ScoreMachine
-from els.engine.distributed import ProcessMesh
-from els.engine.reference import TorchBackend
+from els.engine.backends.pytorch import TorchBackend
+from els.engine.mesh import ProcessMesh
 from els.index import PatchDatabase, decode
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 3, 7, 5), dtype=np.uint8)
@@ -141,11 +141,11 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.Monkey
     honest = builtins.__import__
 
     def without_the_extension(name: str, *others: object) -> object:
-        if name == "els.engine.native":
+        if name == "els.engine.backends.native":
             raise ImportError("no extension")
         return honest(name, *others)
 
-    monkeypatch.delitem(sys.modules, "els.engine.native", raising=False)
+    monkeypatch.delitem(sys.modules, "els.engine.backends.native", raising=False)
     monkeypatch.setattr(builtins, "__import__", without_the_extension)
     with pytest.raises(ImportError, match="no extension"):
         ScoreMachine(DB, backend="native")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from els.engine import ScoreMachine, native
-from els.engine.native import NativeBackend, instruction_sets
+from els.engine import ScoreMachine
+from els.engine.backends import native
+from els.engine.backends.native import NativeBackend, instruction_sets
 from els.index import PatchDatabase
 
 pytestmark = pytest.mark.native

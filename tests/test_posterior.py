@@ -8,17 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from els.engine.posterior import (
-    PosteriorQuery,
-    PosteriorState,
-    TopPatches,
-    best,
-    empty,
-    finish,
-    merge,
-    merge_all,
-    merge_into,
-)
+from els.engine.query import PosteriorQuery
+from els.engine.result import finish
+from els.engine.state import PosteriorState, TopPatches, best, empty, merge, merge_all, merge_into
 
 TOP = 3
 # One rounding of exp and a few of sums, each relative to numbers that merge may cancel.

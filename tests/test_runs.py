@@ -19,7 +19,7 @@ from PIL import Image
 from torch.distributed import HashStore
 
 from els.engine import ScoreMachine, sample
-from els.engine.distributed import ProcessMesh
+from els.engine.mesh import ProcessMesh
 from els.engine.schedule import Linear
 from els.explain.replay import explain_run
 from els.index import PatchDatabase, encode

@@ -11,7 +11,7 @@ import torch
 from conftest import BackendUnderTest
 
 from els.engine import LocalPosterior, ScoreMachine, sample
-from els.engine.posterior import PosteriorQuery
+from els.engine.query import PosteriorQuery
 from els.engine.sampler import StepState, initial_noise
 from els.engine.schedule import Cosine, Exponential, Linear, Schedule
 from els.index import PatchDatabase, decode

@@ -12,7 +12,7 @@ import torch
 from conftest import INSTRUCTION_SETS
 
 from els.engine import ScoreMachine
-from els.engine.scan import ListSums, can_scan, has_tiles, is_precise, scan
+from els.engine.backends.native_lists import ListSums, can_scan, has_tiles, is_precise, scan
 from els.index import DatabaseError, PatchDatabase, PatchIndex
 from els.index.lists import InvertedLists
 from els.storage.manifests import sealed
@@ -205,7 +205,7 @@ def test_everything_is_everything_beside_a_part(
     large: tuple[PatchDatabase, PatchIndex], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     db, index = large
-    monkeypatch.setattr("els.engine.scan._MOST_READ", 64)
+    monkeypatch.setattr("els.engine.backends.native_lists._MOST_READ", 64)
     x = noisy(db, 0.5)
     count = len(query_patches(x, index.patch_size))
     whole = read(index, x, 0.5, 1.0)
@@ -425,7 +425,7 @@ def test_auto_reads_lists_where_they_are_cheapest(
     many_lists: PatchDatabase, boundary: str, sigma: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On so few images everything is cheaper than many short lists, but that is not the point here.
-    monkeypatch.setattr("els.engine.estimate._LIST_PAIRS", 1.0)
+    monkeypatch.setattr("els.engine.approximate.estimate._LIST_PAIRS", 1.0)
     machine = ScoreMachine(many_lists, "ELS", boundary)  # type: ignore[arg-type]
     x = torch.from_numpy(noisy(many_lists, sigma))[None].float()
     arguments = {"alpha": ALPHA, "sigma": sigma, "patch_size": 5}

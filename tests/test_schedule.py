@@ -7,15 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from els.engine.patch_sizes import PATCH_SIZES, patch_sizes_for
 from els.engine.schedule import (
-    PATCH_SIZES,
     Cosine,
     Exponential,
     Linear,
     Schedule,
     describe,
     described,
-    patch_sizes_for,
     schedule_named,
 )
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from els.engine import LocalPosterior, ScoreMachine, estimate
-from els.engine.distributed import ShardedBackend
-from els.engine.posterior import PosteriorQuery, PosteriorState, merge_all
+from els.engine import LocalPosterior, ScoreMachine
+from els.engine.approximate import estimate
+from els.engine.backends.sharded import ShardedBackend
+from els.engine.query import PosteriorQuery
+from els.engine.state import PosteriorState, merge_all
 from els.index import PatchDatabase
 
 RANKS = 3

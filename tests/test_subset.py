@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from els.engine.subset import (
+from els.engine.approximate.subset import (
     GROUPS,
     Groups,
     counts_of,

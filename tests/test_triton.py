@@ -34,9 +34,12 @@ from test_conformance import (
     noise,
 )
 
-from els.engine import ScoreMachine, gpu
-from els.engine.gpu import TritonBackend
-from els.engine.posterior import PosteriorQuery, finish, merge_all
+from els.engine import ScoreMachine
+from els.engine.backends import triton as gpu
+from els.engine.backends.triton import TritonBackend
+from els.engine.query import PosteriorQuery
+from els.engine.result import finish
+from els.engine.state import merge_all
 from els.index import PatchDatabase
 
 if not importlib.util.find_spec("triton"):

@@ -1,6 +1,6 @@
 """The merge of partial states: what the tiles found, per query pixel, in float64.
 
-The rule is that of ``els.engine.posterior.merge``; here it takes the states of all pairs of a
+The rule is that of ``els.engine.state.merge``; here it takes the states of all pairs of a
 pixel, which lie scattered over tiles and splits, in a fixed order.
 """
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from els.bench.nearest import least_distances, noisy_patches, squared_distances
 from els.bench.workloads import BETA, Workload, workload
+from els.engine.approximate.estimate import Estimator
 from els.engine.backends import BackendName, choose
-from els.engine.estimate import Estimator
-from els.engine.posterior import PosteriorQuery, PosteriorState, merge, state_of
+from els.engine.query import PosteriorQuery
+from els.engine.state import PosteriorState, merge, state_of
 from els.index import PatchDatabase
 
 Images = npt.NDArray[np.uint8]

@@ -14,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from els.bench.cases.other_libraries import BASELINES
 from els.bench.workloads import Workload, workload
 from els.engine import ScoreMachine
-from els.engine.posterior import Boundary
+from els.engine.kinds import Boundary
 
 Images = npt.NDArray[np.uint8]
 

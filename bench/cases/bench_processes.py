@@ -19,7 +19,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from els.engine import ScoreMachine, sample
-from els.engine.posterior import Kind, LocalPosterior, PosteriorState, finish
+from els.engine.kinds import Kind
+from els.engine.result import LocalPosterior, finish
+from els.engine.state import PosteriorState
 from els.index import PatchDatabase, open_source
 from els.runs.folder import RunFolder
 from els.runs.run import StepProgress, sample_run
@@ -37,7 +39,7 @@ WORKER = """
 import json, sys, time
 from pathlib import Path
 from els.engine import ScoreMachine
-from els.engine.distributed import process_mesh
+from els.engine.mesh import process_mesh
 from els.runs.run import sample_run
 from els.index import PatchDatabase
 

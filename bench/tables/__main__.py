@@ -89,8 +89,8 @@ def evaluation(
         "data": data,
         **{key: made[key] for key in ("settings", "n", "summary", "share_above_IS", "seconds")},
         "made": made["made"],
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "samples": {
             machine: [round(sample["r"], 4) for sample in samples]
             for machine, samples in made["samples"].items()
@@ -157,7 +157,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from els.bench.tables.results import RESULTS, Result, _load, _table
+from els.bench.tables.results import RESULTS, Result, load, table
 
 # 132 multiprocessors, four warps of 32 threads a cycle, at 1.755 GHz.
 _H100_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
@@ -12,7 +12,7 @@ _H100_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
 
 def ahead_of_time_table() -> str:
     """What the assembler says of the exact kernel as it is shipped."""
-    result = _load("ahead-of-time")
+    result = load("ahead-of-time")
     rows = []
     for case in result["cases"]:
         constants = case["constants"]
@@ -33,7 +33,7 @@ def ahead_of_time_table() -> str:
             ]
         )
     header = ["pairs", "slots", "products", "registers", "spills", "shared", "instructions a pair"]
-    return _table(header, rows) + f"\nTriton {result['triton']}, sm_90, C = 3.\n"
+    return table(header, rows) + f"\nTriton {result['triton']}, sm_90, C = 3.\n"
 
 
 def ceilings_table() -> str:
@@ -43,7 +43,7 @@ def ceilings_table() -> str:
 
     cases = [
         case
-        for case in _load("ahead-of-time")["cases"]
+        for case in load("ahead-of-time")["cases"]
         if case["kernel"] == "exact" and case["target"] == "sm_90" and not case["precise"]
     ]
     rows = []
@@ -85,7 +85,7 @@ def ceilings_table() -> str:
             rate = _H100_INSTRUCTIONS / each * pairs / slots
             cells.append(f"{rate / 1e9:.0f} ({100 * pairs / slots:.0f} % full)")
         rows.append([boundary, *cells])
-    return _table(["boundary", *(f"P = {size}" for size in (3, 5, 9, 17))], rows)
+    return table(["boundary", *(f"P = {size}" for size in (3, 5, 9, 17))], rows)
 
 
 def gpu_table() -> str:
@@ -114,7 +114,7 @@ def gpu_table() -> str:
     header += ["s per image-step", "1e9 pairs/s"]
     failed = f" The run failed: {result['failure']}." if result["failure"] else ""
     return (
-        _table([*header, "of exp ceiling", "of fma ceiling"], rows)
+        table([*header, "of exp ceiling", "of fma ceiling"], rows)
         + f"\n{result['device']}, torch {result['versions']['torch']}, Triton "
         + f"{result['versions']['triton']}; commit {result['commit'][:10]}, {result['date']}."
         + f"{failed}\n"

@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from els.bench.tables.results import _DATA, Case, _by_size, _load, _provenance, _table
+from els.bench.tables.results import DATA, Case, by_size, load, provenance, table
 
 
 def index_growth_table() -> str:
     """What an index costs, against the number of images."""
-    result = _load("index-growth-cpu")
+    result = load("index-growth-cpu")
     rows = []
-    for case in _by_size(result):
-        built, default = case["extra"]["build"], _searches(case, effort=32)
+    for case in by_size(result):
+        built, default = case["extra"]["build"], searches(case, effort=32)
         cpu = {stage: f"{seconds:.3g}" for stage, seconds in built["cpu_seconds"].items()}
         rows.append(
             [
-                _DATA[case["parameters"]["data"]],
+                DATA[case["parameters"]["data"]],
                 f"{case['parameters']['count']:,}",
                 f"{built['patches'] / 1e6:.3g}",
                 f"{built['lists']:,}",
@@ -37,19 +37,19 @@ def index_growth_table() -> str:
     header = ["data", "images", "1e6 patches", "lists", "training, CPU s", "adding, CPU s"]
     header += ["build, CPU s", "wall s", "memory, MB", "disk at most, MB", "disk, MB"]
     header += ["codes read", "search, CPU ms", "recall@256"]
-    return _table(header, rows) + f"\n{_provenance(result)}\n"
+    return table(header, rows) + f"\n{provenance(result)}\n"
 
 
 def index_fit_table() -> str:
     """Power laws of the same, by least squares in logarithms, on Fashion-MNIST."""
     cases = [
         case
-        for case in _by_size(_load("index-growth-cpu"))
+        for case in by_size(load("index-growth-cpu"))
         if case["parameters"]["data"] == "fashion-mnist"
     ]
     images = [case["parameters"]["count"] for case in cases]
     built = [case["extra"]["build"] for case in cases]
-    search = [_searches(case, effort=32)[0] for case in cases]
+    search = [searches(case, effort=32)[0] for case in cases]
     quantities = {
         "training, CPU s": [row["cpu_seconds"]["training"] for row in built],
         "adding, CPU s": [row["cpu_seconds"]["adding"] for row in built],
@@ -66,7 +66,7 @@ def index_fit_table() -> str:
         told = " ".join(f"{100 * (residual - 1):+.0f} %" for residual in residuals)
         rows.append([name, f"{scale:.3g} n^{exponent:.2f}", told])
     measured = ", ".join(f"{count:,}" for count in images)
-    return _table(["n thousand images", "fit", f"measured against fit at {measured}"], rows)
+    return table(["n thousand images", "fit", f"measured against fit at {measured}"], rows)
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, list[float]]:
@@ -80,12 +80,12 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, lis
 def index_units_table() -> str:
     """What one distance, one patch and one code cost in the build and search of an index."""
     rows = []
-    for case in _by_size(_load("index-growth-cpu")):
+    for case in by_size(load("index-growth-cpu")):
         built = case["extra"]["build"]
-        few = _searches(case, effort=32)[0]
+        few = searches(case, effort=32)[0]
         spent, codes = (
-            sum(row[key] for row in _searches(case, effort=128))
-            - sum(row[key] for row in _searches(case, effort=32))
+            sum(row[key] for row in searches(case, effort=128))
+            - sum(row[key] for row in searches(case, effort=32))
             for key in ("cpu_seconds", "codes")
         )
         code = spent / codes
@@ -93,7 +93,7 @@ def index_units_table() -> str:
         training = built["cpu_seconds"]["training"] / (10 * 64 * built["lists"] ** 2)
         rows.append(
             [
-                _DATA[case["parameters"]["data"]],
+                DATA[case["parameters"]["data"]],
                 f"{case['parameters']['count']:,}",
                 f"{built['lists']:,}",
                 f"{1e9 * training:.2f} ns",
@@ -105,9 +105,9 @@ def index_units_table() -> str:
         )
     header = ["data", "images", "lists", "training, per 640 lists^2", "adding a patch"]
     header += ["reading a code", "codes per list probed / mean list", "share of the longest list"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
-def _searches(case: Case, *, effort: int) -> list[Case]:
+def searches(case: Case, *, effort: int) -> list[Case]:
     """Searches of a case of bench_growth, at every noise level."""
     return [row for row in case["extra"]["search"]["searches"] if row["effort"] == effort]

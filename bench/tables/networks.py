@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from els.bench.tables.results import _FIGURES, RESULTS, Result, _median_and_quartiles, _table
+from els.bench.tables.results import FIGURES, RESULTS, Result, median_and_quartiles, table
 
 
 def networks_table() -> str:
@@ -18,12 +18,12 @@ def networks_table() -> str:
                 [
                     path.stem,
                     machine,
-                    *(_median_and_quartiles(figures[key]) for key in _FIGURES),
+                    *(median_and_quartiles(figures[key]) for key in FIGURES),
                     "" if share is None else f"{100 * share:.0f} %",
                     str(result["n"]),
                 ]
             )
-    return _table(["network", "machine", "r", "r^2", "R^2", "above IS", "n"], rows)
+    return table(["network", "machine", "r", "r^2", "R^2", "above IS", "n"], rows)
 
 
 def networks_settings_table() -> str:
@@ -54,4 +54,4 @@ def networks_settings_table() -> str:
             ]
         )
     header = ["network", "images", "architecture", "steps x batch", "minutes", "sizes", "seeds"]
-    return _table([*header, "evaluation, minutes", "made"], rows)
+    return table([*header, "evaluation, minutes", "made"], rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from els.bench.tables.results import _case, _load, _provenance, _table
+from els.bench.tables.results import case_of, load, provenance, table
 
 # The modelled run: ImageNet at 64 x 64 x 3, boundary-broken ELS at P = 9, batches of 16 from 10,000
 # samples. Of the GPUs only the order is known; a faster one waits more for the others, and a slower
@@ -16,7 +16,7 @@ _MODEL_LATENCY, _MODEL_BANDWIDTH = 10e-6, 25e9
 
 def processes_table() -> str:
     """One process and two: wall time, processor time, bytes."""
-    case = _case("processes-cpu", "test_processes")
+    case = case_of("processes-cpu", "test_processes")
     extra = case["extra"]
     alone = extra["settings"]["1 process, 2 threads"]
     image_steps = extra["samples"] * extra["steps"]
@@ -45,12 +45,12 @@ def processes_table() -> str:
         f"2 threads. Largest difference of a pixel between the settings: "
         f"{extra['largest_difference']:.1e}. Load average {extra['load_average']:.0f} on 2 cores."
     )
-    return _table(header, rows) + f"\n{note} {_provenance(_load('processes-cpu'))}\n"
+    return table(header, rows) + f"\n{note} {provenance(load('processes-cpu'))}\n"
 
 
 def processes_model_table() -> str:
     """Efficiency on many GPUs by the model of docs/scaling.md."""
-    case = _case("processes-cpu", "test_step_without_posterior")
+    case = case_of("processes-cpu", "test_step_without_posterior")
     # Of the processor, so that what else a shared machine did does not count.
     serial: float = _MODEL_BATCH * case["extra"]["cpu_seconds"] / case["extra"]["image_steps"]
     side, middle = _MODEL["side"], _MODEL["side"] - _MODEL["patch_size"] + 1
@@ -89,7 +89,7 @@ def processes_model_table() -> str:
         *("GPUs", "sent per image-step by each", "pairs of each", "s per image-step"),
         *("all share the database", "all deal samples", "groups x shards"),
     ]
-    return _table(header, rows) + (
+    return table(header, rows) + (
         f"\nA model, not a measurement, but for {1e3 * serial / _MODEL_BATCH:.2f} ms per "
         "image-step outside the posterior.\n"
     )
@@ -97,7 +97,7 @@ def processes_model_table() -> str:
 
 def many_samples_table() -> str:
     """A run of 100,000 samples, tenth by tenth."""
-    extra = _case("processes-cpu", "test_many_samples")["extra"]
+    extra = case_of("processes-cpu", "test_many_samples")["extra"]
     tenths = extra["tenths"]
     shown = [(0, "first tenth"), (len(tenths) // 2, "sixth"), (len(tenths) - 1, "last")]
     rows = [
@@ -115,12 +115,12 @@ def many_samples_table() -> str:
         f"{extra['images']} images, batches of {extra['batch']}, one thread; load "
         f"average {extra['load_average']:.0f} on 2 cores."
     )
-    return _table(header, rows) + f"\n{note} {_provenance(_load('processes-cpu'))}\n"
+    return table(header, rows) + f"\n{note} {provenance(load('processes-cpu'))}\n"
 
 
 def faults_table() -> str:
     """What was done to runs, and what was left of them."""
-    cases = _load("faults-cpu")["cases"]
+    cases = load("faults-cpu")["cases"]
     kills = next(case["extra"] for case in cases if case["test"] == "test_kills")
     rows = []
     for shards, name in ((1, "samples dealt out"), (2, "database sharded")):
@@ -145,4 +145,4 @@ def faults_table() -> str:
         elif case["test"] == "test_unreadable_shard":
             rows.append(["a shard cut off", "named; identical once it was removed"])
     note = f"In all {kills['survived']} of {kills['tried']} kills survived."
-    return _table(["fault", "outcome"], rows) + f"\n{note} {_provenance(_load('faults-cpu'))}\n"
+    return table(["fault", "outcome"], rows) + f"\n{note} {provenance(load('faults-cpu'))}\n"

@@ -17,9 +17,9 @@ DOCUMENTS = (
     "README.md",
 )
 
-_FIGURES = ("r", "r_squared", "determination")
+FIGURES = ("r", "r_squared", "determination")
 
-_DATA = {
+DATA = {
     "fashion": "Fashion-MNIST",
     "fashion-mnist": "Fashion-MNIST, 28 x 28",
     "cifar": "CIFAR-10 (JPEG), 32 x 32 x 3",
@@ -29,17 +29,17 @@ Case = dict[str, Any]
 Result = dict[str, Any]
 
 
-def _load(name: str) -> Result:
+def load(name: str) -> Result:
     result: Result = json.loads((RESULTS / f"{name}.json").read_text())
     return result
 
 
-def _case(name: str, test: str) -> Case:
+def case_of(name: str, test: str) -> Case:
     """The one case of a test."""
-    return next(case for case in _load(name)["cases"] if case["test"] == test)
+    return next(case for case in load(name)["cases"] if case["test"] == test)
 
 
-def _find(cases: Iterable[Case], **parameters: object) -> Case:
+def find(cases: Iterable[Case], **parameters: object) -> Case:
     return next(
         case
         for case in cases
@@ -47,7 +47,7 @@ def _find(cases: Iterable[Case], **parameters: object) -> Case:
     )
 
 
-def _by_size(result: Result) -> list[Case]:
+def by_size(result: Result) -> list[Case]:
     """Cases of bench_growth by data and number of images."""
     return sorted(
         result["cases"],
@@ -55,19 +55,19 @@ def _by_size(result: Result) -> list[Case]:
     )
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
-def _pairs_per_second(case: Case) -> float:
+def pairs_per_second(case: Case) -> float:
     return float(case["extra"]["pairs"] / case["median"])
 
 
-def _median_and_quartiles(spread: dict[str, float]) -> str:
+def median_and_quartiles(spread: dict[str, float]) -> str:
     return f"{spread['median']:.3f} ({spread['lower']:.3f} to {spread['upper']:.3f})"
 
 
-def _provenance(result: Result) -> str:
+def provenance(result: Result) -> str:
     dirty = ", with uncommitted changes" if result["dirty"] else ""
     return (
         f"Medians; {result['processor']}, {result['cores']} cores, torch "
@@ -75,6 +75,6 @@ def _provenance(result: Result) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from els.bench.tables.results import (
-    _DATA,
-    _find,
-    _load,
-    _milliseconds,
-    _pairs_per_second,
-    _provenance,
-    _table,
+    DATA,
+    find,
+    load,
+    milliseconds,
+    pairs_per_second,
+    provenance,
+    table,
 )
 
 
 def pairs_table() -> str:
     """Speed of the native kernel."""
-    result = _load("posterior-cpu")
+    result = load("posterior-cpu")
     chosen = [case for case in result["cases"] if case["test"] == "test_pairs"]
     settings = sorted(
         {tuple(case["parameters"][key] for key in ("data", "boundary", "batch")) for case in chosen}
@@ -26,8 +26,8 @@ def pairs_table() -> str:
         cells = []
         for size in sizes:
             speeds = [
-                _pairs_per_second(
-                    _find(
+                pairs_per_second(
+                    find(
                         chosen,
                         data=data,
                         boundary=boundary,
@@ -45,19 +45,19 @@ def pairs_table() -> str:
     worst = max(case["extra"]["max_error"] for case in chosen)
     header = ["images", "boundary", "batch", *(f"P = {size}" for size in sizes)]
     note = f"Largest error of the mean in the gates of these cases: {worst:.1e}."
-    return _table(header, rows) + f"\n{note} {_provenance(result)}\n"
+    return table(header, rows) + f"\n{note} {provenance(result)}\n"
 
 
 def alternatives_table() -> str:
     """How many times slower the alternatives are than the native kernel."""
-    result = _load("alternatives-cpu")
+    result = load("alternatives-cpu")
     chosen = [case for case in result["cases"] if case["test"] == "test_alternatives"]
     sizes = sorted({case["parameters"]["patch_size"] for case in chosen})
     methods = list(dict.fromkeys(case["parameters"]["method"] for case in chosen))
-    fastest = {size: _find(chosen, method="native", patch_size=size)["median"] for size in sizes}
+    fastest = {size: find(chosen, method="native", patch_size=size)["median"] for size in sizes}
     rows = []
     for method in methods:
-        medians = [_find(chosen, method=method, patch_size=size)["median"] for size in sizes]
+        medians = [find(chosen, method=method, patch_size=size)["median"] for size in sizes]
         if method == "native":
             cells = [f"{1e3 * median:.3g} ms" for median in medians]
         else:
@@ -65,31 +65,31 @@ def alternatives_table() -> str:
             cells = [f"{median / fastest[size]:.3g} x" for median, size in ratios]
         rows.append([method, *cells])
     header = ["method", *(f"P = {size}" for size in sizes)]
-    return _table(header, rows) + f"\n{_provenance(result)}\n"
+    return table(header, rows) + f"\n{provenance(result)}\n"
 
 
 def sampling_table() -> str:
     """Seconds per image-step on a whole data set."""
-    result = _load("scale-cpu")
+    result = load("scale-cpu")
     case = next(case for case in result["cases"] if case["test"] == "test_sampling")
     by_size = case["extra"]["seconds_by_patch_size"]
     header = ["patch size", *by_size]
     rows = [["seconds per image-step", *(f"{seconds:.2f}" for seconds in by_size.values())]]
-    return _table(header, rows) + f"\n{_provenance(result)}\n"
+    return table(header, rows) + f"\n{provenance(result)}\n"
 
 
 def memory_table() -> str:
     """Peak memory."""
-    result = _load("scale-cpu")
+    result = load("scale-cpu")
     extra = next(case for case in result["cases"] if case["test"] == "test_scoring_memory")["extra"]
     header = ["images", "as uint8", "peak of the process"]
     sizes = [f"{extra[key] / 1e6:.0f} MB" for key in ("image_bytes", "peak_bytes")]
-    return _table(header, [[f"{extra['images']:,} CIFAR-10", *sizes]]) + "\n"
+    return table(header, [[f"{extra['images']:,} CIFAR-10", *sizes]]) + "\n"
 
 
 def growth_table() -> str:
     """Seconds per image-step of mode="auto" without an index, against the number of images."""
-    result = _load("approximate-cpu")
+    result = load("approximate-cpu")
     rows = []
     for case in result["cases"]:
         parameters, extra = case["parameters"], case["extra"]
@@ -108,12 +108,12 @@ def growth_table() -> str:
         )
     rows.sort(key=lambda row: (row[0], float(row[2]), int(row[3].replace(",", ""))))
     header = ["beta", "P", "tolerance", "images", "exact, s", "auto, s", "times faster", "error"]
-    return _table(header, rows) + f"\n{_provenance(result)}\n"
+    return table(header, rows) + f"\n{provenance(result)}\n"
 
 
 def speed_up_table(name: str = "speed-up-cpu") -> str:
     """Seconds per image-step of mode="auto" with indices, at the paper's noise levels."""
-    result = _load(name)
+    result = load(name)
     rows = []
     for case in result["cases"]:
         extra = case["extra"]
@@ -121,7 +121,7 @@ def speed_up_table(name: str = "speed-up-cpu") -> str:
         has_index = extra["patch_size"] in extra["indices"]
         rows.append(
             [
-                f"{extra['images']:,} {_DATA[case['parameters']['data']]}",
+                f"{extra['images']:,} {DATA[case['parameters']['data']]}",
                 f"{case['parameters']['beta']:g}",
                 f"{extra['patch_size']}{'' if has_index else ' (no index)'}",
                 f"{extra['exact_seconds']:.2f}",
@@ -135,15 +135,15 @@ def speed_up_table(name: str = "speed-up-cpu") -> str:
         )
     header = ["data", "beta", "P", "exact, s", "auto, s", "times faster", "error", "claimed"]
     header += ["chosen", "images of each query's subset"]
-    return _table(header, rows) + f"\n{_provenance(result)}\n"
+    return table(header, rows) + f"\n{provenance(result)}\n"
 
 
 def whole_samples_table() -> str:
     """Whole samples to a tolerance."""
-    result = _load("whole-samples-cpu")
+    result = load("whole-samples-cpu")
     rows = [
         [
-            f"{case['extra']['images']:,} {_DATA[case['parameters']['data']]}",
+            f"{case['extra']['images']:,} {DATA[case['parameters']['data']]}",
             f"{case['extra']['tolerance']:g}",
             str(case["extra"]["samples"]),
             f"{case['extra']['seconds'] * case['extra']['speed_up']:.1f}",
@@ -158,12 +158,12 @@ def whole_samples_table() -> str:
     ]
     header = ["data", "tolerance", "samples", "exact, s each", "to it, s", "first, s"]
     header += ["times faster", "r^2, median", "PSNR, dB", "r^2 of moved exact ones"]
-    return _table(header, rows) + f"\n{_provenance(result)}\n"
+    return table(header, rows) + f"\n{provenance(result)}\n"
 
 
 def parts_table() -> str:
     """Time of the parts of an approximate posterior."""
-    result = _load("parts-cpu")
+    result = load("parts-cpu")
     names = {
         "test_build": "index build",
         "test_search": "index search",
@@ -176,10 +176,10 @@ def parts_table() -> str:
             names[case["test"]],
             str(case["parameters"].get("patch_size", "")),
             case["extra"]["size"],
-            *(_milliseconds(case[key]) for key in ("median", "q1", "q3")),
+            *(milliseconds(case[key]) for key in ("median", "q1", "q3")),
             case["extra"]["gate"],
         ]
         for case in result["cases"]
     ]
     header = ["part", "P", "size", "ms", "first quartile", "third", "gate"]
-    return _table(header, rows) + f"\n{_provenance(result)}\n"
+    return table(header, rows) + f"\n{provenance(result)}\n"

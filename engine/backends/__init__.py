@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.posterior import PosteriorQuery, PosteriorState
+from els.engine.query import PosteriorQuery
+from els.engine.state import PosteriorState
 
 BackendName: TypeAlias = Literal["auto", "native", "torch", "triton"]
 
@@ -118,18 +119,18 @@ def _choose_automatically(threads: int | None, device: str | None) -> tuple[Back
 
 
 def _native(threads: int | None) -> Backend:
-    from els.engine.native import NativeBackend
+    from els.engine.backends.native import NativeBackend
 
     return NativeBackend(threads)
 
 
 def _torch(device: str) -> Backend:
-    from els.engine.reference import TorchBackend
+    from els.engine.backends.pytorch import TorchBackend
 
     return TorchBackend(device)
 
 
 def _triton(device: str | None) -> Backend:
-    from els.engine.gpu import TritonBackend
+    from els.engine.backends.triton import TritonBackend
 
     return TritonBackend(device)

@@ -1,57 +1,20 @@
-"""The local posterior: what is asked of a backend, the partial state it answers with, the merge.
+"""Partial posteriors, and their merge.
 
 A local posterior is a softmax over candidate training patches (arXiv 2412.20292, the ELS machine).
 Partial states over disjoint candidate sets form a monoid: threads, image blocks, processes, border
-classes, a retrieved head and a sampled tail all meet in :func:`merge`, which is written only here.
+classes, a retrieved head and a sampled tail all meet in :func:`merge`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Kind: TypeAlias = Literal["IS", "ES", "LS", "ELS"]
-Boundary: TypeAlias = Literal["zeros", "circular"]
-Mode: TypeAlias = Literal["exact", "topk", "subset", "topk+subset", "lists", "auto"]
-ErrorKind: TypeAlias = Literal["exact", "bound", "estimate"]
-
-
-@dataclass(frozen=True)
-class PosteriorQuery:
-    """A validated batch of noisy images and the candidates to weigh for each of their pixels.
-
-    Attributes:
-        x: noisy images ``alpha * x0 + sigma * eps``, floating, ``[B, C, H, W]``.
-        alpha: signal scale per image, float64 on the CPU, ``[B]``.
-        sigma: noise standard deviation per image, float64 on the CPU, ``[B]``, > 0.
-        kind: which machine (docs/theory.md).
-        boundary: what a patch reads beyond the image's border; ignored by IS and ES.
-        patch_size: odd side P of the patch, 1 to the image's shorter side; ignored by IS and ES.
-        members: ascending image numbers whose patches are candidates, int64 ``[M]``, M >= 1.
-        entropy: whether the state's ``tilt`` is wanted.
-        top: how many of the heaviest candidates to return per pixel (0 for none).
-        border_only: with ELS and zeros beyond the border, only border pixels are wanted, those
-            within P // 2 of an edge; others may get anything.
-    """
-
-    x: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    kind: Kind
-    boundary: Boundary
-    patch_size: int
-    members: npt.NDArray[np.int64]
-    entropy: bool = False
-    top: int = 0
-    border_only: bool = False
+from els.engine.query import PosteriorQuery
 
 
 @dataclass(frozen=True)
@@ -89,85 +52,6 @@ class PosteriorState:
     centre: Tensor
     tilt: Tensor | None = None
     top: TopPatches | None = None
-
-
-@dataclass(frozen=True)
-class Error:
-    """How far an approximate posterior may be from the exact one, per pixel; float64.
-
-    Attributes:
-        omitted_mass: share of the posterior mass that was not computed, ``[B, H, W]``.
-        mean_error: of the posterior mean, the worst channel, ``[B, H, W]``: a bound or a standard
-            error, as ``kind`` says.
-        kind: ``exact``; ``bound``, which always holds; or ``estimate``.
-        mode: what was computed.
-        images: how many images the subset had; 0 without one.
-        typical: the mean over channels of the standard error, ``[B, H, W]``.
-    """
-
-    omitted_mass: Tensor
-    mean_error: Tensor
-    kind: ErrorKind
-    mode: Mode
-    images: int
-    typical: Tensor
-
-    @classmethod
-    def none(cls, like: Tensor) -> Error:
-        """That of an exact posterior; ``like`` has its shape, ``[B, H, W]``."""
-        zero = torch.zeros_like(like, dtype=torch.float64)
-        return cls(zero, zero, "exact", "exact", 0, zero)
-
-
-@dataclass(frozen=True)
-class LocalPosterior:
-    """Posterior of the clean image under a score machine.
-
-    The mean has the dtype of the query, everything else at least float32: a log evidence of -1e9
-    is beyond float16.
-
-    Attributes:
-        mean: posterior mean of the clean pixels, in [-1, 1], ``[B, C, H, W]``.
-        log_evidence: ``log sum_c exp(logit_c)``, natural logarithm, ``[B, H, W]``.
-        effective_patches: exp(entropy of the weights), 1 to the number of candidates,
-            ``[B, H, W]``; None if the entropy was not asked for.
-        top_weights: posterior weights of the heaviest candidates, best first, ``[B, H, W, k]``,
-            0 where there are fewer than k; None if they were not asked for.
-        top_addresses: their addresses ``(n * H + y) * W + x``, int64 ``[B, H, W, k]``, -1 for none.
-        omitted_mass: share of the posterior mass that was not computed but bounded or
-            extrapolated, 0 to 1, ``[B, H, W]``; 0 where the posterior is exact.
-        mean_error: error of the mean, in units of a pixel in [-1, 1], the worst channel,
-            ``[B, H, W]``: a bound or a standard error; see ``error_kinds``.
-        error_kinds: of each image: ``exact``; ``bound``: the error is never larger; ``estimate``:
-            it is a standard error, measured or, for ``topk`` with an inexact index, what would
-            bound the error if the index had found the nearest.
-        modes: what was computed for each image, ``auto`` resolved.
-        subset_images: how many training images each image's subset had, 0 without one.
-    """
-
-    mean: Tensor
-    log_evidence: Tensor
-    effective_patches: Tensor | None
-    top_weights: Tensor | None
-    top_addresses: Tensor | None
-    omitted_mass: Tensor
-    mean_error: Tensor
-    error_kinds: tuple[ErrorKind, ...]
-    modes: tuple[Mode, ...]
-    subset_images: tuple[int, ...]
-
-
-def require_tolerance(tolerance: object) -> None:
-    """Whether it can be the tolerance of ``mode="auto"``.
-
-    Raises:
-        ValueError: if not.
-    """
-    if not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
-        raise ValueError(
-            f"tolerance={tolerance!r} must be a finite number above 0, such as 0.01: the mean "
-            "absolute error that a posterior mean may have"
-        )
 
 
 def state_of(logits: Tensor, centres: Tensor) -> PosteriorState:
@@ -343,40 +227,4 @@ def best(logits: Tensor, addresses: Tensor, count: int) -> TopPatches:
     return TopPatches(
         torch.nn.functional.pad(logits.gather(-1, order), missing, value=-torch.inf),
         torch.nn.functional.pad(addresses.gather(-1, order), missing, value=-1),
-    )
-
-
-def finish(
-    state: PosteriorState, dtype: torch.dtype, errors: Sequence[Error] | None = None
-) -> LocalPosterior:
-    """Normalise a state that has seen all candidates, or is an estimate of one that has.
-
-    Args:
-        state: of B images.
-        dtype: of the mean.
-        errors: of each image; None for exact states.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    log_mass = state.mass.log()
-    mean = state.centre / state.mass.unsqueeze(1)
-    effective = None
-    if state.tilt is not None:
-        effective = (log_mass - state.tilt / state.mass).exp().to(wide)
-    weights = addresses = None
-    if state.top is not None:
-        log_weights = state.top.logits - (state.maximum + log_mass).unsqueeze(-1)
-        weights, addresses = log_weights.exp().to(wide), state.top.addresses
-    if errors is None:
-        errors = [Error.none(mass.unsqueeze(0)) for mass in state.mass]
-    return LocalPosterior(
-        mean.to(dtype),
-        (state.maximum + log_mass).to(wide),
-        effective,
-        weights,
-        addresses,
-        torch.cat([error.omitted_mass for error in errors]).to(mean.device, wide),
-        torch.cat([error.mean_error for error in errors]).to(mean.device, wide),
-        tuple(error.kind for error in errors),
-        tuple(error.mode for error in errors),
-        tuple(error.images for error in errors),
     )

@@ -23,8 +23,8 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from els.engine.cores import available_cores
-from els.engine.native import instruction_sets, kernel_module
+from els.engine.backends.cores import available_cores
+from els.engine.backends.native import instruction_sets, kernel_module
 from els.index.lists import InvertedLists
 
 COARSEST = 10  # 2^-10 of a list is the least that is read

@@ -15,16 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.cores import available_cores
-from els.engine.posterior import (
-    PosteriorQuery,
-    PosteriorState,
-    TopPatches,
-    merge_all,
-    stack,
-    state_of,
-)
-from els.engine.whole_image import equivariant_state, ideal_state
+from els.engine.backends.cores import available_cores
+from els.engine.backends.image_machines import equivariant_state, ideal_state
+from els.engine.query import PosteriorQuery
+from els.engine.state import PosteriorState, TopPatches, merge_all, stack, state_of
 
 # Groups of image blocks have states of their own, merged in order. How many there are depends on
 # the database and the shape of one query, so that neither threads nor batches change any bit.

@@ -18,30 +18,17 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from els.engine.backends import Backend
-from els.engine.posterior import (
-    PosteriorQuery,
-    PosteriorState,
-    TopPatches,
-    best,
-    empty,
-    moved,
-    rescaled,
-    stack,
-    take,
-)
+from els.engine.state import PosteriorState, best, rescaled
 
 # Longest wait of a rank for another of its group, at every step: a longer step is a hung rank.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -243,69 +230,6 @@ class SharedTask:
     def _tell(self, key: str, value: object) -> None:
         with _answered():
             self._store.set(key, json.dumps(value))
-
-
-@final
-class ShardedBackend:
-    """A backend whose states are over one rank's images and merged with those of its group.
-
-    Every rank of the group must ask the same questions in the same order.
-
-    Args:
-        inner: computes the states.
-        mesh: of the ranks, S > 1.
-    """
-
-    def __init__(self, inner: Backend, mesh: ProcessMesh) -> None:
-        self._inner = inner
-        self._mesh = mesh
-        self._whole: npt.NDArray[np.uint8] | None = None
-        self._own: npt.NDArray[np.uint8] | None = None
-        self.name = f"{inner.name}, the images on {mesh.database_shards} ranks"
-        self.device = inner.device
-        self.threads = inner.threads
-        self.shards = mesh.database_shards
-
-    def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
-        """See :class:`els.engine.backends.Backend`."""
-        own, first = self._shard(images)
-        members = _members_between(query.members, first, first + len(own))
-        if len(members) == 0:
-            return self._mesh.merge(moved(empty(query), self.device))
-        state = self._inner.state(own, replace(query, members=members))
-        return self._mesh.merge(_addressed(state, first * _pixels(images)))
-
-    def states(
-        self,
-        images: npt.NDArray[np.uint8],
-        query: PosteriorQuery,
-        groups: Sequence[npt.NDArray[np.int64]],
-    ) -> list[PosteriorState]:
-        """See :class:`els.engine.backends.Backend`; all groups meet in one merge."""
-        own, first = self._shard(images)
-        mine = [_members_between(group, first, first + len(own)) for group in groups]
-        together = stack(self._inner.states(own, query, mine))
-        merged = self._mesh.merge(_addressed(together, first * _pixels(images)))
-        rows = torch.arange(len(merged.maximum), device="cpu").chunk(len(groups))
-        return [take(merged, of_group) for of_group in rows]
-
-    def given(
-        self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
-    ) -> tuple[PosteriorState, Tensor]:
-        """See :class:`els.engine.backends.Backend`."""
-        own, first = self._shard(images)
-        local = addresses - first * _pixels(images)
-        is_own = (addresses >= 0) & (local >= 0) & (local < len(own) * _pixels(images))
-        state, logits = self._inner.given(own, query, torch.where(is_own, local, -1))
-        return self._mesh.merge(state), self._mesh.largest(logits)
-
-    def _shard(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], int]:
-        """This rank's images, always as the same array, and the number of the first."""
-        shard, shards = self._mesh.shard, self._mesh.database_shards
-        first, stop = (len(images) * i // shards for i in (shard, shard + 1))
-        if self._own is None or self._whole is not images:
-            self._whole, self._own = images, images[first:stop]
-        return self._own, first
 
 
 @dataclass(frozen=True)
@@ -584,24 +508,3 @@ def _answered() -> Iterator[None]:
 
 def _has_nccl() -> bool:
     return torch.cuda.is_available() and dist.is_nccl_available()
-
-
-def _members_between(
-    members: npt.NDArray[np.int64], first: int, stop: int
-) -> npt.NDArray[np.int64]:
-    """Those of some ascending image numbers that are in a shard, counted from its first."""
-    start, end = np.searchsorted(members, [first, stop])
-    return members[start:end] - first
-
-
-def _addressed(state: PosteriorState, offset: int) -> PosteriorState:
-    """The state of a shard with addresses in the whole database."""
-    if state.top is None:
-        return state
-    addresses = state.top.addresses
-    addresses = torch.where(addresses < 0, -1, addresses + offset)
-    return replace(state, top=TopPatches(state.top.logits, addresses))
-
-
-def _pixels(images: npt.NDArray[np.uint8]) -> int:
-    return int(images.shape[2] * images.shape[3])

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from els.engine.adapters.denoised import PatchSizes, PosteriorMean, one_per_image, widened
 from els.engine.machines import ScoreMachine
-from els.engine.posterior import require_tolerance
-from els.engine.sampler import require_count, sizes_for_machine
-from els.engine.schedule import Cosine, Schedule, SizesByNoise, levels_of
+from els.engine.sampler import require_count
+from els.engine.schedule import Cosine, Schedule
 
 Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
-PatchSizes: TypeAlias = str | int | Sequence[int]
 
 # These schedulers compute their timesteps from noise levels, along a straight line of log sigma.
 _FROM_LOG_SIGMA = (
@@ -95,7 +94,7 @@ class ELSModel(torch.nn.Module):
     straight line of its logarithm. A scheduler that rounds such timesteps to integers
     (DPMSolverMultistepScheduler) tells any model a noise that is slightly off.
 
-    Where the patch size comes from: :class:`~els.engine.schedule.SizesByNoise`.
+    Where the patch size comes from: :class:`~els.engine.patch_sizes.SizesByNoise`.
 
     Autograd can follow its predictions to the noisy images, as :meth:`ScoreMachine.posterior` says,
     but not with a tolerance.
@@ -134,7 +133,7 @@ class ELSModel(torch.nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._posterior = _PosteriorMean(
+        self._posterior = PosteriorMean(
             machine, patch_sizes, labels, sizes_schedule, tolerance, seed
         )
         self._noise = _NoiseOfTimesteps(scheduler)
@@ -190,7 +189,7 @@ class ELSModel(torch.nn.Module):
             TypeError: for a wrong type.
             ValueError: for a wrong shape, or a value out of range.
         """
-        wide = _wide(sample)
+        wide = widened(sample)
         alpha, sigma = self._noise.at(timestep, len(sample))
         mean = self._posterior(wide, alpha, sigma, class_labels)
         a, s = (scale.to(wide.device, wide.dtype).reshape(-1, 1, 1, 1) for scale in (alpha, sigma))
@@ -202,151 +201,6 @@ class ELSModel(torch.nn.Module):
             case "v_prediction":
                 prediction = a * (wide - a * mean) / s - s * mean
         return ModelOutput(prediction.to(sample.dtype))
-
-
-@final
-class EDMDenoiser:
-    """A score machine as the denoiser ``D(x, sigma)`` of EDM (arXiv 2206.00364) and k-diffusion.
-
-    ``x = x_0 + sigma * eps`` with ``x_0`` in [-1, 1]; ``D`` is the posterior mean of ``x_0``. It is
-    what k-diffusion's samplers call ``model``, ``sample_euler(denoiser, x, sigmas)``, and EDM's
-    ``net``. The patch size follows the noise as in :class:`ELSModel`. Autograd can follow the
-    answer to ``x`` and ``sigma``, but not with a tolerance.
-
-    Args:
-        machine: as of :class:`ELSModel`; so are the others.
-        patch_sizes: see there.
-        labels: see there.
-        sizes_schedule: see there.
-        tolerance: see there.
-        seed: see there.
-
-    Attributes:
-        sigma_min: the least noise that a sampler may ask for: any above 0.
-        sigma_max: the most: any.
-
-    Raises:
-        TypeError: for an argument of the wrong type.
-        ValueError: for a value out of range.
-    """
-
-    sigma_min = 0.0
-    sigma_max = float("inf")
-
-    def __init__(
-        self,
-        machine: ScoreMachine,
-        patch_sizes: PatchSizes | None = None,
-        *,
-        labels: int | None = None,
-        sizes_schedule: Schedule = Cosine(),  # noqa: B008 - frozen, as in els.engine.sample
-        tolerance: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        self._posterior = _PosteriorMean(
-            machine, patch_sizes, labels, sizes_schedule, tolerance, seed
-        )
-
-    def round_sigma(self, sigma: Tensor | float) -> Tensor:
-        """The noise level that is meant by ``sigma``: itself, as there is one for every number."""
-        return torch.as_tensor(sigma, device=sigma.device if isinstance(sigma, Tensor) else "cpu")
-
-    def __call__(
-        self, x: Tensor, sigma: Tensor | float, class_labels: Tensor | None = None
-    ) -> Tensor:
-        """The posterior mean of the clean images.
-
-        Args:
-            x: ``x_0 + sigma * eps``, floating, ``[B, C, H, W]``.
-            sigma: one for all, or ``[B]``; > 0.
-            class_labels: ints ``[B]``, or one-hot ``[B, number of classes]`` as EDM gives them.
-
-        Returns:
-            ``[B, C, H, W]`` in the dtype of ``x``.
-
-        Raises:
-            TypeError: for a wrong type.
-            ValueError: for a wrong shape, or a value out of range.
-        """
-        wide = _wide(x)
-        levels = _one_per_image("sigma", sigma, len(x))
-        if isinstance(class_labels, Tensor) and class_labels.ndim == 2:
-            class_labels = _from_one_hot(class_labels)
-        mean = self._posterior(wide, torch.ones_like(levels), levels, class_labels)
-        return mean.to(x.dtype)
-
-
-@final
-class _PosteriorMean:
-    """The mean at any noise: chooses patch sizes, and asks once for each of a batch."""
-
-    def __init__(
-        self,
-        machine: ScoreMachine,
-        patch_sizes: PatchSizes | None,
-        labels: int | None,
-        sizes_schedule: Schedule,
-        tolerance: float | None,
-        seed: int,
-    ) -> None:
-        if not isinstance(machine, ScoreMachine):
-            raise TypeError(f"machine must be a ScoreMachine, got {type(machine).__name__}")
-        if not isinstance(sizes_schedule, Schedule):
-            raise TypeError(
-                f"sizes_schedule must be a Schedule such as Cosine(), got {sizes_schedule!r}"
-            )
-        levels = 1 if patch_sizes is None else levels_of(patch_sizes)
-        sizes = sizes_for_machine(machine, patch_sizes, levels)
-        if labels is not None:
-            require_count("labels", labels, 0, most=None)
-            machine.db.class_members(labels)
-        if tolerance is not None:
-            require_tolerance(tolerance)
-        require_count("seed", seed, 0, most=None)
-        self.machine = machine
-        self._sizes = None if sizes is None else SizesByNoise(sizes, sizes_schedule)
-        self._labels = labels
-        self._tolerance = tolerance
-        self._seed = seed
-
-    def __call__(self, x: Tensor, alpha: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """The mean ``[B, C, H, W]``, in the dtype of x; alpha and sigma are float64 ``[B]``."""
-        given = self._labels if labels is None else labels
-        if isinstance(given, Tensor) and given.ndim == 1 and len(given) != len(x):
-            raise ValueError(f"class_labels has {len(given)} values; give [B] = [{len(x)}]")
-        levels = list(zip(alpha.tolist(), sigma.tolist(), strict=True))
-        sizes = [None if self._sizes is None else self._sizes.at(*level) for level in levels]
-        if len(set(sizes)) == 1:
-            return self._ask(x, alpha, sigma, sizes[0], given, range(len(x)))
-        mean = torch.empty_like(x)
-        for size in sorted(set(sizes), key=lambda size: size or 0):
-            rows = [row for row, of_row in enumerate(sizes) if of_row == size]
-            of_rows = given[rows] if isinstance(given, Tensor) and given.ndim == 1 else given
-            mean[rows] = self._ask(x[rows], alpha[rows], sigma[rows], size, of_rows, rows)
-        return mean
-
-    def _ask(
-        self,
-        x: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        size: int | None,
-        labels: int | Tensor | None,
-        rows: Sequence[int],
-    ) -> Tensor:
-        approximation: dict[str, Any] = {}
-        if self._tolerance is not None:
-            seeds = [_seed_of(self._seed, row, float(sigma[i])) for i, row in enumerate(rows)]
-            approximation = {"mode": "auto", "tolerance": self._tolerance, "seed": seeds}
-        return self.machine.posterior(
-            x,
-            alpha=alpha,
-            sigma=sigma,
-            patch_size=size,
-            labels=labels,
-            entropy=False,
-            **approximation,
-        ).mean
 
 
 @final
@@ -378,7 +232,7 @@ class _NoiseOfTimesteps:
 
     def at(self, timestep: Tensor | float | int, batch: int) -> tuple[Tensor, Tensor]:
         """Alpha and sigma, float64 ``[B]`` each."""
-        t = _one_per_image("timestep", timestep, batch)
+        t = one_per_image("timestep", timestep, batch)
         last = len(self._kept) - 1
         if not bool(((t >= 0) & (t <= last)).all()):
             raise ValueError(
@@ -415,30 +269,3 @@ def _prediction_of(scheduler: Any, wanted: str | None) -> Prediction:
             "make the scheduler with the same prediction_type, or leave it off here"
         )
     return cast(Prediction, chosen)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The same numbers in float64: the mean that is taken away may nearly cancel them."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"the noisy images must be a tensor, got {type(x).__name__}")
-    return x.double() if x.is_floating_point() else x
-
-
-def _one_per_image(argument: str, value: Tensor | float | int, batch: int) -> Tensor:
-    """One number for all, or one per image, as float64 ``[B]`` on the CPU."""
-    numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu").flatten()
-    if len(numbers) not in (1, batch):
-        raise ValueError(f"{argument} has {len(numbers)} values; give one, or [B] = [{batch}]")
-    return numbers.expand(batch)
-
-
-def _from_one_hot(labels: Tensor) -> Tensor:
-    if not bool(((labels == 0) | (labels == 1)).all() and (labels.sum(dim=1) == 1).all()):
-        raise ValueError("class_labels [B, number of classes] must be one-hot: a single 1 a row")
-    return labels.argmax(dim=1)
-
-
-def _seed_of(seed: int, row: int, sigma: float) -> int:
-    """A seed for each row and noise level, so that errors average out along a trajectory."""
-    bits = int(np.float64(sigma).view(np.uint64))
-    return int(np.random.SeedSequence([seed, row, bits]).generate_state(1, np.uint64)[0])

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from els.engine.cores import available_cores
-from els.engine.native import kernel_module
-from els.engine.posterior import PosteriorQuery, PosteriorState
-from els.engine.scan import LARGEST_QUERY, LOGIT_ERROR, can_scan, has_tiles
+from els.engine.backends.cores import available_cores
+from els.engine.backends.native import kernel_module
+from els.engine.backends.native_lists import LARGEST_QUERY, LOGIT_ERROR, can_scan, has_tiles
+from els.engine.query import PosteriorQuery
+from els.engine.state import PosteriorState
 
 _LARGEST_PATCH = 33
 # Noisy distance, in standard deviations, within which candidates matter.

@@ -19,16 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.blocks import blocks, merged_in_order
-from els.engine.posterior import (
-    PosteriorQuery,
-    PosteriorState,
-    TopPatches,
-    best,
-    empty,
-    merge,
-    stack,
-)
+from els.engine.backends.image_blocks import blocks, merged_in_order
+from els.engine.query import PosteriorQuery
+from els.engine.state import PosteriorState, TopPatches, best, empty, merge, stack
 
 # Temporary memory of one block of images.
 _BLOCK_BYTES = 16 << 20

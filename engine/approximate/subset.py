@@ -15,7 +15,7 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from els.engine.posterior import PosteriorState
+from els.engine.state import PosteriorState
 
 Members = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]

@@ -16,16 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.cores import available_cores
-from els.engine.posterior import (
-    PosteriorQuery,
-    PosteriorState,
-    TopPatches,
-    best,
-    empty,
-    moved,
-)
-from els.engine.whole_image import equivariant_state, ideal_state
+from els.engine.backends.cores import available_cores
+from els.engine.backends.image_machines import equivariant_state, ideal_state
+from els.engine.query import PosteriorQuery
+from els.engine.state import PosteriorState, TopPatches, best, empty, moved
 
 if TYPE_CHECKING:
     from els.triton_kernels.configurations import Configuration

@@ -18,20 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from els.engine.blocks import blocks, merged_in_order
-from els.engine.posterior import (
-    Boundary,
-    Kind,
-    PosteriorQuery,
-    PosteriorState,
-    best,
-    empty,
-    merge,
-    merge_into,
-    moved,
-    state_of,
-)
-from els.engine.whole_image import equivariant_state, ideal_state
+from els.engine.backends.image_blocks import blocks, merged_in_order
+from els.engine.backends.image_machines import equivariant_state, ideal_state
+from els.engine.kinds import Boundary, Kind
+from els.engine.query import PosteriorQuery
+from els.engine.state import PosteriorState, best, empty, merge, merge_into, moved, state_of
 
 # Temporary memory of one block of training images.
 _BLOCK_BYTES = 32 << 20

@@ -1,13 +1,14 @@
 """Posteriors with known error from a part of the candidates: head, tail, and both.
 
 The *head* are the k nearest patches that an index finds, weighed exactly. The *tail* is everything
-else, estimated from a random subset of the images (`els.engine.subset`), whose sums are scaled by
-N / n; what the head already counts is left out. The error of a tail is measured and not assumed
-(docs/retrieval.md). A pixel of which a part says nothing is computed from everything.
+else, estimated from a random subset of the images (`els.engine.approximate.subset`), whose sums are
+scaled by N / n; what the head already counts is left out. The error of a tail is measured and not
+assumed (docs/retrieval.md). A pixel of which a part says nothing is computed from everything.
 
-Where the index's lists can be read whole (`els.engine.scan`), sampling them takes the place of
-both: all patches are drawn from, the heavier the more densely. Pixels near a border of zeros have
-candidates of their own, which no index holds: they are a subset's, or all of them are weighed.
+Where the index's lists can be read whole (`els.engine.backends.native_lists`), sampling them takes
+the place of both: all patches are drawn from, the heavier the more densely. Pixels near a border of
+zeros have candidates of their own, which no index holds: they are a subset's, or all of them are
+weighed.
 Pixels differ, so that more is spent on those that err most.
 """
 
@@ -25,19 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.backends import Backend
-from els.engine.border import border_states, can_multiply
-from els.engine.posterior import (
-    Error,
-    ErrorKind,
-    Mode,
-    PosteriorQuery,
-    PosteriorState,
-    merge_all,
-    moved,
-)
-from els.engine.scan import COARSEST, can_read, is_precise, scan
-from els.engine.subset import (
+from els.engine.approximate.subset import (
     GROUPS,
     Allotments,
     Array,
@@ -51,6 +40,12 @@ from els.engine.subset import (
     subset_allotments,
     sums_without_each,
 )
+from els.engine.backends import Backend
+from els.engine.backends.native_border import border_states, can_multiply
+from els.engine.backends.native_lists import COARSEST, can_read, is_precise, scan
+from els.engine.query import PosteriorQuery
+from els.engine.result import Error, ErrorKind, Mode
+from els.engine.state import PosteriorState, merge_all, moved
 from els.index import PatchDatabase, PatchIndex
 from els.index.retrieval import DEFAULT_EFFORT
 

@@ -1,0 +1,1 @@
+"""Approximate posteriors with a known error."""
