@@ -2,9 +2,11 @@
 
 from els.index.arrays import decode, encode
 from els.index.database import DatabaseError, PatchDatabase
-from els.index.foreign import SourceError
-from els.index.retrieval import PatchIndex, choose_factory
-from els.index.sources import ImageSource, open_source
+from els.index.patches.factory import choose_factory
+from els.index.patches.index import PatchIndex
+from els.index.sources.foreign import SourceError
+from els.index.sources.opening import open_source
+from els.index.sources.source import ImageSource
 
 __all__ = [
     "DatabaseError",

@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from els.index.arrays import ArrayData, check_class_names, check_images, check_labels
-from els.index.sources import ArraySource, ImageSource
+from els.index.sources.source import ArraySource, ImageSource
 from els.storage import files
 from els.storage.manifests import checksum, package_version, sealed
 
 if TYPE_CHECKING:
-    from els.index.retrieval import IndexProgress, PatchIndex
+    from els.index.patches.build import IndexProgress
+    from els.index.patches.index import PatchIndex
 
 Progress = Callable[[int, int], object]
 """Called with (images done, images in all)."""
@@ -228,9 +229,9 @@ class PatchDatabase:
     ) -> "PatchIndex":
         """Builds the FAISS index of all patches of one size, and opens it.
 
-        See `els.index.retrieval.build_index`, which this calls.
+        See `els.index.patches.build.build_index`, which this calls.
         """
-        from els.index.retrieval import build_index
+        from els.index.patches.build import build_index
 
         return build_index(
             self,
@@ -243,14 +244,14 @@ class PatchDatabase:
         )
 
     def open_index(self, patch_size: int) -> "PatchIndex":
-        """Opens the index that `build_index` made; see `els.index.retrieval.open_index`."""
-        from els.index.retrieval import open_index
+        """Opens the index that `build_index` made; see `els.index.patches.index.open_index`."""
+        from els.index.patches.index import open_index
 
         return open_index(self, patch_size)
 
     def has_index(self, patch_size: int) -> bool:
         """Whether there is an index of this patch size; `open_index` tells whether it is sound."""
-        from els.index.retrieval import index_folder
+        from els.index.patches.files import index_folder
 
         return self.path is not None and index_folder(self, patch_size).exists()
 

@@ -368,7 +368,7 @@ def test_what_an_index_does_not_find_is_computed(
     built = PatchDatabase.build(images, np.minimum(np.arange(40), 1), path=tmp_path / "db")
     built.build_index(3, factory="IVF16,SQ8_direct")
     machine = ScoreMachine(PatchDatabase.open(tmp_path / "db"), "ELS", "zeros")
-    monkeypatch.setattr("els.index.retrieval.DEFAULT_EFFORT", 1 / 8)
+    monkeypatch.setattr("els.index.patches.index.DEFAULT_EFFORT", 1 / 8)
     x = query(0.1)
     exact = ask(machine, x, 0.1, labels=0)
     for options in ({"mode": "topk"}, {"mode": "lists", "share": 1e-5}):

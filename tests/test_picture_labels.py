@@ -264,7 +264,7 @@ def test_two_files_that_label_the_same_pictures(tmp_path: Path) -> None:
 def test_a_huge_file_of_labels_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Writer
 ) -> None:
-    monkeypatch.setattr("els.index.sources.MAX_LABEL_FILE_BYTES", 10)
+    monkeypatch.setattr("els.index.sources.pictures.MAX_LABEL_FILE_BYTES", 10)
     path = write(tmp_path / "x", four_pictures() | {"dataset.json": dataset_json(ROWS)})
     with pytest.raises(SourceError, match=r"dataset\.json has .* bytes, more than the 10"):
         open_source(path)

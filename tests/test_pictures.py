@@ -416,7 +416,7 @@ import resource, sys, warnings
 from pathlib import Path
 import numpy, PIL.Image
 from els.index import SourceError, open_source
-from els.index.pictures import is_picture
+from els.index.sources.decoding import is_picture
 
 PIL.Image.init()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

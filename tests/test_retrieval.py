@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from els.cli import app as cli
 from els.index import DatabaseError, PatchDatabase, PatchIndex, choose_factory, decode
-from els.index import retrieval as module
-from els.index.layout import LayoutError, check_layout
+from els.index.patches import factory, library, rows
+from els.index.patches.layout import LayoutError, check_layout
 from els.storage.files import DiskFullError
 from els.storage.manifests import sealed
 
@@ -82,9 +82,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of a few images, blocks of one, several chunks in each."""
-    monkeypatch.setattr(module, "_CHUNK_NUMBERS", 700)
-    monkeypatch.setattr(module, "_SHARD_PATCHES", 300)
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(library, "_CHUNK_NUMBERS", 700)
+    monkeypatch.setattr(rows, "SHARD_PATCHES", 300)
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 1)
 
 
 @pytest.fixture
@@ -381,7 +381,7 @@ def test_the_factory_does_not_depend_on_threads(
     smooth: PatchDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number of components is counted by a BLAS, and is part of what is built."""
-    monkeypatch.setattr(module, "_FLAT_MOST", 0)
+    monkeypatch.setattr(factory, "_FLAT_MOST", 0)
     assert smooth.path is not None
     made = []
     for threads in (1, 2):
@@ -414,7 +414,8 @@ def test_what_a_gpu_would_do_gives_the_same(
     index = db.build_index(3, factory=factory)
     queries = noisy(all_patches(db, 3)[0], 9)
     expected = index.search(queries, 5, effort=8)
-    monkeypatch.setattr(module, "_has_gpu", lambda _: True)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda flat: flat, raising=False)
     other = db.build_index(3, factory=factory, overwrite=True)
     monkeypatch.undo()
@@ -467,8 +468,9 @@ def test_an_interrupted_build_goes_on(db: PatchDatabase, factory: str) -> None:
 
 KILLED = """
 import os, signal, sys
-from els.index import PatchDatabase, retrieval
-retrieval._SHARD_PATCHES, retrieval._BLOCK_BYTES = 300, 1
+from els.index import PatchDatabase
+from els.index.patches import rows
+rows.SHARD_PATCHES, rows._BLOCK_BYTES = 300, 1
 stage, at = sys.argv[2], int(sys.argv[3])
 def kill(now, done, total):
     if now == stage and done >= at:
@@ -888,7 +890,7 @@ def test_the_command_explains_refusals(
     db: PatchDatabase, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], says: str
 ) -> None:
     db.build_index(3)
-    monkeypatch.setattr(module, "_FLAT_MOST", 0)
+    monkeypatch.setattr(factory, "_FLAT_MOST", 0)
     result = els("index", db.path, *options)
     assert result.exit_code == 1
     assert says in result.stderr

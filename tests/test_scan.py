@@ -14,7 +14,7 @@ from conftest import INSTRUCTION_SETS
 from els.engine import ScoreMachine
 from els.engine.backends.native_lists import ListSums, can_scan, has_tiles, is_precise, scan
 from els.index import DatabaseError, PatchDatabase, PatchIndex
-from els.index.lists import InvertedLists
+from els.index.patches.lists import InvertedLists
 from els.storage.manifests import sealed
 
 ALPHA = 0.9

@@ -586,7 +586,7 @@ def test_options_that_do_not_apply(tmp_path: Path) -> None:
 def test_a_huge_picture_in_a_zip_is_refused_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("els.index.sources._MAX_PICTURE_BYTES", 1000)
+    monkeypatch.setattr("els.index.sources.pictures.MAX_PICTURE_BYTES", 1000)
     path = write_zip(tmp_path / "x.zip", {"a.png": bytes(1001), "big.txt": bytes(2000)})
     with pytest.raises(SourceError, match=r"a\.png has 1,001 bytes, more than the 1,000"):
         open_source(path)

@@ -20,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from els.bench.index_growth import K
 from els.bench.nearest import least_distances, noisy_patches, squared_distances
 from els.index import PatchDatabase, open_source
-from els.index.retrieval import DEFAULT_EFFORT
+from els.index.patches.index import DEFAULT_EFFORT
 
 BETAS = (0.006, 0.05)
 PATCH_SIZE = 3

@@ -47,7 +47,7 @@ from els.engine.query import PosteriorQuery
 from els.engine.result import Error, ErrorKind, Mode
 from els.engine.state import PosteriorState, merge_all, moved
 from els.index import PatchDatabase, PatchIndex
-from els.index.retrieval import DEFAULT_EFFORT
+from els.index.patches.index import DEFAULT_EFFORT
 
 # Of numpy's independent streams of a seed. The order of the images in an index is that of seed 0,
 # and must tell nothing of a subset: a search that is cut short finds patches of the first.

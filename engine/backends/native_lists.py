@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from els.engine.backends.cores import available_cores
 from els.engine.backends.native import instruction_sets, kernel_module
-from els.index.lists import InvertedLists
+from els.index.patches.lists import InvertedLists
 
 COARSEST = 10  # 2^-10 of a list is the least that is read
 # How wide centroids are taken to be, in mean squared distances of codes from theirs.

@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from els.index.foreign import SourceError, explained
+from els.index.sources.foreign import SourceError, explained
 
 # dataset.json is that of StyleGAN's and EDM's dataset_tool, the others are those of Hugging Face
 # image folders.

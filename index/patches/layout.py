@@ -5,7 +5,7 @@ of its memory. So the whole structure of a file is checked here before FAISS see
 against the file's own, every list and link against the number of what it points at. What is left to
 trust are numbers that only change results (codes, centroids, addresses of patches).
 
-Known are the indices that `els.index.retrieval` builds, in the format of FAISS's
+Known are the indices that `els.index.patches.index` builds, in the format of FAISS's
 ``index_write.cpp`` (little-endian; an array is its length, 8 bytes, and its elements)::
 
     IxMp              header, Flat, int64 ids

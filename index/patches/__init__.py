@@ -1,0 +1,1 @@
+"""Approximate nearest patches, and the inverted lists of all of them (FAISS)."""
