@@ -51,7 +51,7 @@ class BuildInParallel(build_ext):
 extensions = [
     Pybind11Extension(
         f"els.engine._native_{name}",
-        ["engine/csrc/native.cpp"],
+        ["engine/csrc/bindings.cpp"],
         depends=sorted(map(str, Path("engine/csrc").glob("*.h"))),
         define_macros=[("ELS_MODULE", f"_native_{name}")],
         extra_compile_args=COMPILE_FLAGS + flags,

@@ -34,7 +34,7 @@ _Doubles: TypeAlias = npt.NDArray[np.float64]
 
 
 class Kernels(Protocol):
-    """The compiled module of one instruction set (``csrc/native.cpp``); arrays are C-contiguous.
+    """The compiled module of one instruction set (``csrc/bindings.cpp``); arrays are C-contiguous.
 
     Shapes and dtypes are checked, never converted. Results go into the arrays given last.
     """
@@ -70,7 +70,7 @@ class Kernels(Protocol):
         top_logits: _Doubles | None,
         top_addresses: _Ints | None,
     ) -> None:
-        """States of groups of images; see ``Problem`` of ``csrc/posterior.h``."""
+        """States of groups of images; see ``Problem`` of ``csrc/exact.h``."""
 
     def given(
         self,
@@ -86,7 +86,7 @@ class Kernels(Protocol):
         logits: _Doubles,
         centres: _Bytes,
     ) -> None:
-        """Logits of given candidates; see ``GivenProblem`` of ``csrc/given.h``."""
+        """Logits of given candidates; see ``GivenProblem`` of ``csrc/candidates.h``."""
 
     def scan(
         self,
@@ -115,7 +115,7 @@ class Kernels(Protocol):
         threads: int,
         results: _Doubles,
     ) -> None:
-        """Sums over inverted lists; see ``Scan`` of ``csrc/scan.h``."""
+        """Sums over inverted lists; see ``Scan`` of ``csrc/lists.h``."""
 
     def border(
         self,

@@ -20,9 +20,9 @@
 #include <numeric>
 #include <vector>
 
-#include "posterior.h"
+#include "buffer.h"
+#include "simd.h"
 #include "tiles.h"
-#include "vector.h"
 
 #if defined(ELS_HAS_TILES)
 namespace els {

@@ -23,9 +23,9 @@
 #include <string>
 #include <vector>
 
-#include "posterior.h"
+#include "buffer.h"
+#include "simd.h"
 #include "tiles.h"
-#include "vector.h"
 
 namespace els {
 

@@ -4,22 +4,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
-#include <exception>
-#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <type_traits>
 #include <vector>
 
 #include "border.h"
-#include "given.h"
-#include "posterior.h"
-#include "scan.h"
+#include "candidates.h"
+#include "exact.h"
+#include "lists.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -99,70 +96,11 @@ void check_starts(const Array<std::int64_t>& starts, const Array<std::int64_t>& 
   }
 }
 
-// Runs `body(cancelled)` on so many threads, but no more than there are tasks, or on as many as can
-// be started; Ctrl-C and the first exception end all of them.
-template <typename Body>
-void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body) {
-  threads = std::min(threads, std::max<std::int64_t>(tasks, 1));
-  std::atomic<bool> cancelled{false};
-  std::mutex mutex;
-  std::condition_variable finished;
-  int running = 0;
-  std::exception_ptr failure;
-  std::vector<std::thread> pool;
-  const auto guarded = [&] {
-    std::exception_ptr caught;
-    try {
-      body(cancelled);
-    } catch (...) {
-      caught = std::current_exception();
-      cancelled = true;
-    }
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (caught && !failure) failure = caught;
-    --running;
-    finished.notify_all();
-  };
-  {
-    py::gil_scoped_release release;
-    pool.reserve(threads);
-    try {
-      for (std::int64_t i = 0; i < threads; ++i) {
-        {
-          const std::lock_guard<std::mutex> lock(mutex);
-          ++running;
-        }
-        pool.emplace_back(guarded);
-      }
-    } catch (const std::exception&) {  // a limit on threads or memory: fewer will do
-      const std::lock_guard<std::mutex> lock(mutex);
-      --running;
-    }
-    std::unique_lock<std::mutex> lock(mutex);
-    while (!finished.wait_for(lock, std::chrono::milliseconds(100), [&] { return running == 0; })) {
-      lock.unlock();
-      {
-        py::gil_scoped_acquire acquire;
-        if (PyErr_CheckSignals() != 0) cancelled = true;
-      }
-      lock.lock();
-    }
-    lock.unlock();
-    for (std::thread& thread : pool) thread.join();
-  }
-  if (pool.empty()) {
-    throw std::runtime_error(
-        "no thread can be started: raise the limit on processes or memory (ulimit -u, ulimit -v)");
-  }
-  if (PyErr_Occurred()) throw py::error_already_set();
-  if (failure) std::rethrow_exception(failure);
-}
-
 void run(const els::Problem& problem, int threads) {
   const std::vector<els::Sweep> sweeps = els::plan_sweeps(problem);
   std::atomic<std::int64_t> next{0};
   const std::int64_t tasks = static_cast<std::int64_t>(problem.groups) * problem.batch;
-  on_threads(threads, tasks, [&](std::atomic<bool>& cancelled) {
+  els::on_threads(threads, tasks, [&](std::atomic<bool>& cancelled) {
     with_channels(problem.channels,
                   [&](auto channels) { work<channels>(problem, sweeps, next, cancelled); });
   });
@@ -202,7 +140,7 @@ void given(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Arr
     }
   }
   std::atomic<std::int64_t> next{0};
-  on_threads(threads, batch * pixels, [&](std::atomic<bool>& cancelled) {
+  els::on_threads(threads, batch * pixels, [&](std::atomic<bool>& cancelled) {
     std::vector<double> patch(channels * patch_size * patch_size), sums(patch_size);
     for (;;) {
       const std::int64_t task = next.fetch_add(1);
@@ -306,7 +244,7 @@ void run_scan(const els::Scan& scan, int threads) {
   bounds[0] = 0;
   const auto deal = [&](std::int64_t count, std::int64_t step, const auto& work) {
     std::atomic<std::int64_t> next{0};
-    on_threads(threads, (count + step - 1) / step, [&](std::atomic<bool>& cancelled) {
+    els::on_threads(threads, (count + step - 1) / step, [&](std::atomic<bool>& cancelled) {
       for (;;) {
         const std::int64_t first = next.fetch_add(step);
         if (first >= count || cancelled.load()) return;
@@ -320,7 +258,7 @@ void run_scan(const els::Scan& scan, int threads) {
     plan.spend(static_cast<int>(a), static_cast<int>(b));
   });
   std::atomic<std::int64_t> next{0};
-  on_threads(threads, scan.parts, [&](std::atomic<bool>& cancelled) {
+  els::on_threads(threads, scan.parts, [&](std::atomic<bool>& cancelled) {
     with_channels(scan.channels,
                   [&](auto channels) { scan_channels<channels>(plan, bounds, next, cancelled); });
   });
@@ -412,7 +350,7 @@ void work_on_border(const els::BorderPlan& plan, std::atomic<std::int64_t>& next
 void run_border(const els::Border& border, int threads) {
   const els::BorderPlan plan(border);
   std::atomic<std::int64_t> next{0};
-  on_threads(threads, border.groups, [&](std::atomic<bool>& cancelled) {
+  els::on_threads(threads, border.groups, [&](std::atomic<bool>& cancelled) {
     with_channels(border.channels,
                   [&](auto channels) { work_on_border<channels>(plan, next, cancelled); });
   });
