@@ -350,8 +350,8 @@ def tune(check: Check, works: list[Any], images: Any) -> None:
         for configuration in CANDIDATES:
             if not check.can_afford(15, f"tuning P = {work.patch_size}, {configuration}"):
                 return
-            machine = ScoreMachine(some, "ELS", "circular", backend="triton")
-            machine._backend = TritonBackend(configuration=configuration)
+            backend = TritonBackend(configuration=configuration)
+            machine = ScoreMachine(some, "ELS", "circular", backend)
             seconds = check.seconds_of(partial(ask, machine, work, 1))
             check.add(
                 what="tuning",
@@ -379,7 +379,6 @@ def exponentials_an_image(machine: Any, work: Any) -> float:
 
     One of each pair's weight, and one to rescale what those that share it add to.
     """
-    import numpy as np
     import torch
 
     from els.engine.query import PosteriorQuery
@@ -388,10 +387,9 @@ def exponentials_an_image(machine: Any, work: Any) -> float:
         work.x[:1],
         torch.tensor([work.alpha]),
         torch.tensor([work.sigma]),
-        machine.kind,
+        machine.definition,
         machine.boundary,
         work.patch_size,
-        members=np.empty(0, dtype=np.int64),
     )
     configuration, plan = machine._backend._plan(query, torch.float32)
     together = configuration.for_windows(plan.row_chunks, plan.column_chunks).together

@@ -29,13 +29,8 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import pad
 
 from els.engine.backends.image_blocks import blocks, merged_in_order
-from els.engine.backends.pytorch import (
-    TorchBackend,
-    aligned,
-    padded,
-    patch_distances,
-    window_sums,
-)
+from els.engine.backends.image_machines import image_state
+from els.engine.backends.pytorch import aligned, local_state, padded, patch_distances, patch_sums
 from els.engine.query import PosteriorQuery
 from els.engine.result import LocalPosterior, finish
 from els.engine.state import PosteriorState
@@ -114,12 +109,12 @@ def variances(images: Images, query: PosteriorQuery, members: Sequence[Members])
         query: B noisy images; its members do not matter.
         members: numbers of the images that are candidates, for each of them.
     """
-    family = _Whole if query.kind in ("IS", "ES") else _Local
+    family = _Local if query.kind.is_local else _Whole
     found = []
     for row, numbers in enumerate(members):
-        one = _one(query, row, numbers)
-        sums = family(images, one, _state(images, one))
-        found.append(_over_blocks(sums.variance, one))
+        one = _one(query, row)
+        sums = family(images, one, _state(images, one, numbers))
+        found.append(_over_blocks(sums.variance, one, numbers))
     return torch.stack(found)
 
 
@@ -191,33 +186,34 @@ def _pulled_back(
     """Gradients of x, alpha and sigma from those of mean, log evidence and effective patches."""
     x, alpha, sigma = inputs
     query = replace(query, x=x, alpha=alpha, sigma=sigma, entropy=len(gradients) > 2, top=0)
-    family = _Whole if query.kind in ("IS", "ES") else _Local
+    family = _Local if query.kind.is_local else _Whole
     found = []
     for row, numbers in enumerate(members):
-        one = _one(query, row, numbers)
-        state = _state(images, one)
+        one = _one(query, row)
+        state = _state(images, one, numbers)
         adjoint = _adjoint(state, [gradient[row : row + 1] for gradient in gradients])
         sums = family(images, one, state)
-        of_x, *others = _over_blocks(partial(sums.gradient, adjoint), one)
+        of_x, *others = _over_blocks(partial(sums.gradient, adjoint), one, numbers)
         found.append((sums.unpadded(of_x), *others))
     of_x, of_alpha, of_sigma = (torch.stack(parts) for parts in zip(*found, strict=True))
     return of_x.to(x), of_alpha.to(alpha), of_sigma.to(sigma)
 
 
-def _one(query: PosteriorQuery, row: int, members: Members) -> PosteriorQuery:
+def _one(query: PosteriorQuery, row: int) -> PosteriorQuery:
     rows = slice(row, row + 1)
     return replace(
         query,
         x=query.x[rows].detach().double(),
         alpha=query.alpha[rows].detach(),
         sigma=query.sigma[rows].detach(),
-        members=members,
     )
 
 
-def _state(images: Images, query: PosteriorQuery) -> PosteriorState:
+@torch.no_grad()
+def _state(images: Images, query: PosteriorQuery, members: Members) -> PosteriorState:
     """In float64: gradients are differences of weights that nearly cancel."""
-    return TorchBackend(str(query.x.device)).state(images, query)
+    state = local_state if query.kind.is_local else image_state
+    return state(images, query, members)
 
 
 class _Adjoint(NamedTuple):
@@ -225,18 +221,20 @@ class _Adjoint(NamedTuple):
 
     mass: Tensor
     centre: Tensor
-    tilt: Tensor
+    logit_sum: Tensor
 
 
 def _adjoint(state: PosteriorState, gradients: Sequence[Tensor]) -> _Adjoint:
     """From the gradients of what is made of the sums."""
     with torch.enable_grad():
         sums = [state.mass.clone().requires_grad_(), state.centre.clone().requires_grad_()]
-        tilt = None if state.tilt is None else state.tilt.clone().requires_grad_()
-        post = finish(replace(state, mass=sums[0], centre=sums[1], tilt=tilt), torch.float64)
+        logit_sum = None if state.logit_sum is None else state.logit_sum.clone().requires_grad_()
+        post = finish(
+            replace(state, mass=sums[0], centre=sums[1], logit_sum=logit_sum), torch.float64
+        )
         made = [post.mean, post.log_evidence]
-        if tilt is not None and post.effective_patches is not None:
-            sums.append(tilt)
+        if logit_sum is not None and post.effective_patches is not None:
+            sums.append(logit_sum)
             made.append(post.effective_patches)
         found = torch.autograd.grad(
             made, sums, [gradient.to(of) for gradient, of in zip(gradients, made, strict=True)]
@@ -245,8 +243,10 @@ def _adjoint(state: PosteriorState, gradients: Sequence[Tensor]) -> _Adjoint:
     return _Adjoint(found[0][0], found[1][0], of_tilt[0])
 
 
-def _over_blocks(function: Callable[[Members], Iterator[Any]], query: PosteriorQuery) -> Any:
-    """Sums over all blocks of the query's members, in order; a tensor or a tuple of them."""
+def _over_blocks(
+    function: Callable[[Members], Iterator[Any]], query: PosteriorQuery, members: Members
+) -> Any:
+    """Sums over all blocks of the members, in order; a tensor or a tuple of them."""
     _, channels, height, width = query.x.shape
     halo = query.patch_size - 1
     planes = 8 * channels + 8
@@ -257,7 +257,7 @@ def _over_blocks(function: Callable[[Members], Iterator[Any]], query: PosteriorQ
             return first + second
         return tuple(a + b for a, b in zip(first, second, strict=True))
 
-    return merged_in_order(function, blocks(query.members, count), added, query.x.device)
+    return merged_in_order(function, blocks(members, count), added, query.x.device)
 
 
 def _decoded(images: Images, members: Members, device: torch.device) -> Tensor:
@@ -276,8 +276,8 @@ class _Local:
 
     def __init__(self, images: Images, query: PosteriorQuery, state: PosteriorState) -> None:
         self._images, self._query = images, query
-        self._maximum, self._mass = state.maximum[0], state.mass[0]
-        self._mean = (state.centre / state.mass.unsqueeze(1))[0]
+        self._reference, self._mass = state.reference[0], state.mass[0]
+        self._mean = state.mean[0]
         self._alpha, self._sigma = float(query.alpha[0]), float(query.sigma[0])
         self._x = padded(query.x, query)[0]
 
@@ -286,21 +286,21 @@ class _Local:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Those of the padded x, alpha and sigma, through the logits of a block of members."""
         query, precision = self._query, self._sigma**-2
-        size = query.patch_size
+        size, mask = query.patch_size, query.kind.mask(query.patch_size)
         clean = _decoded(self._images, members, self._x.device)
         around = padded(clean, query)
         of_padded = torch.zeros_like(self._x)
         of_alpha, of_sigma = self._x.new_zeros(()), self._x.new_zeros(())
         for rows, columns in aligned(query):
-            distances = patch_distances(self._x, self._alpha * around, rows, columns, size)
+            distances = patch_distances(self._x, self._alpha * around, rows, columns, mask)
             here = (rows.queries(), columns.queries())
-            shifted = (-0.5 * precision * distances - self._maximum[here]).clamp(max=0)
+            shifted = (-0.5 * precision * distances - self._reference[here]).clamp(max=0)
             centres = clean[:, :, rows.candidates(), columns.candidates()]
             of_logits = adjoint.mass[here] + (adjoint.centre[:, *here] * centres).sum(1)
-            of_logits = shifted.exp() * (of_logits + adjoint.tilt[here] * (1 + shifted))
+            of_logits = shifted.exp() * (of_logits + adjoint.logit_sum[here] * (1 + shifted))
             # Every pixel of a patch moves its logit: sums over the patches that hold a pixel.
             spread = pad(of_logits, (size - 1,) * 4)
-            spread = window_sums(window_sums(spread, size, -1), size, -2).unsqueeze(1)
+            spread = patch_sums(spread, mask[::-1, ::-1]).unsqueeze(1)
             down, right = rows.widened(size), columns.widened(size)
             k = around[:, :, down.candidates(), right.candidates()]
             x = self._x[:, down.queries(), right.queries()]
@@ -313,13 +313,14 @@ class _Local:
     def variance(self, members: Members) -> Iterator[Tensor]:
         """A block's part of the variance of each pixel, ``[C, H, W]``."""
         query, precision = self._query, self._sigma**-2
+        mask = query.kind.mask(query.patch_size)
         clean = _decoded(self._images, members, self._x.device)
         training = padded(self._alpha * clean, query)
         found = torch.zeros_like(self._mean)
         for rows, columns in aligned(query):
-            distances = patch_distances(self._x, training, rows, columns, query.patch_size)
+            distances = patch_distances(self._x, training, rows, columns, mask)
             here = (rows.queries(), columns.queries())
-            shifted = (-0.5 * precision * distances - self._maximum[here]).clamp(max=0)
+            shifted = (-0.5 * precision * distances - self._reference[here]).clamp(max=0)
             weights = (shifted.exp() / self._mass[here]).unsqueeze(1)
             centres = clean[:, :, rows.candidates(), columns.candidates()]
             found[:, *here] += (weights * (centres - self._mean[:, *here]).square()).sum(0)
@@ -339,8 +340,8 @@ class _Whole:
 
     def __init__(self, images: Images, query: PosteriorQuery, state: PosteriorState) -> None:
         self._images, self._query, self._x = images, query, query.x[0]
-        self._maximum, self._mass = state.maximum[0, 0, 0], state.mass[0, 0, 0]
-        self._mean = (state.centre / state.mass.unsqueeze(1))[0]
+        self._reference, self._mass = state.reference[0, 0, 0], state.mass[0, 0, 0]
+        self._mean = state.mean[0]
         self._alpha, self._sigma = float(query.alpha[0]), float(query.sigma[0])
 
     def gradient(
@@ -349,11 +350,11 @@ class _Whole:
         """As `_Local.gradient`."""
         clean = _decoded(self._images, members, self._x.device)
         product, norms, logits = self._logits(clean)
-        shifted = (logits - self._maximum).clamp(max=0)
+        shifted = (logits - self._reference).clamp(max=0)
         of_logits = shifted.exp() * (
             adjoint.mass.sum()
             + self._products(adjoint.centre, clean)
-            + adjoint.tilt.sum() * (1 + shifted)
+            + adjoint.logit_sum.sum() * (1 + shifted)
         )
         precision, total = self._sigma**-2, of_logits.sum()
         of_x = precision * (self._alpha * self._combined(of_logits, clean) - total * self._x)
@@ -369,7 +370,7 @@ class _Whole:
         """As `_Local.variance`."""
         clean = _decoded(self._images, members, self._x.device)
         _, _, logits = self._logits(clean)
-        weights = (logits - self._maximum).clamp(max=0).exp() / self._mass
+        weights = (logits - self._reference).clamp(max=0).exp() / self._mass
         first, second = (self._combined(weights, values) for values in (clean, clean.square()))
         yield second - 2 * self._mean * first + self._mean.square() * weights.sum()
 
@@ -382,7 +383,7 @@ class _Whole:
 
     def _products(self, x: Tensor, clean: Tensor) -> Tensor:
         """``sum_p x[p] k_n[p + s]``: ``[n]`` for IS, ``[n, H, W]`` for the shifts of ES."""
-        if self._query.kind == "IS":
+        if not self._query.kind.is_equivariant:
             return torch.einsum("chw,nchw->n", x, clean)
         spectrum = torch.fft.rfft2(x).conj() * torch.fft.rfft2(clean)
         products: Tensor = torch.fft.irfft2(spectrum.sum(1), s=x.shape[1:])
@@ -390,7 +391,7 @@ class _Whole:
 
     def _combined(self, weights: Tensor, values: Tensor) -> Tensor:
         """``sum_{n, s} weights[n, s] values_n[p + s]``, ``[C, H, W]``."""
-        if self._query.kind == "IS":
+        if not self._query.kind.is_equivariant:
             return torch.einsum("n,nchw->chw", weights, values)
         spectrum = torch.fft.rfft2(weights).conj().unsqueeze(1) * torch.fft.rfft2(values)
         combined: Tensor = torch.fft.irfft2(spectrum.sum(0), s=values.shape[2:])

@@ -11,21 +11,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.approximate.estimate import Approximation, Estimator
-from els.engine.backends import BackendName, choose
+from els.engine.approximate import head
+from els.engine.approximate.estimate import Problem
+from els.engine.approximate.methods import (
+    MAX_TOP,
+    Lists,
+    Method,
+    Situation,
+    TopK,
+    method_named,
+    require_integer,
+    serves,
+)
+from els.engine.backends import Backend, BackendName, choose, require_support
 from els.engine.backends.cores import available_cores
-from els.engine.backends.native_lists import can_read, can_scan, is_precise
 from els.engine.gradients import Inputs, differentiable, variances
-from els.engine.kinds import Boundary, Kind
+from els.engine.kinds import Boundary, Kind, kind_named, register
 from els.engine.query import PosteriorQuery
-from els.engine.result import LocalPosterior, Mode, finish, require_tolerance
+from els.engine.result import LocalPosterior, Mode, finish
 from els.engine.state import PosteriorState, moved, stack, take
 from els.index import PatchDatabase, PatchIndex
 
 if TYPE_CHECKING:
     from els.engine.mesh import ProcessMesh
 
-MAX_TOP = 4096
 # Threads that may be asked for; the native backend starts no more than it has work for.
 _MOST_THREADS = 2**16
 # Squared distances over 2 sigma^2 stay below this, so that sums over candidates do not overflow.
@@ -40,12 +49,13 @@ class ScoreMachine:
 
     Args:
         db: the training images.
-        kind: ``"IS"`` ideal score, ``"ES"`` equivariant, ``"LS"`` local or ``"ELS"`` equivariant
-            local.
+        kind: ``"IS"`` ideal score, ``"ES"`` equivariant, ``"LS"`` local, ``"ELS"`` equivariant
+            local, or another that is registered; or its definition, a
+            :class:`~els.engine.kinds.Kind`, which is registered.
         boundary: ``"zeros"`` (with ELS: the boundary-broken machine) or ``"circular"``; it does not
             matter to IS and ES.
         backend: ``"native"``, ``"torch"``, ``"triton"``, or ``"auto"``, which chooses (see
-            ``backend_reason``).
+            ``backend_reason``); or a :class:`~els.engine.backends.Backend` of one's own.
         threads: threads of the native backend; None for one per core, divided among the mesh's
             processes on this machine. Results do not depend on it.
         device: where the torch and triton backends compute and queries live, e.g. ``"cpu"``,
@@ -57,17 +67,17 @@ class ScoreMachine:
 
     Raises:
         TypeError: if ``db`` is not a :class:`PatchDatabase`.
-        ValueError: for an unknown kind, boundary or backend, threads < 1, or more database shards
-            than images.
+        ValueError: for an unknown kind, boundary or backend, a kind that the backend does not
+            compute, threads < 1, or more database shards than images.
         RuntimeError: if the backend asked for cannot run here.
     """
 
     def __init__(
         self,
         db: PatchDatabase,
-        kind: Kind = "ELS",
+        kind: str | Kind = "ELS",
         boundary: Boundary = "zeros",
-        backend: BackendName = "auto",
+        backend: BackendName | Backend = "auto",
         *,
         threads: int | None = None,
         device: str | None = None,
@@ -78,27 +88,37 @@ class ScoreMachine:
                 f"db must be a PatchDatabase, got {type(db).__name__}; "
                 "open one with PatchDatabase.open(path)"
             )
-        _require_choice("kind", kind, get_args(Kind))
+        self.definition = register(kind) if isinstance(kind, Kind) else kind_named(kind)
         _require_choice("boundary", boundary, get_args(Boundary))
         if threads is not None:
-            _count("threads", threads, _MOST_THREADS, least=1)
+            require_integer("threads", threads, 1, _MOST_THREADS)
         if mesh is not None and mesh.database_shards > len(db):
             raise ValueError(
                 f"database_shards={mesh.database_shards} for {len(db)} images; give at most as many"
             )
         self.db = db
         self.mesh = mesh
-        self.kind: Kind = kind
         self.boundary: Boundary = boundary
         self._everyone = np.arange(len(db), dtype=np.int64)
         self._indices: dict[int, PatchIndex] = {}
         if mesh is not None and threads is None:
             threads = max(1, available_cores() // mesh.processes_here)
-        self._backend, self.backend_reason = choose(backend, threads=threads, device=device)
+        if isinstance(backend, str):
+            self._backend, self.backend_reason = choose(
+                backend, self.definition, threads=threads, device=device
+            )
+        else:
+            require_support(backend, self.definition)
+            self._backend, self.backend_reason = backend, "given"
         if mesh is not None and mesh.database_shards > 1:
             from els.engine.backends.sharded import ShardedBackend
 
             self._backend = ShardedBackend(self._backend, mesh)
+
+    @property
+    def kind(self) -> str:
+        """The name of the kind of machine."""
+        return self.definition.name
 
     @property
     def backend(self) -> str:
@@ -118,7 +138,17 @@ class ScoreMachine:
     @property
     def is_local(self) -> bool:
         """Whether the machine compares patches (LS, ELS) and so needs a patch size."""
-        return self.kind in ("LS", "ELS")
+        return self.definition.is_local
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether a patch index holds the machine's candidates (ELS)."""
+        return serves(self.definition)
+
+    @property
+    def estimate_kernel(self) -> str:
+        """What estimates are computed with, e.g. ``avx512``: others agree to their error only."""
+        return self._backend.estimate_kernel
 
     def posterior(
         self,
@@ -130,7 +160,7 @@ class ScoreMachine:
         labels: int | Tensor | None = None,
         entropy: bool = True,
         top: int = 0,
-        mode: Mode = "exact",
+        mode: Mode | Method = "exact",
         tolerance: float | None = None,
         k: int = 256,
         subset: int = 1024,
@@ -158,7 +188,8 @@ class ScoreMachine:
                 nearest patches that the database's index finds, weighed exactly. ``"subset"``: a
                 random subset of the images, extrapolated. ``"topk+subset"``: both. ``"lists"``: a
                 random part of the index's patches, the nearer the denser, extrapolated.
-                ``"auto"``: the cheapest that meets ``tolerance``.
+                ``"auto"``: the cheapest that meets ``tolerance``. Or a method with parameters of
+                its own (:mod:`els.engine.approximate.methods`).
             tolerance: of ``"auto"``: mean absolute error of the posterior mean over the pixels of
                 an image, > 0.
             k: how many patches the index is asked for per pixel, >= 1.
@@ -175,23 +206,22 @@ class ScoreMachine:
         """
         query, inputs = self._validated(x, alpha, sigma, patch_size, entropy, top)
         label = self._label_tensor(labels, x.shape[0])
-        if mode == "exact":
+        method = method_named(mode, tolerance=tolerance, k=k, subset=subset, share=share)
+        if method.mode != "exact":
+            if inputs.want_gradients:
+                raise ValueError(
+                    f"a gradient is wanted, but mode={method.mode!r} has none: use mode='exact', "
+                    "or give x, alpha and sigma detached (torch.no_grad())"
+                )
+            self._require(method, query)
+            return self._estimated(query, label, method, _seeds(seed, x.shape[0]))
 
-            def exact(query: PosteriorQuery) -> LocalPosterior:
-                return finish(self._state(query, label), query.x.dtype)
+        def exact(query: PosteriorQuery) -> LocalPosterior:
+            return finish(moved(self._state(query, label), self.device), query.x.dtype)
 
-            if not inputs.want_gradients:
-                return exact(query)
-            return differentiable(
-                exact, self.db.images, query, self._members_of(query, label), inputs
-            )
-        approximation = self._approximation(query, mode, tolerance, k, subset, share)
-        if inputs.want_gradients:
-            raise ValueError(
-                f"a gradient is wanted, but mode={mode!r} has none: use mode='exact', or give x, "
-                "alpha and sigma detached (torch.no_grad())"
-            )
-        return self._estimated(query, label, approximation, _seeds(seed, x.shape[0]))
+        if not inputs.want_gradients:
+            return exact(query)
+        return differentiable(exact, self.db.images, query, self._members_of(query, label), inputs)
 
     def score(
         self,
@@ -326,125 +356,86 @@ class ScoreMachine:
         query, _ = self._validated(x, alpha, sigma, patch_size, entropy=False, top=0)
         if len(x) != 1:
             raise ValueError(f"x has {len(x)} images; the recall is of one at a time")
-        self._approximation(query, "topk", None, k, 32, 1.0)
-        index = self._index(query.patch_size)
-        return Estimator(self._backend, self.db, index, query, (0,)).recall(k)
+        self._require(TopK(k), query)
+        index = self.index(query.patch_size)
+        problem = Problem(self._backend, self.db, index, query, self._everyone, (0,))
+        return head.recall(problem, k)
 
     def has_lists(self, patch_size: int, alpha: float, sigma: float) -> bool:
         """Whether ``mode="lists"`` works for a patch size and noise; see :meth:`posterior`."""
-        index = self._index(patch_size)
-        return self.kind == "ELS" and index is not None and can_read(index.inverted, alpha, sigma)
-
-    def _approximation(
-        self,
-        query: PosteriorQuery,
-        mode: Mode,
-        tolerance: float | None,
-        k: int,
-        subset: int,
-        share: float,
-    ) -> Approximation:
-        _require_choice("mode", mode, get_args(Mode))
-        if query.top:
-            raise ValueError(f"top={query.top} needs mode='exact', got mode={mode!r}")
-        if mode == "auto":
-            require_tolerance(tolerance)
-        elif tolerance is not None:
-            raise ValueError(f"tolerance={tolerance!r} is of mode='auto' only, got mode={mode!r}")
-        if not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"share={share!r} must be > 0 and at most 1")
-        if mode in ("topk", "topk+subset", "lists"):
-            if self.kind != "ELS":
-                raise ValueError(
-                    f"mode={mode!r} needs kind='ELS', whose patches an index holds; this machine "
-                    f"is {self.kind}: use mode='subset' or 'exact'"
-                )
-            if bool((query.alpha == 0).any()):
-                raise ValueError(
-                    f"mode={mode!r} with alpha=0: every patch is as near; use mode='subset'"
-                )
-            if self._index(query.patch_size) is None:
-                self.db.open_index(query.patch_size)  # says what is missing
-        if mode == "lists":
-            self._require_lists(query)
-        return Approximation(
-            mode,
-            None if tolerance is None else float(tolerance),
-            _count("k", k, MAX_TOP, least=1),
-            _count("subset", subset, 1 << 62, least=32),
-            float(share),
+        scales = (
+            torch.tensor([scale], dtype=torch.float64, device="cpu") for scale in (alpha, sigma)
         )
+        index = self.index(patch_size) if self.is_indexed else None
+        situation = Situation(self.definition, index, self._backend, *scales)
+        return index is not None and Lists().obstacle(situation) is None
 
-    def _require_lists(self, query: PosteriorQuery) -> None:
-        """Whether the index's lists can be read at this noise."""
-        index = self._index(query.patch_size)
-        assert index is not None
-        if index.inverted is None:
-            raise ValueError(
-                f"mode='lists' needs an index with codes of one byte per component; "
-                f"{index.factory!r} has none: use mode='topk+subset', or build one such as "
-                "IVF1024,SQ8_direct"
-            )
-        if not can_scan():
-            raise ValueError(
-                "mode='lists' needs the compiled extension; reinstall els-machine where a C++17 "
-                "compiler is found, or use mode='topk+subset'"
-            )
-        for alpha, sigma in zip(query.alpha.tolist(), query.sigma.tolist(), strict=True):
-            if not is_precise(index.inverted, alpha, sigma):
-                raise ValueError(
-                    f"mode='lists' with sigma={sigma:g}, alpha={alpha:g}: codes of "
-                    f"{index.factory!r} do not tell weights well enough at so little noise; use "
-                    "mode='topk+subset', or an index with larger codes"
-                )
+    def index(self, patch_size: int) -> PatchIndex | None:
+        """The database's index of this patch size, opened once; None if there is none."""
+        if patch_size not in self._indices and self.db.has_index(patch_size):
+            self._indices[patch_size] = self.db.open_index(patch_size)
+        return self._indices.get(patch_size)
+
+    def _require(self, method: Method, query: PosteriorQuery) -> None:
+        """Check that an approximation can answer a query.
+
+        Raises:
+            ValueError: if the method cannot be used; the message says why.
+            DatabaseError: if it needs an index that is not there.
+        """
+        if query.top:
+            raise ValueError(f"top={query.top} needs mode='exact', got mode={method.mode!r}")
+        index = self.index(query.patch_size) if self.is_indexed else None
+        situation = Situation(self.definition, index, self._backend, query.alpha, query.sigma)
+        obstacle = method.obstacle(situation)
+        if obstacle is not None:
+            raise ValueError(f"mode={method.mode!r} {obstacle}")
+        if method.needs_index and index is None:
+            self.db.open_index(query.patch_size)  # says what is missing
 
     def _estimated(
         self,
         query: PosteriorQuery,
         labels: Tensor | None,
-        approximation: Approximation,
+        method: Method,
         seeds: list[tuple[int, ...]],
     ) -> LocalPosterior:
         """Image by image, so that the batch does not show."""
         members = self._members_of(query, labels)
         index = None
-        if approximation.mode != "subset" and self.kind == "ELS":
-            index = self._index(query.patch_size)
-        states, errors = [], []
+        if self.is_indexed and method.mode != "subset":
+            index = self.index(query.patch_size)
+        estimates = []
         for b, seed in enumerate(seeds):
-            one = _rows(query, [b], members[b])
-            estimator = Estimator(self._backend, self.db, index, one, seed)
-            state, error = estimator.state(approximation)
-            states.append(state if query.entropy else replace(state, tilt=None))
-            errors.append(error)
-        return finish(moved(stack(states), self.device), query.x.dtype, errors)
-
-    def _index(self, patch_size: int) -> PatchIndex | None:
-        """The database's index of this patch size, opened once; None if there is none."""
-        if patch_size not in self._indices and self.db.has_index(patch_size):
-            self._indices[patch_size] = self.db.open_index(patch_size)
-        return self._indices.get(patch_size)
+            one = _rows(query, [b])
+            problem = Problem(self._backend, self.db, index, one, members[b], seed)
+            estimates.append(method.estimate(problem))
+        state = stack([estimate.state for estimate in estimates])
+        if not query.entropy:
+            state = replace(state, logit_sum=None)
+        uncertainties = [estimate.uncertainty for estimate in estimates]
+        return finish(moved(state, self.device), query.x.dtype, uncertainties)
 
     def _members_of(
         self, query: PosteriorQuery, labels: Tensor | None
     ) -> list[npt.NDArray[np.int64]]:
         """The candidates' images, for each image of the batch."""
         if labels is None:
-            return [query.members] * len(query.x)
+            return [self._everyone] * len(query.x)
         return [self.db.class_members(label) for label in labels.tolist()]
 
     def _state(self, query: PosteriorQuery, labels: Tensor | None) -> PosteriorState:
-        images = self.db.images
+        """The exact state, on the CPU."""
         if labels is None:
-            return self._backend.state(images, query)
+            return self._backend.states(self.db.images, query, [self._everyone])[0]
         classes = sorted(set(labels.tolist()))
         # Every class is looked up before any work: an empty one must not cost the others' time.
         members_of = {label: self.db.class_members(label) for label in classes}
-        if len(classes) == 1:
-            return self._backend.state(images, replace(query, members=members_of[classes[0]]))
         rows_of = {label: torch.nonzero(labels == label).flatten().tolist() for label in classes}
         states = [
-            self._backend.state(images, _rows(query, rows_of[label], members_of[label]))
+            self._backend.states(self.db.images, _rows(query, rows_of[label]), [members_of[label]])[
+                0
+            ]
             for label in classes
         ]
         rows = np.concatenate([rows_of[label] for label in classes])
@@ -482,16 +473,16 @@ class ScoreMachine:
             _scalars("alpha", alpha, x.shape[0], positive=False),
             _scalars("sigma", sigma, x.shape[0], positive=True),
         )
+        require_integer("top", top, 0, MAX_TOP)
         query = PosteriorQuery(
             x=x.detach(),
             alpha=inputs.alpha.detach(),
             sigma=inputs.sigma.detach(),
-            kind=self.kind,
+            kind=self.definition,
             boundary=self.boundary,
             patch_size=self._patch_size(patch_size),
-            members=self._everyone,
             entropy=bool(entropy),
-            top=_count("top", top, MAX_TOP),
+            top=top,
         )
         _require_range(query, largest)
         inputs.require_no_tangents()
@@ -536,12 +527,6 @@ class ScoreMachine:
 def _require_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{argument}={value!r} is not known; choose one of {', '.join(choices)}")
-
-
-def _count(argument: str, value: int, most: int, *, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{argument}={value!r} must be an integer from {least} to {most}")
-    return value
 
 
 def _seeds(seed: int | Sequence[int], batch: int) -> list[tuple[int, ...]]:
@@ -603,14 +588,6 @@ def _require_range(query: PosteriorQuery, largest: Tensor) -> None:
         )
 
 
-def _rows(
-    query: PosteriorQuery, rows: Sequence[int], members: npt.NDArray[np.int64]
-) -> PosteriorQuery:
+def _rows(query: PosteriorQuery, rows: Sequence[int]) -> PosteriorQuery:
     """The same question for some images of the batch."""
-    return replace(
-        query,
-        x=query.x[rows],
-        alpha=query.alpha[rows],
-        sigma=query.sigma[rows],
-        members=members,
-    )
+    return replace(query, x=query.x[rows], alpha=query.alpha[rows], sigma=query.sigma[rows])

@@ -118,14 +118,14 @@ class ProcessMesh:
         """
         if self._group is None:
             return state
-        maximum = self.largest(state.maximum)
-        own = rescaled(state, maximum)
-        channels = own.centre.shape[1]
+        reference = self.largest(state.reference)
+        own = rescaled(state, reference)
         planes = [own.mass.unsqueeze(1), own.centre]
-        if own.tilt is not None:
-            planes.append(own.tilt.unsqueeze(1))
+        if own.logit_sum is not None:
+            planes.append(own.logit_sum.unsqueeze(1))
         sums = torch.cat(planes, dim=1)
         self._all_reduce(sums, dist.ReduceOp.SUM)
+        mass, centre, *logit_sums = torch.split(sums, [plane.shape[1] for plane in planes], dim=1)
         top = None
         if state.top is not None:
             top = best(
@@ -133,13 +133,8 @@ class ProcessMesh:
                 self._gathered(state.top.addresses),
                 state.top.logits.shape[-1],
             )
-        return PosteriorState(
-            maximum,
-            sums[:, 0],
-            sums[:, 1 : 1 + channels],
-            None if own.tilt is None else sums[:, 1 + channels],
-            top,
-        )
+        logit_sum = logit_sums[0][:, 0] if logit_sums else None
+        return PosteriorState(reference, mass[:, 0], centre, logit_sum, top)
 
     def largest(self, values: Tensor) -> Tensor:
         """The element-wise maximum over the group's ranks; errors as in :meth:`merge`."""

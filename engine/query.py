@@ -1,4 +1,4 @@
-"""What is asked of a backend."""
+"""The question put to a backend."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from els.engine.kinds import Boundary, Kind
 
 @dataclass(frozen=True)
 class PosteriorQuery:
-    """A validated batch of noisy images and the candidates to weigh for each of their pixels.
+    """A validated batch of noisy images, and what to compute for each of their pixels.
 
     Attributes:
         x: noisy images ``alpha * x0 + sigma * eps``, floating, ``[B, C, H, W]``.
         alpha: signal scale per image, float64 on the CPU, ``[B]``.
         sigma: noise standard deviation per image, float64 on the CPU, ``[B]``, > 0.
-        kind: which machine (docs/theory.md).
-        boundary: what a patch reads beyond the image's border; ignored by IS and ES.
-        patch_size: odd side P of the patch, 1 to the image's shorter side; ignored by IS and ES.
-        members: ascending image numbers whose patches are candidates, int64 ``[M]``, M >= 1.
-        entropy: whether the state's ``tilt`` is wanted.
+        kind: which machine.
+        boundary: what a patch reads beyond the image's border; ignored where whole images are
+            compared.
+        patch_size: odd side P of the patch, 1 to the image's shorter side; 1 where whole images are
+            compared.
+        entropy: whether the state's ``logit_sum`` is wanted.
         top: how many of the heaviest candidates to return per pixel (0 for none).
-        border_only: with ELS and zeros beyond the border, only border pixels are wanted, those
-            within P // 2 of an edge; others may get anything.
+        pixels: the pixels that are wanted, bool ``[H, W]``, None for all; the state of others may
+            hold anything.
+        logit_error: largest error that logits may have, such that a backend may take a faster
+            kernel; 0 for exact ones.
     """
 
     x: Tensor
@@ -35,7 +38,26 @@ class PosteriorQuery:
     kind: Kind
     boundary: Boundary
     patch_size: int
-    members: npt.NDArray[np.int64]
     entropy: bool = False
     top: int = 0
-    border_only: bool = False
+    pixels: npt.NDArray[np.bool_] | None = None
+    logit_error: float = 0.0
+
+    @property
+    def has_border(self) -> bool:
+        """Whether pixels near the border have candidates of their own (ELS, zeros beyond it)."""
+        return self.kind.is_local and self.kind.is_equivariant and self.boundary == "zeros"
+
+    @property
+    def interior(self) -> npt.NDArray[np.bool_]:
+        """Pixels but those with candidates of their own, bool ``[H, W]``."""
+        height, width = self.x.shape[2:]
+        radius = self.patch_size // 2 if self.has_border else 0
+        inside = np.zeros((height, width), dtype=np.bool_)
+        inside[radius : height - radius, radius : width - radius] = True
+        return inside
+
+    @property
+    def border_only(self) -> bool:
+        """Whether only pixels near the border are wanted, and they have candidates of their own."""
+        return self.has_border and self.pixels is not None and not self.pixels[self.interior].any()

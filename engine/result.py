@@ -17,17 +17,17 @@ ErrorKind: TypeAlias = Literal["exact", "bound", "estimate"]
 
 
 @dataclass(frozen=True)
-class Error:
-    """How far an approximate posterior may be from the exact one, per pixel; float64.
+class Uncertainty:
+    """How far the posterior of one image may be from the exact one, per pixel; float64.
 
     Attributes:
-        omitted_mass: share of the posterior mass that was not computed, ``[B, H, W]``.
-        mean_error: of the posterior mean, the worst channel, ``[B, H, W]``: a bound or a standard
+        omitted_mass: share of the posterior mass that was not computed, ``[1, H, W]``.
+        mean_error: of the posterior mean, the worst channel, ``[1, H, W]``: a bound or a standard
             error, as ``kind`` says.
         kind: ``exact``; ``bound``, which always holds; or ``estimate``.
         mode: what was computed.
         images: how many images the subset had; 0 without one.
-        typical: the mean over channels of the standard error, ``[B, H, W]``.
+        typical: the mean over channels of the standard error, ``[1, H, W]``.
     """
 
     omitted_mass: Tensor
@@ -38,8 +38,8 @@ class Error:
     typical: Tensor
 
     @classmethod
-    def none(cls, like: Tensor) -> Error:
-        """That of an exact posterior; ``like`` has its shape, ``[B, H, W]``."""
+    def none(cls, like: Tensor) -> Uncertainty:
+        """That of an exact posterior; ``like`` has its shape, ``[1, H, W]``."""
         zero = torch.zeros_like(like, dtype=torch.float64)
         return cls(zero, zero, "exact", "exact", 0, zero)
 
@@ -96,36 +96,38 @@ def require_tolerance(tolerance: object) -> None:
 
 
 def finish(
-    state: PosteriorState, dtype: torch.dtype, errors: Sequence[Error] | None = None
+    state: PosteriorState,
+    dtype: torch.dtype,
+    uncertainties: Sequence[Uncertainty] | None = None,
 ) -> LocalPosterior:
     """Normalise a state that has seen all candidates, or is an estimate of one that has.
 
     Args:
         state: of B images.
         dtype: of the mean.
-        errors: of each image; None for exact states.
+        uncertainties: of each image; None for exact states.
     """
     wide = torch.promote_types(dtype, torch.float32)
     log_mass = state.mass.log()
-    mean = state.centre / state.mass.unsqueeze(1)
+    mean = state.mean
     effective = None
-    if state.tilt is not None:
-        effective = (log_mass - state.tilt / state.mass).exp().to(wide)
+    if state.logit_sum is not None:
+        effective = (log_mass - state.logit_sum / state.mass).exp().to(wide)
     weights = addresses = None
     if state.top is not None:
-        log_weights = state.top.logits - (state.maximum + log_mass).unsqueeze(-1)
+        log_weights = state.top.logits - (state.reference + log_mass).unsqueeze(-1)
         weights, addresses = log_weights.exp().to(wide), state.top.addresses
-    if errors is None:
-        errors = [Error.none(mass.unsqueeze(0)) for mass in state.mass]
+    if uncertainties is None:
+        uncertainties = [Uncertainty.none(mass.unsqueeze(0)) for mass in state.mass]
     return LocalPosterior(
         mean.to(dtype),
-        (state.maximum + log_mass).to(wide),
+        (state.reference + log_mass).to(wide),
         effective,
         weights,
         addresses,
-        torch.cat([error.omitted_mass for error in errors]).to(mean.device, wide),
-        torch.cat([error.mean_error for error in errors]).to(mean.device, wide),
-        tuple(error.kind for error in errors),
-        tuple(error.mode for error in errors),
-        tuple(error.images for error in errors),
+        torch.cat([each.omitted_mass for each in uncertainties]).to(mean.device, wide),
+        torch.cat([each.mean_error for each in uncertainties]).to(mean.device, wide),
+        tuple(each.kind for each in uncertainties),
+        tuple(each.mode for each in uncertainties),
+        tuple(each.images for each in uncertainties),
     )

@@ -1,20 +1,24 @@
 """Partial posteriors, and their merge.
 
-A local posterior is a softmax over candidate training patches (arXiv 2412.20292, the ELS machine).
-Partial states over disjoint candidate sets form a monoid: threads, image blocks, processes, border
-classes, a retrieved head and a sampled tail all meet in :func:`merge`.
+A posterior is a softmax over candidate training patches (docs/theory.md). Partial states over
+disjoint sets of candidates form a monoid: what is computed apart, by threads, blocks of images,
+processes, or from a retrieved head and a random subset, is combined by the functions of this
+module. They all put states on a common reference logit (:func:`rescaled`) and add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import reduce
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from els.engine.query import PosteriorQuery
+
+_Parts = TypeVar("_Parts", "PosteriorState", "TopPatches", "SamplingSums")
 
 
 @dataclass(frozen=True)
@@ -32,26 +36,68 @@ class TopPatches:
 
 
 @dataclass(frozen=True)
+class SamplingSums:
+    """What a sample of the candidates says of its own error (docs/theory.md, lists).
+
+    A stratum's block b of candidates is read with inclusion probability p; a_b and l_b are its sums
+    of centre and mass, divided by p.
+
+    Attributes:
+        seen: mass of what was read, each candidate counted once, ``[B, H, W]``.
+        squares: sums over blocks of ``(1 - p) l_b^2``, ``(1 - p) l_b a_b`` and ``(1 - p) a_b^2``,
+            ``[B, 1 + 2 C, H, W]``.
+    """
+
+    seen: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True)
 class PosteriorState:
     """Partial posterior of every pixel over some set of candidates; all sums are float64.
 
     With ``logit = -||x_patch - alpha * k_patch||^2 / (2 sigma^2)`` (natural logarithm):
 
     Attributes:
-        maximum: reference logit m, at or near the largest, ``[B, H, W]``; ``-inf`` for no
+        reference: reference logit m, at or near the largest, ``[B, H, W]``; ``-inf`` for no
             candidate.
         mass: ``sum exp(logit - m)``, ``[B, H, W]``.
         centre: ``sum exp(logit - m) * k_n[p']``, the clean centre pixels, ``[B, C, H, W]``.
-        tilt: ``sum exp(logit - m) * (logit - m)``, ``[B, H, W]``, or None where it was not asked
-            for.
+        logit_sum: ``sum exp(logit - m) * (logit - m)``, ``[B, H, W]``, or None where it was not
+            asked for.
         top: the heaviest candidates, or None where they were not asked for.
+        sampling: where the sums are estimates from a sample of the candidates, what their error
+            follows from; else None.
     """
 
-    maximum: Tensor
+    reference: Tensor
     mass: Tensor
     centre: Tensor
-    tilt: Tensor | None = None
+    logit_sum: Tensor | None = None
     top: TopPatches | None = None
+    sampling: SamplingSums | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """The posterior mean ``[B, C, H, W]``; not a number where there is no candidate."""
+        return self.centre / self.mass.unsqueeze(1)
+
+    @property
+    def is_known(self) -> Tensor:
+        """Which pixels have candidates, bool ``[B, H, W]``."""
+        return self.mass > 0
+
+    @property
+    def effective(self) -> Tensor:
+        """Effective number of candidates, exp(entropy of the weights), ``[B, H, W]``; 0 for none.
+
+        Raises:
+            ValueError: if the state has no ``logit_sum``.
+        """
+        if self.logit_sum is None:
+            raise ValueError("the state has no logit_sum: query with entropy=True")
+        mass = torch.where(self.is_known, self.mass, 1.0)
+        return torch.where(self.is_known, mass * (-self.logit_sum / mass).exp(), 0.0)
 
 
 def state_of(logits: Tensor, centres: Tensor) -> PosteriorState:
@@ -61,60 +107,13 @@ def state_of(logits: Tensor, centres: Tensor) -> PosteriorState:
         logits: float64 ``[B, H, W, k]``, ``-inf`` for no candidate.
         centres: their clean centre pixels, float64 ``[B, H, W, k, C]``.
     """
-    maximum = logits.amax(-1)
+    reference = logits.amax(-1)
     # Where there is no candidate, -inf - -inf would be nan.
-    shifted = logits - maximum.clamp(min=torch.finfo(torch.float64).min).unsqueeze(-1)
+    shifted = logits - reference.clamp(min=torch.finfo(torch.float64).min).unsqueeze(-1)
     weights = shifted.exp()
-    tilt = torch.where(weights > 0, weights * shifted, 0.0).sum(-1)
+    logit_sum = torch.where(weights > 0, weights * shifted, 0.0).sum(-1)
     centre = (weights.unsqueeze(-1) * centres).sum(-2).movedim(-1, 1)
-    return PosteriorState(maximum, weights.sum(-1), centre, tilt)
-
-
-def merge(first: PosteriorState, second: PosteriorState) -> PosteriorState:
-    """Combine the states of two disjoint candidate sets exactly (log-sum-exp).
-
-    Both states must carry the same optional fields.
-    """
-    maximum = torch.maximum(first.maximum, second.maximum)
-    first_sums, second_sums = rescaled(first, maximum), rescaled(second, maximum)
-    tilt = None
-    if first_sums.tilt is not None and second_sums.tilt is not None:
-        tilt = first_sums.tilt + second_sums.tilt
-    top = None
-    if first.top is not None and second.top is not None:
-        top = best(
-            torch.cat([first.top.logits, second.top.logits], dim=-1),
-            torch.cat([first.top.addresses, second.top.addresses], dim=-1),
-            first.top.logits.shape[-1],
-        )
-    return PosteriorState(
-        maximum,
-        first_sums.mass + second_sums.mass,
-        first_sums.centre + second_sums.centre,
-        tilt,
-        top,
-    )
-
-
-def rescaled(state: PosteriorState, maximum: Tensor) -> PosteriorState:
-    """The sums of a state relative to another reference logit; states that share one just add up.
-
-    Args:
-        state: of any candidates, also of none.
-        maximum: the reference, at least the state's own, float64 ``[B, H, W]``.
-
-    Returns:
-        The state without its top.
-    """
-    # An empty side has maximum -inf: its shift would be nan (both empty) or -inf (times mass 0).
-    shift = torch.where(torch.isneginf(state.maximum), 0.0, state.maximum - maximum)
-    scale = shift.exp()
-    return PosteriorState(
-        maximum,
-        scale * state.mass,
-        scale.unsqueeze(1) * state.centre,
-        None if state.tilt is None else scale * (state.tilt + shift * state.mass),
-    )
+    return PosteriorState(reference, weights.sum(-1), centre, logit_sum)
 
 
 def empty(query: PosteriorQuery) -> PosteriorState:
@@ -131,85 +130,158 @@ def empty(query: PosteriorQuery) -> PosteriorState:
     )
 
 
-def merge_into(
-    total: PosteriorState, part: PosteriorState, images: slice, rows: slice, columns: slice
-) -> None:
-    """Merge a state of some of the pixels into ``total``, in place."""
-    pixels = (images, rows, columns)
-    every_channel = (images, slice(None), rows, columns)
-    merged = merge(
-        PosteriorState(
-            total.maximum[pixels],
-            total.mass[pixels],
-            total.centre[every_channel],
-            None if total.tilt is None else total.tilt[pixels],
-            None
-            if total.top is None
-            else TopPatches(total.top.logits[pixels], total.top.addresses[pixels]),
-        ),
-        part,
-    )
-    total.maximum[pixels] = merged.maximum
-    total.mass[pixels] = merged.mass
-    total.centre[every_channel] = merged.centre
-    if total.tilt is not None and merged.tilt is not None:
-        total.tilt[pixels] = merged.tilt
-    if total.top is not None and merged.top is not None:
-        total.top.logits[pixels] = merged.top.logits
-        total.top.addresses[pixels] = merged.top.addresses
+def rescaled(state: PosteriorState, reference: Tensor) -> PosteriorState:
+    """The sums relative to another reference logit; states that share one just add up.
 
+    Args:
+        state: of any candidates, also of none.
+        reference: at least the state's own, float64, broadcast to ``[B, H, W]``.
 
-def stack(states: Sequence[PosteriorState]) -> PosteriorState:
-    """The states of disjoint parts of a batch as one, in their order."""
-
-    def together(parts: list[Tensor | None]) -> Tensor | None:
-        present = [part for part in parts if part is not None]
-        return torch.cat(present) if present else None
-
-    tops = [state.top for state in states if state.top is not None]
+    Returns:
+        The state without its top.
+    """
+    # A state of no candidates has -inf: its shift would be nan (both empty) or -inf (times 0).
+    is_none = torch.isneginf(state.reference)
+    shift = torch.where(is_none, 0.0, state.reference - reference)
+    scale = shift.exp()
+    sampling = state.sampling
+    if sampling is not None:
+        squares = scale.square().unsqueeze(1) * sampling.squares
+        sampling = SamplingSums(scale * sampling.seen, squares)
     return PosteriorState(
-        torch.cat([state.maximum for state in states]),
-        torch.cat([state.mass for state in states]),
-        torch.cat([state.centre for state in states]),
-        together([state.tilt for state in states]),
-        TopPatches(
-            torch.cat([top.logits for top in tops]), torch.cat([top.addresses for top in tops])
+        reference.expand_as(scale),
+        scale * state.mass,
+        scale.unsqueeze(1) * state.centre,
+        None if state.logit_sum is None else scale * (state.logit_sum + shift * state.mass),
+        sampling=sampling,
+    )
+
+
+def merge(first: PosteriorState, second: PosteriorState) -> PosteriorState:
+    """Combine the states of two disjoint candidate sets exactly (log-sum-exp).
+
+    Fields that one of them lacks are left out.
+    """
+    reference = torch.maximum(first.reference, second.reference)
+    sums = _each(torch.add, rescaled(first, reference), rescaled(second, reference))
+    top = None
+    if first.top is not None and second.top is not None:
+        top = best(
+            torch.cat([first.top.logits, second.top.logits], dim=-1),
+            torch.cat([first.top.addresses, second.top.addresses], dim=-1),
+            first.top.logits.shape[-1],
         )
-        if tops
-        else None,
-    )
-
-
-def moved(state: PosteriorState, device: torch.device | str) -> PosteriorState:
-    """The state on another device."""
-    return PosteriorState(
-        state.maximum.to(device),
-        state.mass.to(device),
-        state.centre.to(device),
-        None if state.tilt is None else state.tilt.to(device),
-        None
-        if state.top is None
-        else TopPatches(state.top.logits.to(device), state.top.addresses.to(device)),
-    )
-
-
-def take(state: PosteriorState, order: Tensor) -> PosteriorState:
-    """The images of a batch in another order; ``order`` is int64 ``[B]``."""
-    order = order.to(state.maximum.device)
-    return PosteriorState(
-        state.maximum[order],
-        state.mass[order],
-        state.centre[order],
-        None if state.tilt is None else state.tilt[order],
-        None
-        if state.top is None
-        else TopPatches(state.top.logits[order], state.top.addresses[order]),
-    )
+    return replace(sums, reference=reference, top=top)
 
 
 def merge_all(states: Iterable[PosteriorState]) -> PosteriorState:
     """Merge in the order given: the same order gives the same bits."""
     return reduce(merge, states)
+
+
+def summed(state: PosteriorState) -> PosteriorState:
+    """Merge along the batch: states of B disjoint candidate sets of one image as one, B = 1.
+
+    The result has no top.
+    """
+    reference = state.reference.amax(0, keepdim=True)
+    sums = _each(lambda part: part.sum(0, keepdim=True), rescaled(state, reference))
+    return replace(sums, reference=reference)
+
+
+def scaled(state: PosteriorState, factor: Tensor) -> PosteriorState:
+    """The sums with every candidate counted ``factor`` times, without top.
+
+    Args:
+        state: of B images.
+        factor: > 0, float64, broadcast to ``[B, H, W]``.
+    """
+    of_pixel = factor if factor.ndim == 2 else factor.unsqueeze(1)
+    return PosteriorState(
+        state.reference,
+        factor * state.mass,
+        of_pixel * state.centre,
+        None if state.logit_sum is None else factor * state.logit_sum,
+    )
+
+
+def without_each(state: PosteriorState) -> PosteriorState:
+    """Merge along the batch all states but one, for each of them: ``[B, ...]`` again.
+
+    Sums of what is left, not differences, which may cancel. Beside the heaviest state the others
+    may be too light to be seen; they get a reference of their own where it is left out.
+    """
+    reference = state.reference.amax(0, keepdim=True)
+
+    def others(values: Tensor) -> Tensor:
+        sums = torch.zeros_like(values)
+        sums[1:] = values[:-1].cumsum(0)
+        sums[:-1] += values[1:].flip(0).cumsum(0).flip(0)
+        return sums
+
+    sums = replace(_each(others, rescaled(state, reference)), reference=reference)
+    heaviest = state.reference.argmax(0, keepdim=True)
+    numbers = torch.arange(len(state.mass), device=state.mass.device).reshape(-1, 1, 1)
+    rest = summed(only_where(numbers != heaviest, state))
+    shape = state.reference.shape
+    sums = replace(sums, reference=reference.expand(shape))
+    rest = _each(lambda values: values.expand(len(numbers), *values.shape[1:]), rest)
+    return where(numbers == heaviest, rest, sums)
+
+
+def merge_into(
+    total: PosteriorState, part: PosteriorState, images: slice, rows: slice, columns: slice
+) -> None:
+    """Merge a state of some of the pixels into ``total``, in place."""
+
+    def pixels(state: PosteriorState) -> PosteriorState:
+        here = (images, rows, columns)
+        return replace(
+            _each(lambda values: values[here], replace(state, centre=state.mass)),
+            centre=state.centre[images, :, rows, columns],
+        )
+
+    place = pixels(total)
+    _each(lambda whole, merged: whole.copy_(merged), place, merge(place, part))
+
+
+def where(condition: Tensor, first: PosteriorState, second: PosteriorState) -> PosteriorState:
+    """Pixel by pixel one state or the other, without tops.
+
+    Args:
+        condition: bool, broadcast to ``[B, H, W]``.
+        first: taken where the condition holds.
+        second: taken elsewhere.
+    """
+    condition = condition.expand_as(first.reference)
+
+    def chosen(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(condition if one.ndim == 3 else condition.unsqueeze(1), one, other)
+
+    return _each(chosen, replace(first, top=None), replace(second, top=None))
+
+
+def only_where(condition: Tensor, state: PosteriorState) -> PosteriorState:
+    """The state, but of no candidates where the condition does not hold; without top."""
+    nothing = _each(torch.zeros_like, replace(state, top=None))
+    nothing = replace(nothing, reference=torch.full_like(state.reference, -torch.inf))
+    return where(condition, state, nothing)
+
+
+def stack(states: Sequence[PosteriorState]) -> PosteriorState:
+    """The states of disjoint parts of a batch as one, in their order."""
+    return _each(lambda *parts: torch.cat(parts), *states)
+
+
+def moved(state: PosteriorState, device: torch.device | str) -> PosteriorState:
+    """The state on another device."""
+    return _each(lambda values: values.to(device), state)
+
+
+def take(state: PosteriorState, order: Tensor) -> PosteriorState:
+    """The images of a batch in another order; ``order`` is int64 ``[B]``."""
+    order = order.to(state.mass.device)
+    return _each(lambda values: values[order], state)
 
 
 def best(logits: Tensor, addresses: Tensor, count: int) -> TopPatches:
@@ -228,3 +300,15 @@ def best(logits: Tensor, addresses: Tensor, count: int) -> TopPatches:
         torch.nn.functional.pad(logits.gather(-1, order), missing, value=-torch.inf),
         torch.nn.functional.pad(addresses.gather(-1, order), missing, value=-1),
     )
+
+
+def _each(function: Callable[..., Tensor], *parts: _Parts) -> _Parts:
+    """Apply a function to the same tensor of every state; what one of them lacks is left out."""
+
+    def of(values: tuple[Any, ...]) -> Any:
+        if any(value is None for value in values):
+            return None
+        return function(*values) if isinstance(values[0], Tensor) else _each(function, *values)
+
+    names = [field.name for field in fields(parts[0])]
+    return type(parts[0])(*(of(tuple(getattr(part, name) for part in parts)) for name in names))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from els.engine.kinds import Boundary, Kind
+from els.engine.kinds import Boundary, kind_named
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Explanation:
     """
 
     index: int
-    kind: Kind
+    kind: str
     values: npt.NDArray[np.float32]
     step: int
     sigma: npt.NDArray[np.float64]
@@ -61,12 +61,13 @@ class Explanation:
     def offsets(self) -> npt.NDArray[np.int64]:
         """``(dy, dx)`` from every pixel to the centre of its heaviest patch, ``[S, H, W, 2]``.
 
-        The shifts of ES are cyclic: of the two ways round, the shorter.
+        The shifts of whole images (ES) are cyclic: of the two ways round, the shorter.
         """
         sides = np.array(self.values.shape[1:])
         here = np.moveaxis(np.indices(self.values.shape[1:]), 0, -1)
         offsets: npt.NDArray[np.int64] = self.heaviest[..., 1:] - here
-        if self.kind == "ES":
+        kind = kind_named(self.kind)
+        if kind.is_equivariant and not kind.is_local:
             offsets = (offsets + sides // 2) % sides - sides // 2
         return offsets
 
@@ -108,7 +109,7 @@ class Walkthrough:
     """
 
     index: int
-    kind: Kind
+    kind: str
     boundary: Boundary
     values: npt.NDArray[np.float32]
     plan_steps: int

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.machines import MAX_TOP, ScoreMachine
+from els.engine.approximate.methods import MAX_TOP
+from els.engine.machines import ScoreMachine
 from els.engine.result import LocalPosterior
 from els.engine.sampler import SamplePlan, StepState, sample_plan
 from els.explain.explanation import Explanation, Walkthrough

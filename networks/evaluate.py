@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from els.engine.kinds import Boundary, Kind
+from els.engine.kinds import Boundary
 from els.engine.machines import ScoreMachine
 from els.engine.sampler import StepState, initial_noise, require_count, sample
 from els.index import PatchDatabase, encode
@@ -200,7 +200,7 @@ def evaluate(
     return evaluation
 
 
-def _kind(name: Machine, calibration: Calibration) -> tuple[Kind, Boundary]:
+def _kind(name: Machine, calibration: Calibration) -> tuple[str, Boundary]:
     match name:
         case "bbELS":
             return "ELS", "zeros"

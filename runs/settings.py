@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from els.engine.backends import BackendName
-from els.engine.backends.native import instruction_sets
-from els.engine.backends.native_lists import can_scan, has_tiles
-from els.engine.kinds import Boundary, Kind
+from els.engine.kinds import Boundary, kind_named
 from els.engine.machines import ScoreMachine
 from els.engine.patch_sizes import patch_sizes_for
 from els.engine.sampler import (
@@ -67,7 +65,7 @@ class RunSettings:
 
     database: str
     content_hash: str
-    machine: Kind
+    machine: str
     boundary: Boundary | None
     backend: BackendName
     patch_sizes: tuple[int, ...] | None
@@ -97,14 +95,12 @@ class RunSettings:
 
 def _estimate_source(machine: ScoreMachine, plan: SamplePlan) -> EstimateSource | None:
     """What the plan's estimates depend on; other machines' than ELS only on the database."""
-    if plan.tolerance is None or machine.kind != "ELS":
+    if plan.tolerance is None or not machine.is_indexed:
         return None
-    kernel = "none"
-    if can_scan():
-        kernel = instruction_sets()[-1] + ("+tiles" if has_tiles() else "")
-    found = {size: machine._index(size) for size in sorted(set(plan.patch_sizes or ()))}
+    found = {size: machine.index(size) for size in sorted(set(plan.patch_sizes or ()))}
     return EstimateSource(
-        kernel, {str(size): index.content_hash for size, index in found.items() if index}
+        machine.estimate_kernel,
+        {str(size): index.content_hash for size, index in found.items() if index},
     )
 
 
@@ -144,12 +140,12 @@ def require_sound(settings: RunSettings) -> None:
     if settings.label is not None:
         require_count("label", settings.label, 0, most=None)
     for name, choices in (
-        ("machine", get_args(Kind)),
         ("boundary", (None, *get_args(Boundary))),
         ("trajectory", (False, True)),
     ):
         if getattr(settings, name) not in choices:
             raise ValueError(f"{name} is {getattr(settings, name)!r}")
+    kind_named(settings.machine)
     for name, types in (
         ("database", (str,)),
         ("content_hash", (str,)),

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from els.engine import ScoreMachine
 from els.engine.backends import Backend
-from els.engine.backends.native import NativeBackend, instruction_sets
-from els.engine.backends.native_lists import has_tiles
+from els.engine.backends.native import NativeBackend
+from els.engine.backends.native_kernels import instruction_sets, kernel_module
 from els.engine.backends.pytorch import TorchBackend
 from els.index import PatchDatabase
 
@@ -38,7 +38,7 @@ try:
 except RuntimeError as error:
     INSTRUCTION_SETS = ()
     MISSING["native"] = str(error)
-if not INSTRUCTION_SETS or not has_tiles():
+if not INSTRUCTION_SETS or not kernel_module().can_use_tiles():
     MISSING["amx"] = "the native backend finds no matrix unit (AMX)"
 if not importlib.util.find_spec("triton"):
     MISSING["triton"] = "Triton is not installed"
@@ -76,11 +76,8 @@ class BackendUnderTest:
         labels: NDArray[np.int64] | None = None,
         threads: int = 2,
     ) -> ScoreMachine:
-        machine = ScoreMachine(
-            PatchDatabase.from_arrays(images, labels), kind, boundary, backend="torch"
-        )
-        machine._backend = self.make(threads)
-        return machine
+        db = PatchDatabase.from_arrays(images, labels)
+        return ScoreMachine(db, kind, boundary, self.make(threads))
 
 
 FLOAT32 = BackendUnderTest(lambda threads: TorchBackend("cpu"), torch.float32, 1e-5, 2e-6)

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from els.engine import ScoreMachine
-from els.engine.backends.native_lists import can_scan
+from els.engine.backends.native_kernels import is_compiled
 from els.engine.mesh import ProcessMesh, process_mesh
 from els.index import PatchDatabase
 from els.runs.run import sample_run
@@ -23,7 +23,7 @@ LABELS = np.where(np.arange(37) >= 35, 3, np.arange(37) % 3)
 MANY = np.random.default_rng(22).integers(0, 256, (1200, 1, 5, 5)).astype(np.uint8)
 RUN = {"n": 10, "steps": 3, "patch_sizes": [1, 3, 5], "eta": 0.5, "batch_size": 2, "shard_size": 4}
 # The native one last, where it was compiled.
-BACKENDS = ("torch", "native") if can_scan() else ("torch",)
+BACKENDS = ("torch", "native") if is_compiled() else ("torch",)
 MACHINES = [
     (kind, boundary, backend)
     for kind in ("IS", "ES", "LS", "ELS")

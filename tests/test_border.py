@@ -8,12 +8,13 @@ import oracle
 import pytest
 import torch
 
-from els.engine import ScoreMachine
-from els.engine.backends.native import kernel_module
-from els.engine.backends.native_border import border_states, can_multiply
+from els.engine.backends.backend import ESTIMATE_LOGIT_ERROR
+from els.engine.backends.native import NativeBackend
+from els.engine.backends.native_border import border_states, is_precise
+from els.engine.backends.native_kernels import kernel_module
+from els.engine.kinds import ELS, LS
 from els.engine.query import PosteriorQuery
-from els.engine.state import merge_all
-from els.index import PatchDatabase
+from els.engine.state import PosteriorState, merge_all
 
 needs_tiles = pytest.mark.amx
 
@@ -23,7 +24,7 @@ def images_of(count: int, shape: tuple[int, int, int], seed: int = 0) -> np.ndar
 
 
 def query_of(
-    shape: tuple[int, int, int], patch_size: int, alpha: float, sigma: float, count: int
+    shape: tuple[int, int, int], patch_size: int, alpha: float, sigma: float
 ) -> PosteriorQuery:
     rng = np.random.default_rng(1)
     clean = rng.uniform(-1, 1, (1, *shape))
@@ -32,13 +33,19 @@ def query_of(
         x,
         torch.tensor([alpha], dtype=torch.float64),
         torch.tensor([sigma], dtype=torch.float64),
-        "ELS",
+        ELS,
         "zeros",
         patch_size,
-        np.arange(count),
         entropy=True,
-        border_only=True,
+        pixels=border_of(shape, patch_size),
+        logit_error=ESTIMATE_LOGIT_ERROR,
     )
+
+
+def states_of(
+    images: np.ndarray, query: PosteriorQuery, groups: list[np.ndarray], threads: int = 2
+) -> list[PosteriorState]:
+    return border_states(kernel_module(), images, query, groups, threads=threads)
 
 
 def border_of(shape: tuple[int, int, int], patch_size: int) -> np.ndarray:
@@ -68,10 +75,10 @@ def border_of(shape: tuple[int, int, int], patch_size: int) -> np.ndarray:
 def test_agrees_with_the_oracle(shape: tuple[int, int, int], patch_size: int, sigma: float) -> None:
     count, alpha = 19, 0.9
     images = images_of(count, shape)
-    query = query_of(shape, patch_size, alpha, sigma, count)
+    query = query_of(shape, patch_size, alpha, sigma)
     # One full block of images and a partial one, and groups of one image.
     groups = [np.arange(0, 1), np.arange(1, 18), np.arange(18, 19)]
-    state = merge_all(border_states(images, query, groups))
+    state = merge_all(states_of(images, query, groups))
     truth = oracle.posterior(
         images,
         query.x[0].double().numpy(),
@@ -82,10 +89,9 @@ def test_agrees_with_the_oracle(shape: tuple[int, int, int], patch_size: int, si
         patch_size=patch_size,
     )
     border = border_of(shape, patch_size)
-    mean = (state.centre / state.mass.unsqueeze(1))[0].numpy()
-    evidence = (state.maximum + state.mass.log())[0].numpy()
-    assert state.tilt is not None
-    effective = (state.mass.log() - state.tilt / state.mass).exp()[0].numpy()
+    mean = state.mean[0].numpy()
+    evidence = (state.reference + state.mass.log())[0].numpy()
+    effective = state.effective[0].numpy()
     # Logits are sums of float32 numbers as large as the patches' norms over sigma^2, of queries
     # rounded to 1 / 65024 of their largest value (see tests/test_scan.py).
     largest = np.abs(truth.log_evidence[border]).max()
@@ -106,8 +112,8 @@ def test_agrees_with_the_oracle(shape: tuple[int, int, int], patch_size: int, si
 @needs_tiles
 def test_without_a_signal_all_patches_weigh_the_same() -> None:
     images = images_of(20, (1, 8, 8))
-    query = query_of((1, 8, 8), 5, 0.0, 1.0, 20)
-    state = merge_all(border_states(images, query, [np.arange(20)]))
+    query = query_of((1, 8, 8), 5, 0.0, 1.0)
+    state = merge_all(states_of(images, query, [np.arange(20)]))
     corner = images[:, 0, 0, 0].mean() / 127.5 - 1
     assert state.centre[0, 0, 0, 0] / state.mass[0, 0, 0] == pytest.approx(corner, abs=1e-5)
     # Two pixels from the left, the patches that slide along the edge.
@@ -119,15 +125,15 @@ def test_without_a_signal_all_patches_weigh_the_same() -> None:
 def test_groups_are_those_of_the_exact_kernel() -> None:
     """A subset's groups, one by one: what the error of a subset is made of."""
     images = images_of(100, (3, 12, 10))
-    query = query_of((3, 12, 10), 5, 0.8, 0.6, 100)
+    query = query_of((3, 12, 10), 5, 0.8, 0.6)
     groups = [np.arange(first, 100, 7) for first in range(7)]
-    backend = ScoreMachine(PatchDatabase.from_arrays(images), backend="native")._backend
+    backend = NativeBackend()
     border = torch.from_numpy(border_of((3, 12, 10), 5))
-    for members, state in zip(groups, border_states(images, query, groups), strict=True):
-        exact = backend.state(images, replace(query, members=members))
+    for members, state in zip(groups, states_of(images, query, groups), strict=True):
+        (exact,) = backend.states(images, replace(query, logit_error=0.0), [members])
         for ours, theirs in ((state.mass, exact.mass), (state.centre, exact.centre)):
             ours, theirs = (
-                (values * (each.maximum - exact.maximum).exp())[..., border]
+                (values * (each.reference - exact.reference).exp())[..., border]
                 for values, each in ((ours, state), (theirs, exact))
             )
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3 * float(exact.mass.max()))
@@ -139,18 +145,18 @@ def test_groups_are_those_of_the_exact_kernel() -> None:
 def test_only_the_pixels_that_are_wanted(patch_size: int, share: float) -> None:
     shape = (2, 15, 12)
     images = images_of(70, shape)
-    query = query_of(shape, patch_size, 0.8, 0.6, 70)
+    query = query_of(shape, patch_size, 0.8, 0.6)
     groups = np.array_split(np.arange(70), 3)
     wanted = np.random.default_rng(2).random(shape[1:]) < share
     chosen = wanted & border_of(shape, patch_size)
     assert chosen.any()
     for all_of_it, some in zip(
-        border_states(images, query, groups),
-        border_states(images, query, groups, wanted=wanted),
+        states_of(images, query, groups),
+        states_of(images, replace(query, pixels=wanted), groups),
         strict=True,
     ):
         # Lanes share what their sums are relative to, and other lanes share them now.
-        evidence = ((state.maximum + state.mass.log())[0, chosen] for state in (all_of_it, some))
+        evidence = ((state.reference + state.mass.log())[0, chosen] for state in (all_of_it, some))
         torch.testing.assert_close(*evidence, rtol=0, atol=1e-4)
         means = ((state.centre / state.mass)[0, :, chosen] for state in (all_of_it, some))
         torch.testing.assert_close(*means, rtol=0, atol=1e-4)
@@ -159,23 +165,24 @@ def test_only_the_pixels_that_are_wanted(patch_size: int, share: float) -> None:
 @needs_tiles
 def test_no_pixel_need_be_wanted() -> None:
     images = images_of(4, (1, 8, 8))
-    query = query_of((1, 8, 8), 5, 0.8, 0.6, 4)
-    (state,) = border_states(images, query, [np.arange(4)], wanted=np.zeros((8, 8), dtype=np.bool_))
+    query = query_of((1, 8, 8), 5, 0.8, 0.6)
+    nothing = replace(query, pixels=np.zeros((8, 8), dtype=np.bool_))
+    (state,) = states_of(images, nothing, [np.arange(4)])
     assert torch.isfinite(state.mass).all()
 
 
 @needs_tiles
 def test_threads_change_no_bit() -> None:
     images = images_of(300, (1, 14, 11))
-    query = query_of((1, 14, 11), 5, 0.8, 0.6, 300)
+    query = query_of((1, 14, 11), 5, 0.8, 0.6)
     groups = np.array_split(np.arange(300), 16)
     one, two, five = (
-        merge_all(border_states(images, query, groups, threads=threads)) for threads in (1, 2, 5)
+        merge_all(states_of(images, query, groups, threads=threads)) for threads in (1, 2, 5)
     )
     for other in (two, five):
         assert torch.equal(one.mass, other.mass)
         assert torch.equal(one.centre, other.centre)
-        assert torch.equal(one.maximum, other.maximum)
+        assert torch.equal(one.reference, other.reference)
 
 
 @needs_tiles
@@ -183,15 +190,15 @@ def test_threads_change_no_bit() -> None:
     "change",
     [
         pytest.param({"boundary": "circular"}, id="no border"),
-        pytest.param({"kind": "LS"}, id="local machine"),
+        pytest.param({"kind": LS}, id="local machine"),
         pytest.param({"patch_size": 1}, id="single pixels"),
         pytest.param({"sigma": torch.tensor([1e-3], dtype=torch.float64)}, id="too little noise"),
     ],
 )
 def test_knows_what_it_cannot_do(change: dict[str, object]) -> None:
-    query = query_of((1, 8, 8), 5, 0.9, 0.5, 4)
-    assert can_multiply(query)
-    assert not can_multiply(replace(query, **change))  # type: ignore[arg-type]
+    query = query_of((1, 8, 8), 5, 0.9, 0.5)
+    assert is_precise(query)
+    assert not is_precise(replace(query, **change))  # type: ignore[arg-type]
 
 
 @needs_tiles

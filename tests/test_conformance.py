@@ -535,9 +535,8 @@ def test_states_of_parts_merge_to_the_whole(
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     parts = [np.flatnonzero(chosen), np.flatnonzero(~chosen)]
     states = [
-        machine._backend.state(machine.db.images, query_of(question, machine, backend, part))
+        machine._backend.states(machine.db.images, query_of(question, machine, backend), [part])[0]
         for part in parts
-        if len(part)
     ]
     whole = merge_all(states)
     answer = on_cpu(finish(whole, backend.dtype))
@@ -558,7 +557,9 @@ def test_any_question(
 
 @every_local_machine
 @pytest.mark.parametrize("count", [1, 6], ids="k{}".format)
-def test_given_candidates(backend: BackendUnderTest, kind: str, boundary: str, count: int) -> None:
+def test_weighed_candidates(
+    backend: BackendUnderTest, kind: str, boundary: str, count: int
+) -> None:
     """A random choice of each pixel's candidates, with free places among them."""
     question = make_question((3, 5, 6), 4, 3, alpha=[0.7, 0.9], sigma=[1.5, 0.2], seed=11)
     rng = np.random.default_rng(count)
@@ -569,10 +570,8 @@ def test_given_candidates(backend: BackendUnderTest, kind: str, boundary: str, c
             chosen = rng.permutation(list(logits))[: max(1, count - 1)]
             addresses[b, *pixel, rng.permutation(count)[: len(chosen)]] = chosen
     machine = backend.machine(question.images, kind, boundary)
-    query = query_of(question, machine, backend, np.arange(4))
-    state, logits = machine._backend.given(
-        machine.db.images, query, torch.from_numpy(addresses).to(machine.device)
-    )
+    query = query_of(question, machine, backend)
+    state, logits = machine._backend.weigh(machine.db.images, query, torch.from_numpy(addresses))
     answer = on_cpu(finish(state, torch.float64))
     for b, truth in enumerate(expected):
         for pixel, of_pixel in truth.logits.items():
@@ -580,7 +579,7 @@ def test_given_candidates(backend: BackendUnderTest, kind: str, boundary: str, c
             is_there = addresses[at] >= 0
             kept = addresses[at][is_there]
             wanted = np.array([of_pixel[address] for address in kept])
-            found = logits[at].cpu().numpy()
+            found = logits[at].numpy()
             np.testing.assert_allclose(found[is_there], wanted, rtol=1e-12)
             assert (found[~is_there] == -np.inf).all()
             weights = np.exp(wanted - wanted.max())
@@ -595,14 +594,14 @@ def test_given_candidates(backend: BackendUnderTest, kind: str, boundary: str, c
             assert answer.effective_patches[at].item() == pytest.approx(effective, rel=1e-9)
 
 
-def test_no_candidate_given(backend: BackendUnderTest) -> None:
+def test_no_candidate_to_weigh(backend: BackendUnderTest) -> None:
     question = make_question((1, 3, 3), 2, 3, alpha=[0.7], sigma=[1.0])
     machine = backend.machine(question.images, "ELS", "zeros")
-    query = query_of(question, machine, backend, np.arange(2))
-    none = torch.full((1, 3, 3, 2), -1, device=machine.device)
-    state, logits = machine._backend.given(machine.db.images, query, none)
+    query = query_of(question, machine, backend)
+    none = torch.full((1, 3, 3, 2), -1)
+    state, logits = machine._backend.weigh(machine.db.images, query, none)
     assert torch.isneginf(logits).all()
-    assert torch.isneginf(state.maximum).all()
+    assert torch.isneginf(state.reference).all()
     assert (state.mass == 0).all()
 
 
@@ -612,13 +611,12 @@ def test_only_the_border(backend: BackendUnderTest, side: tuple[int, int], patch
         (2, *side), 5, patch_size, alpha=[0.7], sigma=[0.4 * patch_size], seed=12
     )
     machine = backend.machine(question.images, "ELS", "zeros")
-    query = query_of(question, machine, backend, np.arange(5))
-    state = machine._backend.state(machine.db.images, replace(query, border_only=True))
-    mean = on_cpu(finish(state, torch.float64)).mean[0].numpy()
+    query = query_of(question, machine, backend)
+    is_border = ~query.interior
+    border = replace(query, pixels=is_border)
+    (state,) = machine._backend.states(machine.db.images, border, [np.arange(5)])
+    mean = finish(state, torch.float64).mean[0].numpy()
     truth = question.expected("ELS", "zeros")[0].mean
-    r = patch_size // 2
-    is_border = np.ones(side, dtype=bool)
-    is_border[r : side[0] - r, r : side[1] - r] = False
     assert np.abs(mean - truth)[:, is_border].max(initial=0) <= 2 * backend.logit_error
 
 
@@ -642,21 +640,19 @@ def query_of(
     question: Question,
     machine: ScoreMachine,
     backend: BackendUnderTest,
-    members: NDArray[np.int64],
 ) -> PosteriorQuery:
     return PosteriorQuery(
         x=torch.from_numpy(question.x).to(machine.device, backend.dtype),
         alpha=torch.from_numpy(question.alpha),
         sigma=torch.from_numpy(question.sigma),
-        kind=machine.kind,
+        kind=machine.definition,
         boundary=machine.boundary,
         patch_size=question.patch_size,
-        members=members,
     )
 
 
 def drop_the_border_mask(patch: pytest.MonkeyPatch) -> None:
-    def every_shift(_kind, _boundary, length, _patch_size):
+    def every_shift(_query, length):
         return [
             reference._Alignment(max(0, -shift), shift, length - abs(shift))
             for shift in range(1 - length, length)
@@ -698,7 +694,7 @@ def forget_to_rescale(patch: pytest.MonkeyPatch) -> None:
     """Merge masses without regard to their maxima."""
 
     def careless(total, part, images, rows, columns):
-        total.maximum[images, rows, columns] = part.maximum
+        total.reference[images, rows, columns] = part.reference
         total.mass[images, rows, columns] += part.mass
         total.centre[images, :, rows, columns] += part.centre
 

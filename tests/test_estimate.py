@@ -13,7 +13,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from els.engine import ScoreMachine
-from els.engine.approximate import estimate
+from els.engine.approximate.estimate import Problem
+from els.engine.approximate.subset import drawn, extrapolated, grown
+from els.engine.backends.pytorch import TorchBackend
+from els.engine.kinds import ELS
 from els.engine.query import PosteriorQuery
 from els.index import DatabaseError, PatchDatabase
 
@@ -144,8 +147,9 @@ def test_a_head_leaves_less_to_the_subset(db: PatchDatabase) -> None:
 def test_auto_meets_its_tolerance(
     db: PatchDatabase, sigma: float, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "_PILOT_IMAGES", 48)
-    monkeypatch.setattr(estimate, "_CODE_PAIRS", 0.1)
+    monkeypatch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.border.PILOT_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.head.SEARCHED_CODE", 0.1)
     machine = ScoreMachine(db, "ELS", "zeros")
     x = query(sigma, batch=2)
     exact = ask(machine, x, sigma).mean
@@ -217,11 +221,8 @@ def test_every_backend_estimates_alike(db: PatchDatabase, mode: str) -> None:
     x = query(0.4)
     answers = []
     for name in ("native", "torch", "triton"):
-        machine = ScoreMachine(few, "ELS", "zeros", backend="torch")
-        if name == "triton":
-            machine._backend = TRITON.make(1)
-        elif name == "native":
-            machine = ScoreMachine(few, "ELS", "zeros", backend="native")
+        backend = TRITON.make(1) if name == "triton" else name
+        machine = ScoreMachine(few, "ELS", "zeros", backend)
         answers.append(ask(machine, x, 0.4, mode=mode, k=9, subset=40).mean.cpu())
     for answer in answers[1:]:
         assert (answer - answers[0]).abs().max() <= 1e-4
@@ -229,36 +230,33 @@ def test_every_backend_estimates_alike(db: PatchDatabase, mode: str) -> None:
 
 def test_border_pixels_have_subsets_of_their_own(db: PatchDatabase) -> None:
     """Grown step by step, each pixel knows what it would know from a subset of its size alone."""
-    machine = ScoreMachine(db, "ELS", "zeros")
     whole = PosteriorQuery(
         x=query(0.6),
         alpha=torch.tensor([0.9], dtype=torch.float64),
         sigma=torch.tensor([0.6], dtype=torch.float64),
-        kind="ELS",
+        kind=ELS,
         boundary="zeros",
         patch_size=3,
-        members=np.arange(COUNT),
-        entropy=True,
     )
-    border_only = replace(whole, border_only=True)
-    estimator = estimate.Estimator(machine._backend, db, None, whole, (0,))
-    start = estimator._tail(64, query=border_only)
+    problem = Problem(TorchBackend(), db, None, whole, np.arange(COUNT), (0,))
+    start = drawn(problem, 64, border_only=True)
     sizes = np.full((SIDE, SIDE), 64.0)
-    border = np.ones((SIDE, SIDE), dtype=bool)
-    border[1:-1, 1:-1] = False
+    border = ~problem.interior
     sizes[border] = np.random.default_rng(3).choice([64, 100, 256, COUNT], border.sum())
-    grown = estimator._grown(estimator._grown(start, np.minimum(sizes, 128)), sizes)
-    state, error = estimator.combined(None, grown)
+    larger = grown(problem, grown(problem, start, np.minimum(sizes, 128)), sizes)
+    together = extrapolated(problem, None, larger)
+    state, error = together.state, together.uncertainty
     for size in (64, 100, 256, COUNT):
         here = torch.from_numpy((sizes == size) & border)
         assert here.any()
-        alone, error_alone = estimator.combined(None, estimator._tail(size, query=border_only))
+        by_itself = extrapolated(problem, None, drawn(problem, size, border_only=True))
+        alone, error_alone = by_itself.state, by_itself.uncertainty
         for ours, theirs in ((state, alone), (error, error_alone)):
-            for name in ("mass", "tilt") if ours is state else ("typical", "omitted_mass"):
+            for name in ("mass", "logit_sum") if ours is state else ("typical", "omitted_mass"):
                 values = getattr(ours, name)[0][here], getattr(theirs, name)[0][here]
                 if ours is state:  # on one reference
-                    shift = (state.maximum - alone.maximum)[0][here]
-                    if name == "tilt":
+                    shift = (state.reference - alone.reference)[0][here]
+                    if name == "logit_sum":
                         values = values[0] + shift * state.mass[0][here], values[1]
                     values = values[0] * shift.exp(), values[1]
                 torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
@@ -318,7 +316,8 @@ def test_every_estimate_is_a_number_and_none_claims_to_know_what_it_does_not(
     noise = np.random.default_rng(seed).standard_normal(few.shape)
     x = torch.from_numpy(scale * (few.images[seed % len(few)] / 255 - 0.5 + sigma * noise)).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "_PILOT_IMAGES", 8)
+        patch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 8)
+        patch.setattr("els.engine.approximate.border.PILOT_IMAGES", 8)
         machine = ScoreMachine(few, "ELS", boundary, backend=backend, threads=1)
         assume(mode != "lists" or machine.has_lists(3, alpha, sigma))
         answer = machine.posterior(
@@ -413,19 +412,16 @@ def test_a_head_tells_nothing_of_a_subset(tmp_path: Path) -> None:
 
 
 def test_groups_are_asked_for_in_one_call(db: PatchDatabase) -> None:
-    machine = ScoreMachine(db, "ELS", "circular", backend="torch")
-    asked = []
+    inner, asked = TorchBackend(), []
 
     class Counted:
         def __getattr__(self, name: str) -> object:
             asked.append(name)
             return getattr(inner, name)
 
-    inner = machine._backend
-    machine._backend = Counted()
+    machine = ScoreMachine(db, "ELS", "circular", Counted())
     ask(machine, query(0.5), 0.5, mode="subset", subset=64)
     assert asked.count("states") == 1
-    assert "state" not in asked
 
 
 def test_what_is_wrong_is_said(db: PatchDatabase) -> None:

@@ -34,7 +34,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> ScoreMachine:
     def unreachable(*_: object) -> None:
         raise AssertionError("the backend was called before the input was checked")
 
-    monkeypatch.setattr(TorchBackend, "state", unreachable)
+    monkeypatch.setattr(TorchBackend, "states", unreachable)
     return ScoreMachine(DB, backend="torch")
 
 

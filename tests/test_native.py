@@ -10,7 +10,8 @@ import torch
 
 from els.engine import ScoreMachine
 from els.engine.backends import native
-from els.engine.backends.native import NativeBackend, instruction_sets
+from els.engine.backends.native import NativeBackend
+from els.engine.backends.native_kernels import instruction_sets
 from els.index import PatchDatabase
 
 pytestmark = pytest.mark.native

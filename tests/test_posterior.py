@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from els.engine.kinds import ELS
 from els.engine.query import PosteriorQuery
 from els.engine.result import finish
 from els.engine.state import PosteriorState, TopPatches, best, empty, merge, merge_all, merge_into
@@ -26,8 +27,7 @@ three_sets = st.tuples(candidates, candidates, candidates)
 def query(top: int = TOP, entropy: bool = True) -> PosteriorQuery:
     one = torch.ones(1, dtype=torch.float64)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    members = torch.arange(1).numpy()
-    return PosteriorQuery(x, one, one, "ELS", "zeros", 1, members, entropy, top)
+    return PosteriorQuery(x, one, one, ELS, "zeros", 1, entropy, top)
 
 
 def state_of(given: list[Candidate], first_address: int = 0) -> PosteriorState:
@@ -44,10 +44,10 @@ def state_of(given: list[Candidate], first_address: int = 0) -> PosteriorState:
         return value.reshape(1, 1, 1)
 
     return PosteriorState(
-        maximum=pixel(values.max()),
+        reference=pixel(values.max()),
         mass=pixel(weights.sum()),
         centre=(weights * centres).sum().reshape(1, 1, 1, 1),
-        tilt=pixel((weights * shifted).sum()),
+        logit_sum=pixel((weights * shifted).sum()),
         top=best(values.reshape(1, 1, 1, -1), addresses.reshape(1, 1, 1, -1), TOP),
     )
 
@@ -57,8 +57,8 @@ def states_of(sets: tuple[list[Candidate], ...]) -> list[PosteriorState]:
 
 
 def assert_close(first: PosteriorState, second: PosteriorState) -> None:
-    assert torch.equal(first.maximum, second.maximum)
-    for name in ("mass", "centre", "tilt"):
+    assert torch.equal(first.reference, second.reference)
+    for name in ("mass", "centre", "logit_sum"):
         values = getattr(first, name), getattr(second, name)
         torch.testing.assert_close(*values, rtol=ROUNDING, atol=ROUNDING)
     assert torch.equal(first.top.logits, second.top.logits)
@@ -81,7 +81,7 @@ def test_merge_is_commutative(sets: tuple[list[Candidate], ...]) -> None:
 def test_the_empty_state_is_the_identity(given: list[Candidate]) -> None:
     state = state_of(given)
     for merged in (merge(state, empty(query())), merge(empty(query()), state)):
-        for name in ("maximum", "mass", "centre", "tilt"):
+        for name in ("reference", "mass", "centre", "logit_sum"):
             assert torch.equal(getattr(merged, name), getattr(state, name))
         assert torch.equal(merged.top.addresses, state.top.addresses)
 
@@ -90,7 +90,7 @@ def test_the_empty_state_is_the_identity(given: list[Candidate]) -> None:
 def test_merged_parts_are_the_state_of_the_whole(sets: tuple[list[Candidate], ...]) -> None:
     whole = state_of([candidate for given in sets for candidate in given])
     merged = merge_all(states_of(sets))
-    for name in ("maximum", "mass", "centre", "tilt"):
+    for name in ("reference", "mass", "centre", "logit_sum"):
         values = getattr(merged, name), getattr(whole, name)
         torch.testing.assert_close(*values, rtol=ROUNDING, atol=ROUNDING)
     # Addresses differ, but not their order.
@@ -117,10 +117,10 @@ def test_a_reference_below_the_largest_logit_is_fine() -> None:
     largest = state_of(given)
     shift = 2.5
     lowered = PosteriorState(
-        maximum=largest.maximum - shift,
+        reference=largest.reference - shift,
         mass=largest.mass * math.exp(shift),
         centre=largest.centre * math.exp(shift),
-        tilt=(largest.tilt + shift * largest.mass) * math.exp(shift),
+        logit_sum=(largest.logit_sum + shift * largest.mass) * math.exp(shift),
         top=largest.top,
     )
     other = state_of([(2.0, 0.1)], 100)
@@ -134,9 +134,9 @@ def test_a_reference_below_the_largest_logit_is_fine() -> None:
 def test_optional_sums_stay_away_when_not_asked_for() -> None:
     bare = empty(query(top=0, entropy=False))
     merged = reduce(merge, [bare, bare])
-    assert merged.tilt is None
+    assert merged.logit_sum is None
     assert merged.top is None
-    assert torch.isneginf(merged.maximum).all()
+    assert torch.isneginf(merged.reference).all()
     assert not merged.mass.any()
 
 
@@ -144,19 +144,18 @@ def test_merge_into_touches_its_pixels_only() -> None:
     wide = PosteriorQuery(
         torch.zeros(2, 1, 3, 4),
         *[torch.ones(2, dtype=torch.float64)] * 2,
-        "ELS",
+        ELS,
         "zeros",
         1,
-        torch.arange(1).numpy(),
         entropy=True,
         top=TOP,
     )
     total = empty(wide)
     merge_into(total, state_of([(0.5, 0.25)], 7), slice(1, 2), slice(2, 3), slice(0, 1))
-    assert total.maximum[1, 2, 0] == 0.5
+    assert total.reference[1, 2, 0] == 0.5
     assert total.centre[1, 0, 2, 0] == 0.25
     assert total.top.addresses[1, 2, 0].tolist() == [7, -1, -1]
-    assert torch.isfinite(total.maximum).sum() == 1
+    assert torch.isfinite(total.reference).sum() == 1
     assert total.mass.sum() == 1
 
 

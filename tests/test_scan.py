@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,11 @@ import torch
 from conftest import INSTRUCTION_SETS
 
 from els.engine import ScoreMachine
-from els.engine.backends.native_lists import ListSums, can_scan, has_tiles, is_precise, scan
+from els.engine.approximate.lists import effective_blocks, standard_error
+from els.engine.backends.native import LIST_COSTS, NativeBackend
+from els.engine.backends.native_kernels import kernel_module
+from els.engine.backends.native_lists import obstacle
+from els.engine.state import PosteriorState
 from els.index import DatabaseError, PatchDatabase, PatchIndex
 from els.index.patches.lists import InvertedLists
 from els.storage.manifests import sealed
@@ -52,13 +56,57 @@ def query_patches(x: np.ndarray, patch_size: int) -> np.ndarray:
     return (moved / ALPHA).reshape(-1, *moved.shape[2:]).astype(np.float32)
 
 
+@dataclass
+class Sums:
+    """A state of Q pixels as arrays, ``[Q]`` and ``[Q, C]``."""
+
+    reference: np.ndarray
+    mass: np.ndarray
+    centre: np.ndarray
+    logit_sum: np.ndarray
+    effective: np.ndarray
+    seen: np.ndarray
+    deviation: np.ndarray
+    blocks: np.ndarray
+
+    @classmethod
+    def of(cls, state: PosteriorState) -> "Sums":
+        assert state.logit_sum is not None
+        assert state.sampling is not None
+        values = (
+            *(state.reference, state.mass, state.centre, state.logit_sum, state.effective),
+            *(state.sampling.seen, standard_error(state), effective_blocks(state)),
+        )
+        return cls(*(each[0].squeeze(-2).numpy().T for each in values))
+
+
+def sampled(
+    lists: InvertedLists,
+    y: np.ndarray,
+    rest: np.ndarray,
+    sigma: float,
+    share: float | np.ndarray,
+    *,
+    seed: int = 3,
+    threads: int | None = None,
+    instruction_set: str | None = None,
+    tiles: bool | None = None,
+    **options: object,
+) -> Sums:
+    backend = NativeBackend(threads, instruction_set)
+    backend.tiles = tiles
+    state = backend.sample_lists(
+        lists, y, rest, alpha=ALPHA, sigma=sigma, share=share, seed=seed, **options
+    )
+    return Sums.of(state)
+
+
 def read(
     index: PatchIndex, x: np.ndarray, sigma: float, share: float | np.ndarray, **options: object
-) -> ListSums:
+) -> Sums:
     assert index.inverted is not None
     y, rest = index.components(query_patches(x, index.patch_size))
-    given = {"seed": 3, **options}
-    return scan(index.inverted, y, rest, alpha=ALPHA, sigma=sigma, share=share, **given)  # type: ignore[arg-type]
+    return sampled(index.inverted, y, rest, sigma, share, **options)
 
 
 def inside(values: np.ndarray, patch_size: int) -> np.ndarray:
@@ -90,7 +138,7 @@ def test_all_of_the_lists_are_the_posterior(
     unit: tuple[str, bool],
 ) -> None:
     name, tiles = unit
-    if tiles and not has_tiles(name):
+    if tiles and not kernel_module(name).can_use_tiles():
         pytest.skip("this processor has no matrix unit")
     db, index = indexed(tmp_path, shape, patch_size, factory, count=12)
     x = noisy(db, sigma)
@@ -114,7 +162,7 @@ def test_all_of_the_lists_are_the_posterior(
         step = np.abs(query_patches(x, patch_size) + 1).max() / 32512 / math.sqrt(12)
         rounding += ALPHA / sigma * step * math.sqrt(2 * np.abs(expected).max())
     np.testing.assert_allclose(mean, inside(truth.mean, patch_size), atol=5 * rounding)
-    evidence = sums.maximum + np.log(sums.mass)
+    evidence = sums.reference + np.log(sums.mass)
     np.testing.assert_allclose(evidence, expected, rtol=1e-5, atol=5 * rounding)
     effective = inside(truth.effective_patches, patch_size)
     np.testing.assert_allclose(sums.effective, effective, rtol=20 * rounding)
@@ -141,11 +189,11 @@ def test_parts_estimate_the_whole_without_bias(
     db, index = large
     x = noisy(db, sigma)
     whole = read(index, x, sigma, 1.0)
-    evidence = whole.maximum + np.log(whole.mass)
+    evidence = whole.reference + np.log(whole.mass)
     ratios = []
     for seed in range(60):
         part = read(index, x, sigma, 0.1, seed=seed)
-        ratios.append(np.exp(part.maximum + np.log(part.mass) - evidence))
+        ratios.append(np.exp(part.reference + np.log(part.mass) - evidence))
     # The mass is unbiased pixel by pixel; over seeds its mean is off by its standard error.
     means, errors = np.mean(ratios, 0), np.std(ratios, 0) / math.sqrt(len(ratios))
     assert np.abs(means - 1).max() <= 5 * errors.max()
@@ -153,7 +201,7 @@ def test_parts_estimate_the_whole_without_bias(
 
 
 # Where many blocks of a list are read they are more evenly spread than chance, and errors smaller
-# than claimed; where few patches share a pixel it is the other way (`estimate._doubt`).
+# than claimed; where few patches share a pixel it is the other way (`lists.safety_factor`).
 @pytest.mark.parametrize(
     ("sigma", "least", "most"), [(0.5, 0.7, 1.6), (0.8, 0.6, 1.3), (2.0, 0.35, 1.1)]
 )
@@ -246,7 +294,7 @@ def test_everything_is_read_of_many_lists() -> None:
     )
     y = rng.uniform(0, 255, (20, size)).astype(np.float32)
     for sigma in (2.0, 20.0):
-        sums = scan(lists, y, np.zeros(20), alpha=ALPHA, sigma=sigma, share=1.0, seed=1)
+        sums = sampled(lists, y, np.zeros(20), sigma, 1.0, seed=1)
         np.testing.assert_allclose(sums.seen, sums.mass, rtol=1e-6)
         assert (sums.deviation == 0).all()
 
@@ -256,7 +304,7 @@ def test_threads_change_no_bit(large: tuple[PatchDatabase, PatchIndex], share: f
     db, index = large
     x = noisy(db, 0.4)
     one, three = (read(index, x, 0.4, share, threads=threads) for threads in (1, 3))
-    for name in ("maximum", "mass", "centre", "tilt", "seen", "deviation"):
+    for name in ("reference", "mass", "centre", "logit_sum", "seen", "deviation"):
         np.testing.assert_array_equal(getattr(one, name), getattr(three, name))
 
 
@@ -268,7 +316,7 @@ def test_codes_that_lose_little_err_little(tmp_path: Path, factory: str) -> None
     lists = index.inverted
     assert lists is not None
     assert not lists.is_lossless
-    assert is_precise(lists, ALPHA, sigma)
+    assert obstacle(lists, ALPHA, sigma) is None
     sums = read(index, x, sigma, 1.0)
     machine = ScoreMachine(db, "ELS", "zeros")
     exact = machine.posterior(
@@ -277,7 +325,7 @@ def test_codes_that_lose_little_err_little(tmp_path: Path, factory: str) -> None
     error = sums.centre / sums.mass[:, None] - inside(exact.mean[0].numpy(), 5)
     assert np.sqrt(np.square(error).mean()) <= 1.5 * np.sqrt(np.square(sums.deviation).mean())
     evidence = inside(exact.log_evidence[0].double().numpy(), 5)
-    np.testing.assert_allclose(sums.maximum + np.log(sums.mass), evidence, atol=0.25)
+    np.testing.assert_allclose(sums.reference + np.log(sums.mass), evidence, atol=0.25)
 
 
 def test_tables_are_of_the_codes(tmp_path: Path) -> None:
@@ -373,7 +421,7 @@ def test_one_block_does_not_tell_its_error(large: tuple[PatchDatabase, PatchInde
     x = noisy(db, 2.0)
     few = read(index, x, 2.0, 1e-6)
     many = read(index, x, 2.0, 0.3)
-    assert few.blocks[few.known].min() < 2
+    assert few.blocks[few.mass > 0].min() < 2
     assert many.blocks.min() > 20
     whole = read(index, x, 2.0, 1.0)
     assert np.isinf(whole.blocks).all()
@@ -403,7 +451,7 @@ def test_lists_must_be_within_what_there_is(large: tuple[PatchDatabase, PatchInd
         {"sizes": lists.sizes * -1},
     ):
         with pytest.raises(ValueError, match="sizes"):
-            scan(replace(lists, **wrong), y, rest, alpha=ALPHA, sigma=0.5, share=1.0, seed=0)
+            sampled(replace(lists, **wrong), y, rest, 0.5, 1.0)
 
 
 def test_results_repeat_and_the_batch_does_not_show(
@@ -425,7 +473,8 @@ def test_auto_reads_lists_where_they_are_cheapest(
     many_lists: PatchDatabase, boundary: str, sigma: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # On so few images everything is cheaper than many short lists, but that is not the point here.
-    monkeypatch.setattr("els.engine.approximate.estimate._LIST_PAIRS", 1.0)
+    costs = replace(LIST_COSTS, list_ranked=1.0)
+    monkeypatch.setattr(NativeBackend, "costs", lambda *_: costs)
     machine = ScoreMachine(many_lists, "ELS", boundary)  # type: ignore[arg-type]
     x = torch.from_numpy(noisy(many_lists, sigma))[None].float()
     arguments = {"alpha": ALPHA, "sigma": sigma, "patch_size": 5}
@@ -465,8 +514,7 @@ def test_what_is_wrong_is_said(
     coded, _ = indexed(tmp_path, (1, 12, 11), 5, "PCA8,IVF4,PQ4x4", count=60)
     with pytest.raises(ValueError, match="one byte per component"):
         ScoreMachine(coded, "ELS").posterior(x, **arguments)
-    assert can_scan()
-    monkeypatch.setattr("els.engine.machines.can_scan", lambda: False)
+    monkeypatch.setattr(NativeBackend, "_kernels", lambda _: None)
     with pytest.raises(ValueError, match="compiled extension"):
         machine.posterior(x, **arguments)
 

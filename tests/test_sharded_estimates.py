@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from els.engine import LocalPosterior, ScoreMachine
-from els.engine.approximate import estimate
+from els.engine.backends.backend import Costs
+from els.engine.backends.native import NativeBackend
+from els.engine.backends.native_kernels import is_compiled
+from els.engine.backends.pytorch import TorchBackend
 from els.engine.backends.sharded import ShardedBackend
-from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, merge_all
 from els.index import PatchDatabase
 
@@ -55,8 +57,9 @@ def on_ranks(
     results: list[Any] = [None] * RANKS
 
     def run(rank: int) -> None:
-        machine = ScoreMachine(db, "ELS", "zeros", threads=1)
-        machine._backend = ShardedBackend(machine._backend, meshes[rank])  # type: ignore[arg-type]
+        inner = NativeBackend(1) if is_compiled() else TorchBackend()
+        backend = ShardedBackend(inner, meshes[rank])  # type: ignore[arg-type]
+        machine = ScoreMachine(db, "ELS", "zeros", backend)
         try:
             results[rank] = work(machine)
         except BaseException as error:
@@ -103,10 +106,12 @@ def test_ranks_agree_with_each_other_and_with_one(
     def no_products(*_: object, **__: object) -> None:
         raise AssertionError("products read all images")
 
-    monkeypatch.setattr(estimate, "_PILOT_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.border.PILOT_IMAGES", 48)
     # On a processor with a matrix unit, the border's products; here as if it had one.
-    monkeypatch.setattr(estimate, "can_multiply", lambda query: True)
-    monkeypatch.setattr(estimate, "border_states", no_products)
+    with_errors = lambda _, query: query.logit_error > 0  # noqa: E731
+    monkeypatch.setattr(NativeBackend, "_multiplies", with_errors)
+    monkeypatch.setattr("els.engine.backends.native.border_states", no_products)
     x = torch.from_numpy(np.random.default_rng(24).standard_normal((1, 1, 6, 7))).float()
     options = ARGUMENTS | {"mode": mode, "tolerance": 0.1 if mode == "auto" else None}
 
@@ -119,7 +124,7 @@ def test_ranks_agree_with_each_other_and_with_one(
     for answer in answers[1:]:
         assert torch.equal(answer.mean, answers[0].mean)
         assert torch.equal(answer.mean_error, answers[0].mean_error)
-    monkeypatch.setattr(estimate, "can_multiply", lambda query: False)
+    monkeypatch.setattr(NativeBackend, "_multiplies", lambda _, query: False)
     alone = ScoreMachine(db, "ELS", "zeros", threads=1)
     if mode == "auto":
         # Lists are not read by every rank again: a tolerance is met from subsets and heads.
@@ -135,44 +140,29 @@ def test_ranks_agree_with_each_other_and_with_one(
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("shards", [1, 2])
-def test_auto_reads_lists_only_beside_all_images(
-    db: PatchDatabase, monkeypatch: pytest.MonkeyPatch, shards: int
+@pytest.mark.parametrize("pays", [True, False])
+def test_auto_samples_lists_where_that_pays(
+    db: PatchDatabase, monkeypatch: pytest.MonkeyPatch, pays: bool
 ) -> None:
-    class Device:
-        """A backend that looks like another."""
+    """It does not on other devices and where every rank would sample all of them."""
+    sampled = []
 
-        def __init__(self, inner: Any, device: str) -> None:
-            self._inner, self.shards, self.device = inner, shards, torch.device(device)
+    class Priced:
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._inner, name)
 
-    read = []
-    monkeypatch.setattr(estimate, "_PILOT_IMAGES", 48)
-    monkeypatch.setattr(estimate, "_LIST_PAIRS", 0.1)
-    monkeypatch.setattr(estimate, "scan", lambda *_, **__: read.append(1) or 1 / 0)
+        def costs(self, _: object) -> Costs:
+            return Costs(list_ranked=0.1, code_read=4.0) if pays else Costs()
+
+        def sample_lists(self, *arguments: Any, **options: Any) -> PosteriorState:
+            sampled.append(1)
+            return self._inner.sample_lists(*arguments, **options)
+
+    monkeypatch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 48)
+    machine = ScoreMachine(db, "ELS", "circular", Priced(NativeBackend(1)))
     x = torch.zeros(1, 1, 6, 7)
-    inner = ScoreMachine(db, "ELS", "circular", threads=1)._backend
-    for device in ("cpu", "meta"):
-        query = PosteriorQuery(
-            x=x,
-            alpha=torch.tensor([0.8], dtype=torch.float64),
-            sigma=torch.tensor([0.6], dtype=torch.float64),
-            kind="ELS",
-            boundary="circular",
-            patch_size=3,
-            members=np.arange(len(db)),
-        )
-        backend: Any = Device(inner, device)
-        part = estimate.Estimator(backend, db, db.open_index(3), query, (0,))
-        approximation = estimate.Approximation("auto", tolerance=0.02)
-        if device == "cpu" and shards == 1:
-            with pytest.raises(ZeroDivisionError):
-                part.state(approximation)
-            assert read
-        else:
-            read.clear()
-            _, error = part.state(approximation)
-            assert not read
-            assert error.mode != "lists"
+    machine.posterior(x, alpha=0.8, sigma=0.6, patch_size=3, mode="auto", tolerance=0.02)
+    assert bool(sampled) == pays

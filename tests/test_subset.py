@@ -2,19 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from els.engine.approximate.subset import (
-    GROUPS,
-    Groups,
-    counts_of,
+from els.engine.approximate.allotments import (
     images_needed,
     share_allotments,
-    stratified,
     subset_allotments,
-    sums_without_each,
 )
+from els.engine.approximate.costs import GROUPS
+from els.engine.approximate.estimate import stratified
+from els.engine.approximate.subset import counts_of
+from els.engine.state import PosteriorState, merge, only_where, rescaled, where, without_each
 
 
 @given(
@@ -43,36 +43,44 @@ def test_the_size_of_a_subset_for_an_error() -> None:
     assert images_needed(0.02, 1e-9, 100, 1000, 0.5) == 1000
 
 
-def groups_of(seed: int, maximum: float = 0.0) -> Groups:
+def groups_of(seed: int, reference: float = 0.0) -> PosteriorState:
     rng = np.random.default_rng(seed)
     shape = (GROUPS, 2, 3)
-    return Groups(
-        maximum + rng.standard_normal(shape),
+    sums = (
+        reference + rng.standard_normal(shape),
         rng.random(shape),
         rng.standard_normal((GROUPS, 3, 2, 3)),
         rng.standard_normal(shape),
     )
+    return PosteriorState(*map(torch.from_numpy, sums))
 
 
 def test_groups_of_no_candidates() -> None:
-    groups = groups_of(1, maximum=-1e12)
-    some = np.arange(GROUPS)[:, None, None] % 2 == np.zeros((2, 3))
-    left = groups.where(some).on(np.full((2, 3), -1e12))
-    expected = groups.on(np.full((2, 3), -1e12))
-    for name in ("mass", "centre", "tilt"):
+    groups = groups_of(1, reference=-1e12)
+    some = (torch.arange(GROUPS) % 2 == 0).reshape(-1, 1, 1)
+    reference = torch.full((2, 3), -1e12, dtype=torch.float64)
+    left = rescaled(only_where(some, groups), reference)
+    expected = rescaled(groups, reference)
+    for name in ("mass", "centre", "logit_sum"):
         ours, theirs = getattr(left, name), getattr(expected, name)
-        np.testing.assert_array_equal(ours[0::2], theirs[0::2])
+        assert torch.equal(ours[0::2], theirs[0::2])
         assert (ours[1::2] == 0).all()
-    nothing = groups.first().where(np.zeros((1, 2, 3), dtype=bool))
-    merged = nothing.merged(groups.first(), np.ones((2, 3), dtype=bool))
-    np.testing.assert_allclose(merged.mass, groups.mass[:1])
 
 
-def test_sums_without_each_do_not_cancel() -> None:
-    values = np.random.default_rng(0).random((GROUPS, 2, 3))
-    values[3] *= 1e20
-    expected = np.stack([np.delete(values, g, axis=0).sum(0) for g in range(GROUPS)])
-    np.testing.assert_allclose(sums_without_each(values), expected, rtol=1e-14)
+def test_states_without_each_do_not_cancel() -> None:
+    """Also without one that outweighs the others beyond what a float64 holds."""
+    groups = groups_of(0)
+    groups.reference[3] += 1e3
+    found = without_each(groups)
+    for g in range(GROUPS):
+        others = [each for each in range(GROUPS) if each != g]
+        reference = groups.reference[others].amax(0)
+        weights = (groups.reference[others] - reference).exp()
+        mass = (weights * groups.mass[others]).sum(0)
+        centre = (weights.unsqueeze(1) * groups.centre[others]).sum(0)
+        torch.testing.assert_close(found.centre[g] / found.mass[g], centre / mass)
+        evidence = found.reference[g] + found.mass[g].log()
+        torch.testing.assert_close(evidence, reference + mass.log())
 
 
 @given(sizes=st.lists(st.integers(0, 100), min_size=1, max_size=6))
@@ -84,40 +92,16 @@ def test_counts_are_of_images_dealt_in_turn(sizes: list[int]) -> None:
         )
 
 
-def test_groups_merge_where_they_are_told_to() -> None:
-    first, second = groups_of(0), groups_of(1, maximum=5.0)
-    where = np.array([[True, False, True], [False, True, False]])
-    merged = first.merged(second, where)
-    for field in ("mass", "centre"):
-        scaled = [
-            getattr(each, field)
-            * np.exp(each.maximum)[(slice(None), None)[: 1 + (field != "mass")]]
-            for each in (first, second, merged)
-        ]
-        np.testing.assert_allclose(scaled[2], scaled[0] + where * scaled[1], rtol=1e-12, atol=1e-12)
-    # Of weights w, the tilt is the sum of w log w, in whatever units the weights are.
-    tilts = [
-        (each.tilt + each.maximum * each.mass) * np.exp(each.maximum)
-        for each in (first, second, merged)
-    ]
-    np.testing.assert_allclose(tilts[2], tilts[0] + where * tilts[1], rtol=1e-12, atol=1e-12)
-
-
-def test_a_group_of_none_adds_nothing() -> None:
-    some = groups_of(0)
-    none = Groups(
-        np.full_like(some.mass, -np.inf),
-        np.zeros_like(some.mass),
-        np.zeros_like(some.centre),
-        np.zeros_like(some.tilt),
-    )
-    everywhere = np.ones((2, 3), dtype=np.bool_)
-    for merged in (some.merged(none, everywhere), none.merged(some, everywhere)):
-        np.testing.assert_array_equal(merged.mass, some.mass)
-        np.testing.assert_array_equal(merged.tilt, some.tilt)
-    both = none.merged(none, everywhere)
-    assert (both.mass == 0).all()
-    assert np.isneginf(both.maximum).all()
+def test_groups_merge_at_some_pixels() -> None:
+    first, second = groups_of(0), groups_of(1, reference=5.0)
+    pixels = torch.tensor([[True, False, True], [False, True, False]])
+    merged = where(pixels, merge(first, second), first)
+    zero = torch.zeros(2, 3, dtype=torch.float64)
+    sums = [rescaled(each, zero) for each in (first, second, merged)]
+    for field in ("mass", "centre", "logit_sum"):
+        of_first, of_second, of_merged = (getattr(each, field) for each in sums)
+        expected = of_first + torch.where(pixels, of_second, 0.0)
+        torch.testing.assert_close(of_merged, expected, rtol=1e-12, atol=1e-12)
 
 
 @given(
@@ -126,7 +110,7 @@ def test_a_group_of_none_adds_nothing() -> None:
 )
 def test_more_images_go_to_the_pixels_that_err_most(errors: list[float], power: float) -> None:
     error, sizes = np.array(errors), np.full(len(errors), 64.0)
-    ways = subset_allotments(error, sizes, 64, 10_000, power, passing=0.0)
+    ways = subset_allotments(error, sizes, 64, 10_000, power, image_cost=0.0)
     assert (np.diff(ways.costs) >= 0).all()
     assert (np.diff(ways.errors) <= 1e-12).all()
     assert ways.errors[-1] == 0
@@ -145,7 +129,7 @@ def test_more_images_go_to_the_pixels_that_err_most(errors: list[float], power: 
 
 def test_the_cheapest_costs_something() -> None:
     error, sizes = np.array([0.5, 0.1]), np.array([64.0, 64.0])
-    ways = subset_allotments(error, sizes, 64, 10_000, 0.5, passing=0.5)
+    ways = subset_allotments(error, sizes, 64, 10_000, 0.5, image_cost=0.5)
     assert ways.costs[0] == 0
     assert ways.costs[ways.cheapest(1.0)] > 0
     assert ways.errors[ways.cheapest(0.0)] == 0
@@ -156,14 +140,14 @@ def test_the_cheapest_costs_something() -> None:
 def test_few_pixels_are_not_worth_many_images() -> None:
     error, sizes = np.array([1.0, *[0.02] * 19]), np.full(20, 64.0)
     largest = []
-    for passing in (0.0, 2.0):
-        ways = subset_allotments(error, sizes, 64, 10_000, 0.5, passing)
+    for image_cost in (0.0, 2.0):
+        ways = subset_allotments(error, sizes, 64, 10_000, 0.5, image_cost)
         chosen = ways.cheapest(0.035)
         assert ways.errors[chosen] <= 0.035
         largest.append(ways.sizes[chosen].max())
         images = largest[-1] - 64
         assert ways.costs[chosen] == pytest.approx(
-            (ways.sizes[chosen] - 64).mean() + passing * images
+            (ways.sizes[chosen] - 64).mean() + image_cost * images
         )
     assert largest[1] < largest[0]
 

@@ -57,9 +57,7 @@ every_local_machine = pytest.mark.parametrize(("kind", "boundary"), LOCAL_MACHIN
 
 
 def machine_with(backend: TritonBackend, images: NDArray[np.uint8], kind: str, boundary: str):
-    machine = ScoreMachine(PatchDatabase.from_arrays(images), kind, boundary, backend="torch")
-    machine._backend = backend
-    return machine
+    return ScoreMachine(PatchDatabase.from_arrays(images), kind, boundary, backend)
 
 
 @settings(max_examples=60)
@@ -195,13 +193,12 @@ def test_border_pixels_in_float64(sigma: float) -> None:
     question = make_question((1, 9, 8), 3, 3, alpha=[0.9] * 2, sigma=[sigma] * 2, seed=24)
     machine = machine_with(triton_backend(1), question.images, "ELS", "zeros")
     query = query_for(question, machine)
-    backend, border = machine._backend, torch.ones(9, 8, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
+    border = ~query.interior
     whole, part = (
-        finish(backend.state(question.images, replace(query, border_only=only)), torch.float64)
-        for only in (False, True)
+        machine._backend.states(question.images, replace(query, pixels=pixels), [np.arange(3)])[0]
+        for pixels in (None, border)
     )
-    errors = (whole.mean - part.mean).abs()[:, 0, border.to(machine.device)]
+    errors = (whole.mean - part.mean).abs()[:, 0, torch.from_numpy(border)]
     assert errors.max() <= 2 * TRITON.logit_error
 
 
@@ -235,7 +232,7 @@ def test_hardly_any_noise(kind: str, boundary: str, patch_size: int, sigma: floa
 
 
 @little_noise
-def test_given_candidates_at_hardly_any_noise(sigma: float) -> None:
+def test_weighed_candidates_at_hardly_any_noise(sigma: float) -> None:
     question = make_question((2, 6, 6), 4, 3, alpha=[1.0] * 2, sigma=[sigma] * 2, seed=20)
     question.x[1] *= 1e4
     theirs = FLOAT64.machine(question.images, "ELS", "circular")
@@ -244,13 +241,12 @@ def test_given_candidates_at_hardly_any_noise(sigma: float) -> None:
     addresses[..., 3] = -1
     answers = []
     for machine in machines:
-        state, logits = machine._backend.given(
-            question.images, query_for(question, machine), addresses.to(machine.device)
-        )
-        answers.append((state.centre / state.mass.unsqueeze(1), state.tilt / state.mass, logits))
+        query = query_for(question, machine)
+        state, logits = machine._backend.weigh(question.images, query, addresses.cpu())
+        answers.append((state.mean, state.logit_sum / state.mass, logits))
     for ours, expected in zip(*answers, strict=True):
         # A difference of x and a patch, known to 16 digits, has fewer where the two are near.
-        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-7, atol=1e-6)
+        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-6)
 
 
 @every_local_machine
@@ -384,7 +380,7 @@ def test_the_error_of_distances_is_as_predicted(kind: str, boundary: str, sigma:
     queries = Queries.of(query.x, query.alpha, query.sigma)
     everywhere = frozenset(range(9)), frozenset(range(8))
     totals, exact_totals = (
-        backend._accumulated(question.images, query, queries, dtype, *everywhere)
+        backend._accumulated(question.images, query, np.arange(1), queries, dtype, *everywhere)
         for dtype in (torch.float32, torch.float64)
     )
     terms = backend._plan(query, torch.float32)[1].terms
@@ -401,10 +397,9 @@ def query_for(question, machine: ScoreMachine) -> PosteriorQuery:
         x=torch.from_numpy(question.x).to(machine.device),
         alpha=torch.from_numpy(question.alpha),
         sigma=torch.from_numpy(question.sigma),
-        kind=machine.kind,
+        kind=machine.definition,
         boundary=machine.boundary,
         patch_size=question.patch_size,
-        members=np.arange(len(question.images)),
     )
 
 
@@ -479,20 +474,19 @@ def test_everything_runs_on_the_backends_device(
     question = make_question((1, 5, 5), 3, 3, alpha=[0.7], sigma=[1.0], seed=23)
     backend = triton_backend(1)
     monkeypatch.setattr(backend, "_on_device", on_device)
-    for function in ("ideal_state", "equivariant_state"):
-        whole_image = getattr(gpu, function)
+    image_state = gpu.image_state
 
-        def checked(images, query, whole_image=whole_image):
-            assert inside.get()
-            return whole_image(images, query)
+    def checked(images, query, members):
+        assert inside.get()
+        return image_state(images, query, members)
 
-        monkeypatch.setattr(gpu, function, checked)
+    monkeypatch.setattr(gpu, "image_state", checked)
     machine = machine_with(backend, question.images, kind, boundary)
     answer = question.ask(machine, torch.float32, top=3)
     query = query_for(question, machine)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(backend.states, question.images, query, [query.members]).result()
-        pool.submit(backend.given, question.images, query, answer.top_addresses).result()
+        pool.submit(backend.states, question.images, query, [np.arange(3)]).result()
+        pool.submit(backend.weigh, question.images, query, answer.top_addresses.cpu()).result()
     assert launches
     assert not inside.get()
 

@@ -11,14 +11,16 @@ import numpy.typing as npt
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 
 from els.bench.nearest import least_distances, noisy_patches, squared_distances
 from els.bench.workloads import BETA, Workload, workload
-from els.engine.approximate.estimate import Estimator
+from els.engine.approximate import head
+from els.engine.approximate.estimate import Problem
+from els.engine.approximate.subset import drawn, extrapolated
 from els.engine.backends import BackendName, choose
+from els.engine.kinds import ELS
 from els.engine.query import PosteriorQuery
-from els.engine.state import PosteriorState, merge, state_of
+from els.engine.state import merge, state_of
 from els.index import PatchDatabase
 
 Images = npt.NDArray[np.uint8]
@@ -61,15 +63,14 @@ def checked_recall(
     return float((own <= nearest[:, -1:]).mean())
 
 
-def question(work: Workload, db: PatchDatabase) -> PosteriorQuery:
+def question(work: Workload) -> PosteriorQuery:
     return PosteriorQuery(
         work.x,
         torch.tensor([work.alpha], dtype=torch.float64),
         torch.tensor([work.sigma], dtype=torch.float64),
-        "ELS",
+        ELS,
         "circular",
         work.patch_size,
-        np.arange(len(db)),
         entropy=True,
     )
 
@@ -80,10 +81,6 @@ def around(work: Workload) -> npt.NDArray[np.float64]:
     x = torch.nn.functional.pad(work.x.double() / work.alpha, (radius,) * 4, "circular")[0]
     windows = x.unfold(1, work.patch_size, 1).unfold(2, work.patch_size, 1).movedim(0, 2)
     return np.asarray(windows.flatten(0, 1).numpy())
-
-
-def mean(state: PosteriorState) -> Tensor:
-    return state.centre / state.mass.unsqueeze(1)
 
 
 @pytest.mark.parametrize("patch_size", [3, 7], ids="P{}".format)
@@ -130,7 +127,7 @@ def test_search(
 @pytest.mark.parametrize("k", [64, 256, 1024], ids="k{}".format)
 @pytest.mark.parametrize("name", ["native", "torch"])
 @pytest.mark.parametrize("patch_size", [3, 7], ids="P{}".format)
-def test_given(
+def test_weigh(
     benchmark: BenchmarkFixture,
     db: PatchDatabase,
     fashion: Images,
@@ -140,7 +137,7 @@ def test_given(
 ) -> None:
     """Exact distances of retrieved patches, here of random ones, as scattered as they can be."""
     work = workload(fashion, patch_size, 1, db=db)
-    query, backend = question(work, db), choose(name, threads=1, device=None)[0]
+    query, backend = question(work), choose(name, ELS, threads=1, device=None)[0]
     _, _, height, width = work.x.shape
     inside = db.address(
         *np.ix_(
@@ -151,13 +148,13 @@ def test_given(
     ).ravel()
     chosen = np.random.default_rng(0).choice(inside, (1, height, width, k))
     addresses = torch.from_numpy(chosen)
-    _, logits = backend.given(db.images, query, addresses)
+    _, logits = backend.weigh(db.images, query, addresses)
     distances = squared_distances(db, around(work), chosen.reshape(-1, k))
     own = distances * (-(work.alpha**2) / (2 * work.sigma**2))
     error = np.abs(logits.reshape(own.shape).numpy() / own - 1).max()
     # float64 throughout.
     assert error <= 1e-12
-    benchmark.pedantic(backend.given, (db.images, query, addresses), rounds=7, warmup_rounds=1)
+    benchmark.pedantic(backend.weigh, (db.images, query, addresses), rounds=7, warmup_rounds=1)
     benchmark.extra_info |= {
         "gate": f"logits to {error:.0e}",
         "size": f"784 pixels, k = {k}, {name}",
@@ -166,23 +163,23 @@ def test_given(
 
 @pytest.mark.parametrize("images", [256, 1000])
 @pytest.mark.parametrize("patch_size", [3, 7], ids="P{}".format)
-def test_head_and_tail(
+def test_head_and_subset(
     benchmark: BenchmarkFixture, db: PatchDatabase, fashion: Images, patch_size: int, images: int
 ) -> None:
-    """The head left out of the tail's groups, all merged, and the jackknife error."""
+    """The head left out of the subset's groups, all merged, and the jackknife error."""
     if not db.has_index(patch_size):
         db.build_index(patch_size)
     work = workload(fashion, patch_size, 1, db=db)
-    query, backend = question(work, db), choose("native", threads=1, device=None)[0]
-    estimator = Estimator(backend, db, db.open_index(patch_size), query, (0,))
-    head = estimator.head(_K)
-    # A tail of all images less the head, and the head, are everything.
-    whole, _ = estimator.combined(head, estimator._tail(len(db)))
-    exact = backend.state(db.images, query)
-    error = float((mean(whole) - mean(exact)).abs().max())
+    backend = choose("native", ELS, threads=1, device=None)[0]
+    everyone = np.arange(len(db))
+    problem = Problem(backend, db, db.open_index(patch_size), question(work), everyone, (0,))
+    found = head.nearest(problem, _K)
+    # A subset of all images less the head, and the head, are everything.
+    whole = extrapolated(problem, found, drawn(problem, len(db)))
+    error = float((whole.state.mean - problem.exact().state.mean).abs().max())
     assert error <= 2e-5
-    tail = estimator._tail(images)
-    benchmark.pedantic(estimator.combined, (head, tail), rounds=15, warmup_rounds=1)
+    subset = drawn(problem, images)
+    benchmark.pedantic(extrapolated, (problem, found, subset), rounds=15, warmup_rounds=1)
     benchmark.extra_info |= {
         "gate": f"mean to {error:.0e}",
         "size": f"784 pixels, k = {_K}, {images:,} images",
@@ -197,7 +194,7 @@ def test_merge(benchmark: BenchmarkFixture, batch: int) -> None:
     centres = 2 * torch.rand(*logits.shape, 1, generator=generator, dtype=torch.float64) - 1
     parts = [state_of(logits[..., part], centres[..., part, :]) for part in HALVES]
     whole = state_of(logits, centres)
-    error = float((mean(merge(*parts)) - mean(whole)).abs().max())
+    error = float((merge(*parts).mean - whole.mean).abs().max())
     assert error <= 1e-14
     benchmark(merge, *parts)
     benchmark.extra_info |= {"gate": f"mean to {error:.0e}", "size": f"{784 * batch:,} pixels"}

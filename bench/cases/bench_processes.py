@@ -19,7 +19,6 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from els.engine import ScoreMachine, sample
-from els.engine.kinds import Kind
 from els.engine.result import LocalPosterior, finish
 from els.engine.state import PosteriorState
 from els.index import PatchDatabase, open_source
@@ -144,7 +143,7 @@ def _loopback_bytes() -> int:
 class _Given:
     """A denoiser that costs nothing: what is left is the step."""
 
-    kind: Kind = "ELS"
+    kind = "ELS"
     is_local = True
     device = torch.device("cpu")
 

@@ -1,1 +1,1 @@
-"""Approximate posteriors with a known error."""
+"""Approximate posteriors with a known error: methods, and what they are made of."""

@@ -31,20 +31,32 @@ _PIXEL_BITS = 8  # |2 v - 255| < 2^8
 _SMALLEST = 1e-200  # rows that are smaller are 0: their scale would overflow
 
 
-def ideal_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
-    """The posterior state of the ideal score machine over ``images[query.members]``.
+def image_state(
+    images: npt.NDArray[np.uint8], query: PosteriorQuery, members: npt.NDArray[np.int64]
+) -> PosteriorState:
+    """The posterior state of a machine that compares whole images, over ``images[members]``.
 
     Args:
         images: the whole database, uint8 ``[N, C, H, W]``.
         query: what to compute, on any device with float64.
+        members: ascending image numbers, also none.
     """
-    if len(query.members) == 0:
+    if len(members) == 0:
         return empty(query)
+    if query.kind.is_equivariant:
+        return _equivariant_state(images, query, members)
+    return _ideal_state(images, query, members)
+
+
+def _ideal_state(
+    images: npt.NDArray[np.uint8], query: PosteriorQuery, members: npt.NDArray[np.int64]
+) -> PosteriorState:
+    """The same of the ideal score machine."""
     height, width = query.x.shape[2:]
     x = query.x.to(torch.float64).flatten(1)
     count = min(_MOST_IMAGES, _BLOCK_BYTES // (16 * x.shape[1]))
     block_state = partial(_ideal_block, images, query, x, _energy(x))
-    state = merged_in_order(block_state, blocks(query.members, count), merge, x.device)
+    state = merged_in_order(block_state, blocks(members, count), merge, x.device)
     if state.top is not None:
         # Every pixel's candidates are the same pixel of the heaviest images.
         pixel = torch.arange(height * width, device=x.device).reshape(height, width, 1)
@@ -57,24 +69,20 @@ def ideal_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> Posteri
     return _everywhere(state, height, width)
 
 
-def equivariant_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
-    """The posterior state of the equivariant machine over ``images[query.members]``.
+def _equivariant_state(
+    images: npt.NDArray[np.uint8], query: PosteriorQuery, members: npt.NDArray[np.int64]
+) -> PosteriorState:
+    """The same of the equivariant machine.
 
     Shift s of image n has the pixels ``k_n[(p + s) mod (H, W)]``.
-
-    Args:
-        images: the whole database, uint8 ``[N, C, H, W]``.
-        query: what to compute, on any device with float64.
     """
-    if len(query.members) == 0:
-        return empty(query)
     x = query.x.to(torch.float64)
     noisy = _noisy_spectra(x)
     count = _BLOCK_BYTES // (8 * (5 * x.shape[1] + 8) * x.shape[2] * x.shape[3])
     block_states = partial(_equivariant_block, images, query, noisy)
     states = merged_in_order(
         block_states,
-        blocks(query.members, count),
+        blocks(members, count),
         lambda first, second: list(map(merge, first, second)),
         x.device,
     )
@@ -90,7 +98,8 @@ def _ideal_block(
 ) -> Iterator[PosteriorState]:
     """The state of noisy images ``x`` ``[B, C * H * W]`` over ``images[members]``, in one piece.
 
-    All pixels share maximum, mass, tilt and top, ``[B, 1, 1]``, whose addresses are image numbers.
+    All pixels share reference, mass, logit_sum and top, ``[B, 1, 1]``, whose addresses are image
+    numbers.
     """
     pixels = _integers(images, members, x.device).flatten(1)
     logits = _logits(
@@ -100,8 +109,8 @@ def _ideal_block(
         query.alpha.to(x.device).unsqueeze(1),
         query.sigma.to(x.device).unsqueeze(1),
     )
-    maximum = logits.amax(1, keepdim=True)
-    shifted = logits - maximum
+    reference = logits.amax(1, keepdim=True)
+    shifted = logits - reference
     weights = shifted.exp()
     ones = torch.ones_like(pixels[:, :1])
     top = None
@@ -109,10 +118,10 @@ def _ideal_block(
         numbers = torch.tensor(members, device=x.device).expand(logits.shape)
         top = best(logits[:, None, None], numbers[:, None, None], query.top)
     yield PosteriorState(
-        maximum=maximum.unsqueeze(2),
+        reference=reference.unsqueeze(2),
         mass=_exact_product(weights, ones).unsqueeze(2),
         centre=_exact_product(weights, pixels).reshape(query.x.shape) / 255,
-        tilt=_exact_product(weights * shifted, ones).unsqueeze(2) if query.entropy else None,
+        logit_sum=_exact_product(weights * shifted, ones).unsqueeze(2) if query.entropy else None,
         top=top,
     )
 
@@ -175,18 +184,18 @@ def _equivariant_image(
 ) -> PosteriorState:
     """The state of logits ``[n, H, W]``, of each image and shift.
 
-    All pixels share maximum, mass and tilt, ``[1, 1, 1]``.
+    All pixels share reference, mass and logit_sum, ``[1, 1, 1]``.
     """
-    maximum = logits.amax()
-    shifted = logits - maximum
+    reference = logits.amax()
+    shifted = logits - reference
     weights = shifted.exp()
     shifted_back = torch.fft.rfft2(weights).conj().unsqueeze(1) * spectrum
     centre = torch.fft.irfft2(shifted_back.sum(0), s=logits.shape[1:]) / 255
     return PosteriorState(
-        maximum=maximum.reshape(1, 1, 1),
+        reference=reference.reshape(1, 1, 1),
         mass=weights.sum().reshape(1, 1, 1),
         centre=centre.unsqueeze(0),
-        tilt=(weights * shifted).sum().reshape(1, 1, 1) if query.entropy else None,
+        logit_sum=(weights * shifted).sum().reshape(1, 1, 1) if query.entropy else None,
         top=_top_shifts(logits, numbers, query.top) if query.top else None,
     )
 
@@ -214,8 +223,10 @@ def _everywhere(state: PosteriorState, height: int, width: int) -> PosteriorStat
     def spread(values: Tensor) -> Tensor:
         return values.expand(-1, height, width)
 
-    tilt = None if state.tilt is None else spread(state.tilt)
-    return replace(state, maximum=spread(state.maximum), mass=spread(state.mass), tilt=tilt)
+    logit_sum = None if state.logit_sum is None else spread(state.logit_sum)
+    return replace(
+        state, reference=spread(state.reference), mass=spread(state.mass), logit_sum=logit_sum
+    )
 
 
 def _logits(energy: Tensor, product: Tensor, norms: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -1,22 +1,24 @@
-"""The native backend: a fused C++ kernel for LS and ELS, one build per instruction set."""
+"""The native backend: fused C++ kernels for local machines, one build per instruction set."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import islice
-from typing import Protocol, TypeAlias, cast, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from els.engine.backends.backend import Costs, Images, Members
 from els.engine.backends.cores import available_cores
-from els.engine.backends.image_machines import equivariant_state, ideal_state
+from els.engine.backends.image_machines import image_state
+from els.engine.backends.native_border import border_states, is_precise
+from els.engine.backends.native_kernels import instruction_sets, kernel_module
+from els.engine.backends.native_lists import ListSampling
+from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, merge_all, stack, state_of
 
@@ -25,120 +27,19 @@ from els.engine.state import PosteriorState, TopPatches, merge_all, stack, state
 _MOST_GROUPS = 32
 # Every group has to find the nearest patches anew before it can skip the others.
 _LEAST_BLOCKS = 4
+# Memory for the states of all groups of a chunk of the batch, in bytes.
 _STATES_BYTES = 64 << 20
-
-_Bytes: TypeAlias = npt.NDArray[np.uint8]
-_Ints: TypeAlias = npt.NDArray[np.int64]
-_Floats: TypeAlias = npt.NDArray[np.float32]
-_Doubles: TypeAlias = npt.NDArray[np.float64]
-
-
-class Kernels(Protocol):
-    """The compiled module of one instruction set (``csrc/bindings.cpp``); arrays are C-contiguous.
-
-    Shapes and dtypes are checked, never converted. Results go into the arrays given last.
-    """
-
-    @property
-    def LANES(self) -> int:  # noqa: N802 - a constant of the module
-        """Training images that are computed at once."""
-
-    def instruction_sets(self) -> list[str]:
-        """The sets that this processor runs, worst first; asked of the baseline module only."""
-
-    def can_use_tiles(self) -> bool:
-        """Whether there is a matrix unit (AMX) that this process may use."""
-
-    def posterior(
-        self,
-        *,
-        images: _Bytes,
-        members: _Ints,
-        starts: _Ints,
-        x: _Doubles,
-        alpha: _Doubles,
-        sigma: _Doubles,
-        patch_size: int,
-        equivariant: bool,
-        circular: bool,
-        border_only: bool,
-        threads: int,
-        maximum: _Doubles,
-        mass: _Doubles,
-        centre: _Doubles,
-        tilt: _Doubles | None,
-        top_logits: _Doubles | None,
-        top_addresses: _Ints | None,
-    ) -> None:
-        """States of groups of images; see ``Problem`` of ``csrc/exact.h``."""
-
-    def given(
-        self,
-        *,
-        images: _Bytes,
-        x: _Doubles,
-        alpha: _Doubles,
-        sigma: _Doubles,
-        patch_size: int,
-        circular: bool,
-        threads: int,
-        addresses: _Ints,
-        logits: _Doubles,
-        centres: _Bytes,
-    ) -> None:
-        """Logits of given candidates; see ``GivenProblem`` of ``csrc/candidates.h``."""
-
-    def scan(
-        self,
-        *,
-        codes: npt.NDArray[np.uint64],
-        ids: npt.NDArray[np.uint64],
-        sizes: _Ints,
-        offsets: _Ints,
-        centroids: _Floats,
-        norms: _Floats,
-        centres: _Bytes,
-        unit: _Floats,
-        zero: _Floats,
-        residual: bool,
-        noise: _Floats | None,
-        allowed: _Bytes | None,
-        pixels: int,
-        y: _Floats,
-        precision: float,
-        blur: float,
-        budget: _Doubles,
-        most_read: int,
-        coarsest: int,
-        seed: int,
-        tiles: bool,
-        threads: int,
-        results: _Doubles,
-    ) -> None:
-        """Sums over inverted lists; see ``Scan`` of ``csrc/lists.h``."""
-
-    def border(
-        self,
-        *,
-        images: _Bytes,
-        members: _Ints,
-        starts: _Ints,
-        x: _Floats,
-        wanted: _Bytes,
-        alpha: float,
-        sigma: float,
-        patch_size: int,
-        threads: int,
-        maximum: _Doubles,
-        mass: _Doubles,
-        centre: _Doubles,
-        tilt: _Doubles,
-    ) -> None:
-        """States of the border's pixels; see ``Border`` of ``csrc/border.h``; needs AMX."""
+# Costs of sampling lists, and of border pixels on the matrix unit, in pairs of the exact kernel;
+# medians over Fashion-MNIST and CIFAR-10 on Zen 5 and Sapphire Rapids (docs/performance.md).
+LIST_COSTS = Costs(list_ranked=15.0, code_read=4.0)
+_PRODUCT_PAIR = 1.1
+_PRODUCT_IMAGE = 0.6
+# Parts of a single group on the matrix unit, merged in order.
+_PRODUCT_PARTS = 16
 
 
 @final
-class NativeBackend:
+class NativeBackend(ListSampling):
     """Exact LS and ELS posteriors on the CPU (docs/performance.md); IS and ES through torch.
 
     Float32 chooses the candidates that can matter, and weighs them where it knows their logits to
@@ -153,31 +54,38 @@ class NativeBackend:
     """
 
     def __init__(self, threads: int | None = None, instruction_set: str | None = None) -> None:
-        chosen = instruction_set or instruction_sets()[-1]
         self._arguments = threads, instruction_set
-        self._kernel = kernel_module(chosen)
+        self._kernel = kernel_module(instruction_set)
+        self.instruction_set = instruction_set
         self.threads = threads or available_cores()
-        self.name = f"native ({chosen}, {self.threads} threads)"
+        self.name = f"native ({instruction_set or instruction_sets()[-1]}, {self.threads} threads)"
         self.device = torch.device("cpu")
-        self.shards = 1
 
     def __reduce__(self) -> tuple[type[NativeBackend], tuple[int | None, str | None]]:
         return NativeBackend, self._arguments
 
-    def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
-        """See :class:`els.engine.backends.Backend`."""
-        return self.states(images, query, [query.members])[0]
+    def supports(self, kind: Kind) -> bool:
+        """See :class:`els.engine.backends.backend.Backend`."""
+        return kind.window is None
+
+    def costs(self, query: PosteriorQuery) -> Costs:
+        """See :class:`els.engine.backends.backend.Backend`."""
+        if self._multiplies(query):
+            return replace(LIST_COSTS, border_pair=_PRODUCT_PAIR, border_image=_PRODUCT_IMAGE)
+        return LIST_COSTS
+
+    def _multiplies(self, query: PosteriorQuery) -> bool:
+        """Whether border pixels with such logit errors are products on the matrix unit."""
+        return self._kernel.can_use_tiles() and is_precise(query)
 
     def states(
-        self,
-        images: npt.NDArray[np.uint8],
-        query: PosteriorQuery,
-        groups: Sequence[npt.NDArray[np.int64]],
+        self, images: Images, query: PosteriorQuery, groups: Sequence[Members]
     ) -> list[PosteriorState]:
-        """See :class:`els.engine.backends.Backend`; all groups share the threads."""
-        if query.kind in ("IS", "ES"):
-            of_whole_images = ideal_state if query.kind == "IS" else equivariant_state
-            return [of_whole_images(images, replace(query, members=group)) for group in groups]
+        """See :class:`els.engine.backends.backend.Backend`; all groups share the threads."""
+        if not query.kind.is_local:
+            return [image_state(images, query, group) for group in groups]
+        if query.border_only and self._multiplies(query):
+            return self._border_states(images, query, groups)
         _, channels, height, width = query.x.shape
         image_bytes = height * width * (8 * (3 + channels) + 16 * query.top)
         most = min(_STATES_BYTES // (image_bytes * len(groups)), _MOST_GROUPS)
@@ -193,6 +101,15 @@ class NativeBackend:
         of_parts = iter(whole)
         return [merge_all(islice(of_parts, len(sizes))) for sizes in parts]
 
+    def _border_states(
+        self, images: Images, query: PosteriorQuery, groups: Sequence[Members]
+    ) -> list[PosteriorState]:
+        """The border pixels by products; a single group in parts, for as many threads as asked."""
+        if len(groups) > 1:
+            return border_states(self._kernel, images, query, groups, threads=self.threads)
+        parts = np.array_split(groups[0], _PRODUCT_PARTS)
+        return [merge_all(border_states(self._kernel, images, query, parts, threads=self.threads))]
+
     def _parts(self, count: int, most: int) -> list[int]:
         """Sizes of the parts of a group of images that have states of their own."""
         blocks = -(-count // self._kernel.LANES)
@@ -201,10 +118,10 @@ class NativeBackend:
         sizes: list[int] = np.diff([*ends, count]).tolist()
         return sizes
 
-    def given(
-        self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
+    def weigh(
+        self, images: Images, query: PosteriorQuery, addresses: Tensor
     ) -> tuple[PosteriorState, Tensor]:
-        """See :class:`els.engine.backends.Backend`."""
+        """See :class:`els.engine.backends.backend.Backend`."""
         batch, channels, height, width = query.x.shape
         shape = (batch, height * width, addresses.shape[-1])
         logits = np.empty(shape)
@@ -227,20 +144,20 @@ class NativeBackend:
 
     def _chunk_states(
         self,
-        images: npt.NDArray[np.uint8],
+        images: Images,
         query: PosteriorQuery,
         rows: slice,
-        members: npt.NDArray[np.int64],
+        members: Members,
         starts: npt.NDArray[np.int64],
     ) -> list[PosteriorState]:
         """The states of some of the queries over members ``starts[g]`` to ``starts[g + 1]``."""
         x = query.x[rows]
         batch, channels, height, width = x.shape
         groups = len(starts) - 1
-        maximum = np.empty((groups, batch, height, width))
-        mass = np.empty_like(maximum)
+        reference = np.empty((groups, batch, height, width))
+        mass = np.empty_like(reference)
         centre = np.empty((groups, batch, channels, height, width))
-        tilt = np.empty_like(maximum) if query.entropy else None
+        logit_sum = np.empty_like(reference) if query.entropy else None
         top_shape = (groups, batch, height, width, query.top)
         top_logits = np.empty(top_shape) if query.top else None
         top_addresses = np.empty(top_shape, dtype=np.int64) if query.top else None
@@ -252,23 +169,23 @@ class NativeBackend:
             alpha=query.alpha[rows].numpy(),
             sigma=query.sigma[rows].numpy(),
             patch_size=query.patch_size,
-            equivariant=query.kind == "ELS",
+            equivariant=query.kind.is_equivariant,
             circular=query.boundary == "circular",
             border_only=query.border_only,
             threads=self.threads,
-            maximum=maximum,
+            maximum=reference,
             mass=mass,
             centre=centre,
-            tilt=tilt,
+            tilt=logit_sum,
             top_logits=top_logits,
             top_addresses=top_addresses,
         )
         return [
             PosteriorState(
-                torch.from_numpy(maximum[group]),
+                torch.from_numpy(reference[group]),
                 torch.from_numpy(mass[group]),
                 torch.from_numpy(centre[group]),
-                None if tilt is None else torch.from_numpy(tilt[group]),
+                None if logit_sum is None else torch.from_numpy(logit_sum[group]),
                 None
                 if top_logits is None or top_addresses is None
                 else TopPatches(
@@ -281,43 +198,3 @@ class NativeBackend:
 
 def _as_float64(x: Tensor) -> npt.NDArray[np.float64]:
     return x.to(torch.float64).contiguous().numpy()
-
-
-@cache
-def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that were compiled and that this processor runs, worst first.
-
-    Raises:
-        RuntimeError: if the extension was not compiled.
-    """
-    supported = _module("baseline").instruction_sets()
-    return tuple(name for name in supported if importlib.util.find_spec(_qualified(name)))
-
-
-def kernel_module(instruction_set: str | None = None) -> Kernels:
-    """The compiled kernels of an instruction set, None for the best of :func:`instruction_sets`.
-
-    Raises:
-        RuntimeError: if they were not compiled, or the processor lacks the set.
-    """
-    available = instruction_sets()
-    chosen = instruction_set or available[-1]
-    if chosen not in available:
-        raise RuntimeError(
-            f"instruction set {chosen!r} cannot run here; available: {', '.join(available)}"
-        )
-    return _module(chosen)
-
-
-def _module(instruction_set: str) -> Kernels:
-    try:
-        return cast(Kernels, importlib.import_module(_qualified(instruction_set)))
-    except ImportError as error:
-        raise RuntimeError(
-            "the native backend was not compiled; reinstall els-machine where a C++17 compiler "
-            "is found, or use backend='torch'"
-        ) from error
-
-
-def _qualified(instruction_set: str) -> str:
-    return f"els.engine._native_{instruction_set}"

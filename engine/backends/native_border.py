@@ -3,7 +3,7 @@
 The candidates of such a pixel are the patches with the same place relative to the border, so that
 no index serves it. They are few enough to weigh all of them: the kernel (``csrc/border.h``) takes
 an edge's patches and queries as matrices, with queries rounded to 16 bits and float32 logits. It is
-two to four times as fast as the exact kernel, and good for estimates.
+two to four times as fast as the exact kernel, and precise enough for estimates.
 """
 
 from __future__ import annotations
@@ -15,72 +15,72 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from els.engine.backends.cores import available_cores
-from els.engine.backends.native import kernel_module
-from els.engine.backends.native_lists import LARGEST_QUERY, LOGIT_ERROR, can_scan, has_tiles
+from els.engine.backends.native_kernels import Kernels
+from els.engine.backends.native_lists import LARGEST_QUERY
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState
 
+# Largest patch side whose matrices the kernel's buffers hold.
 _LARGEST_PATCH = 33
 # Noisy distance, in standard deviations, within which candidates matter.
 _NEAR = 8.0
+# Standard deviation of a rounding to integers.
+_OF_ROUNDING = 1 / math.sqrt(12)
 
 
-def can_multiply(query: PosteriorQuery) -> bool:
-    """Whether the matrix unit is there and tells the border's posterior well enough."""
-    if query.kind != "ELS" or query.boundary != "zeros" or not can_scan() or not has_tiles():
+def is_precise(query: PosteriorQuery) -> bool:
+    """Whether the kernel computes the query's patches, with the logit errors that it allows."""
+    if not query.has_border or not 3 <= query.patch_size <= _LARGEST_PATCH:
         return False
-    if not 3 <= query.patch_size <= _LARGEST_PATCH:
-        return False
-    alpha, sigma = float(query.alpha[0]), float(query.sigma[0])
     bytes_of_patch = query.x.shape[1] * query.patch_size * (query.patch_size - 1)
-    of_sums = 4 * (alpha / sigma) ** 2 * bytes_of_patch * 2.0**-22
-    largest = float((query.x + alpha).abs().max())
-    of_query = _NEAR * largest / sigma / (LARGEST_QUERY * math.sqrt(12))
-    return max(of_sums, of_query) < LOGIT_ERROR
+    largest = query.x.detach().abs().amax((1, 2, 3)).double().cpu() + query.alpha
+    of_sums = 4 * (query.alpha / query.sigma) ** 2 * bytes_of_patch * 2.0**-22
+    of_query = _NEAR * largest / query.sigma * _OF_ROUNDING / LARGEST_QUERY
+    return float(torch.maximum(of_sums, of_query).max()) < query.logit_error
 
 
 def border_states(
+    kernels: Kernels,
     images: npt.NDArray[np.uint8],
     query: PosteriorQuery,
     groups: Sequence[npt.NDArray[np.int64]],
     *,
-    wanted: npt.NDArray[np.bool_] | None = None,
-    threads: int | None = None,
+    threads: int = 1,
 ) -> list[PosteriorState]:
     """The border's pixels over each of some groups of images; other pixels have anything.
 
     Args:
+        kernels: with a matrix unit.
         images: of the whole database.
-        query: one image, ``B = 1``, for which :func:`can_multiply`; its members do not matter.
+        query: one image, ``B = 1``, for which :func:`is_precise`.
         groups: the members of each.
-        wanted: of the border's pixels, ``[H, W]``; None for all. Others may have anything.
-        threads: None for one per core. Results do not depend on it.
+        threads: how many to use. Results do not depend on it.
 
     Returns:
-        A state of each group, with tilt.
+        A state of each group, with logit_sum.
     """
     _, channels, height, width = query.x.shape
     shape = (len(groups), 1, height, width)
     # Elsewhere some finite state, so that nothing that is computed from it warns.
-    maximum, mass, tilt = np.zeros(shape), np.ones(shape), np.zeros(shape)
+    reference, mass, logit_sum = np.zeros(shape), np.ones(shape), np.zeros(shape)
     centre = np.zeros((len(groups), 1, channels, height, width))
+    wanted = query.pixels
     if wanted is None:
         wanted = np.ones((height, width), dtype=np.bool_)
-    kernel_module().border(
+    kernels.border(
         images=images,
         members=np.concatenate(groups),
         starts=np.cumsum([0, *map(len, groups)], dtype=np.int64),
         x=query.x[0].to(device="cpu", dtype=torch.float32).contiguous().numpy(),
-        wanted=wanted.view(np.uint8),
+        wanted=np.ascontiguousarray(wanted).view(np.uint8),
         alpha=float(query.alpha[0]),
         sigma=float(query.sigma[0]),
         patch_size=query.patch_size,
-        threads=threads or available_cores(),
-        maximum=maximum[:, 0],
+        threads=threads,
+        maximum=reference[:, 0],
         mass=mass[:, 0],
         centre=centre[:, 0],
-        tilt=tilt[:, 0],
+        tilt=logit_sum[:, 0],
     )
-    sums = map(torch.from_numpy, (maximum, mass, centre, tilt))
+    sums = map(torch.from_numpy, (reference, mass, centre, logit_sum))
     return [PosteriorState(*group) for group in zip(*sums, strict=True)]

@@ -7,7 +7,6 @@ can outweigh the whole posterior, and float32 would be only 1.3 to 1.7 times fas
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial, reduce
 from itertools import product
 from typing import NamedTuple, final
@@ -18,9 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from els.engine.backends.backend import Costs, Images, Members
 from els.engine.backends.image_blocks import blocks, merged_in_order
-from els.engine.backends.image_machines import equivariant_state, ideal_state
-from els.engine.kinds import Boundary, Kind
+from els.engine.backends.image_machines import image_state
+from els.engine.backends.native import LIST_COSTS
+from els.engine.backends.native_lists import ListSampling
+from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, best, empty, merge, merge_into, moved, state_of
 
@@ -29,7 +31,7 @@ _BLOCK_BYTES = 32 << 20
 
 
 @final
-class TorchBackend:
+class TorchBackend(ListSampling):
     """Exact posteriors in chunked torch.
 
     Args:
@@ -47,45 +49,38 @@ class TorchBackend:
                 f"device={device!r} cannot compute in float64 here ({error}); use device='cpu'"
             ) from error
         self.name = f"torch ({self.device})"
-        self.shards = 1
         self.threads = torch.get_num_threads()
 
-    @torch.no_grad()
-    def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
-        """See :class:`els.engine.backends.Backend`."""
-        match query.kind:
-            case "IS":
-                return ideal_state(images, query)
-            case "ES":
-                return equivariant_state(images, query)
-        return _local_state(images, query)
+    def supports(self, kind: Kind) -> bool:
+        """See :class:`els.engine.backends.backend.Backend`."""
+        return True
 
+    def costs(self, query: PosteriorQuery) -> Costs:
+        """See :class:`els.engine.backends.backend.Backend`."""
+        return LIST_COSTS if self.device.type == "cpu" else Costs()
+
+    @torch.no_grad()
     def states(
-        self,
-        images: npt.NDArray[np.uint8],
-        query: PosteriorQuery,
-        groups: Sequence[npt.NDArray[np.int64]],
+        self, images: Images, query: PosteriorQuery, groups: Sequence[Members]
     ) -> list[PosteriorState]:
-        """See :class:`els.engine.backends.Backend`."""
-        return [
-            moved(self.state(images, replace(query, members=members)), "cpu") for members in groups
-        ]
+        """See :class:`els.engine.backends.backend.Backend`."""
+        state = local_state if query.kind.is_local else image_state
+        return [moved(state(images, query, members), "cpu") for members in groups]
 
     @torch.no_grad()
-    def given(
-        self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
+    def weigh(
+        self, images: Images, query: PosteriorQuery, addresses: Tensor
     ) -> tuple[PosteriorState, Tensor]:
-        """See :class:`els.engine.backends.Backend`."""
+        """See :class:`els.engine.backends.backend.Backend`."""
+        addresses = addresses.to(self.device)
         parts = [
-            _given(images, query, addresses, image, row)
+            _weighed(images, query, addresses, image, row)
             for image in range(len(addresses))
             for row in range(addresses.shape[1])
         ]
-        logits, centres = (torch.stack(part) for part in zip(*parts, strict=True))
-        return (
-            state_of(logits.reshape(addresses.shape), centres.reshape(*addresses.shape, -1)),
-            logits.reshape(addresses.shape),
-        )
+        logits, centres = (torch.stack(part).cpu() for part in zip(*parts, strict=True))
+        logits = logits.reshape(addresses.shape)
+        return state_of(logits, centres.reshape(*addresses.shape, -1)), logits
 
 
 class _Alignment(NamedTuple):
@@ -106,14 +101,14 @@ class _Alignment(NamedTuple):
         return self._replace(length=self.length + patch_size - 1)
 
 
-def _alignments(kind: Kind, boundary: Boundary, length: int, patch_size: int) -> list[_Alignment]:
+def _alignments(query: PosteriorQuery, length: int) -> list[_Alignment]:
     """Each pair of a query coordinate and one of its candidates, exactly once."""
     same = _Alignment(0, 0, length)
-    if kind == "LS":
+    if not query.kind.is_equivariant:
         return [same]
-    radius = patch_size // 2
+    radius = query.patch_size // 2
     inside = length - 2 * radius
-    if boundary == "zeros":
+    if query.boundary == "zeros":
         # Only coordinates whose patch is inside match others than themselves.
         return [same] + [
             _Alignment(radius + max(0, -shift), shift, inside - abs(shift))
@@ -127,24 +122,24 @@ def _alignments(kind: Kind, boundary: Boundary, length: int, patch_size: int) ->
     return alignments
 
 
-def _local_state(images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
-    """The state of an LS or ELS machine."""
-    if len(query.members) == 0:
+def local_state(images: Images, query: PosteriorQuery, members: Members) -> PosteriorState:
+    """The state of a machine that compares patches, on the query's device."""
+    if len(members) == 0:
         return empty(query)
     _, channels, height, width = query.x.shape
     radius = query.patch_size // 2
     planes = 4 * channels + 6 + (8 if query.top else 0)
     count = _BLOCK_BYTES // (8 * planes * (height + 2 * radius) * (width + 2 * radius))
     block_state = partial(_members_state, images, query)
-    return merged_in_order(block_state, blocks(query.members, count), merge, query.x.device)
+    return merged_in_order(block_state, blocks(members, count), merge, query.x.device)
 
 
 def _members_state(
-    images: npt.NDArray[np.uint8], query: PosteriorQuery, members: npt.NDArray[np.int64]
+    images: Images, query: PosteriorQuery, members: Members
 ) -> Iterator[PosteriorState]:
     """The same over a block of the query's members, with one more alignment each time."""
     total = empty(query)
-    batch = len(query.x)
+    batch, mask = len(query.x), query.kind.mask(query.patch_size)
     x = padded(query.x.to(torch.float64), query)
     numbers = torch.tensor(members, device=x.device)
     clean = torch.from_numpy(images[members]).to(x.device, torch.float64) / 127.5 - 1
@@ -152,14 +147,14 @@ def _members_state(
         training = padded(query.alpha[image].item() * clean, query)
         precision = query.sigma[image].item() ** -2
         for rows, columns in aligned(query):
-            distances = patch_distances(x[image], training, rows, columns, query.patch_size)
+            distances = patch_distances(x[image], training, rows, columns, mask)
             part = _block_state(query, -0.5 * precision * distances, clean, numbers, rows, columns)
             merge_into(total, part, slice(image, image + 1), rows.queries(), columns.queries())
             yield total
 
 
-def _given(
-    images: npt.NDArray[np.uint8],
+def _weighed(
+    images: Images,
     query: PosteriorQuery,
     addresses: Tensor,
     image: int,
@@ -178,7 +173,7 @@ def _given(
     y, v = place // width, place % width
     columns = torch.arange(width, device=x.device)
     distance = torch.zeros(here.shape, dtype=torch.float64, device=x.device)
-    for down, right in product(range(query.patch_size), repeat=2):
+    for down, right in np.argwhere(query.kind.mask(query.patch_size)).tolist():
         noisy = x[:, row + down, columns + right].T.unsqueeze(1)
         distance += (noisy - training[which, :, y + down, v + right]).square().sum(-1)
     logits = distance / (-2 * query.sigma[image].to(x.device) ** 2)
@@ -193,10 +188,7 @@ def padded(images: Tensor, query: PosteriorQuery) -> Tensor:
 
 def aligned(query: PosteriorQuery) -> Iterator[tuple[_Alignment, _Alignment]]:
     """Each run of pairs of rows, with each run of pairs of columns."""
-    rows, columns = (
-        _alignments(query.kind, query.boundary, length, query.patch_size)
-        for length in query.x.shape[2:]
-    )
+    rows, columns = (_alignments(query, length) for length in query.x.shape[2:])
     if not query.border_only:
         yield from product(rows, columns)
         return
@@ -213,7 +205,11 @@ def aligned(query: PosteriorQuery) -> Iterator[tuple[_Alignment, _Alignment]]:
 
 
 def patch_distances(
-    x: Tensor, training: Tensor, rows: _Alignment, columns: _Alignment, patch_size: int
+    x: Tensor,
+    training: Tensor,
+    rows: _Alignment,
+    columns: _Alignment,
+    mask: npt.NDArray[np.bool_],
 ) -> Tensor:
     """Squared distances of aligned patches, ``[n, rows.length, columns.length]``.
 
@@ -222,22 +218,32 @@ def patch_distances(
         training: training images times alpha, padded likewise, ``[n, C, H + 2 r, W + 2 r]``.
         rows: how the rows are aligned.
         columns: how the columns are aligned.
-        patch_size: the patch's side.
+        mask: which pixels of a patch are compared, ``[P, P]``.
     """
-    down, right = rows.widened(patch_size), columns.widened(patch_size)
+    down, right = rows.widened(len(mask)), columns.widened(len(mask))
     differences = (
         x[:, down.queries(), right.queries()]
         - training[:, :, down.candidates(), right.candidates()]
     )
     squares = reduce(torch.add, differences.square_().unbind(1))
-    return window_sums(window_sums(squares, patch_size, -1), patch_size, -2)
+    return patch_sums(squares, mask)
 
 
-def window_sums(values: Tensor, size: int, dim: int) -> Tensor:
-    """Sums of ``size`` neighbours by doubling: log2(size) additions, and no subtraction.
+def patch_sums(values: Tensor, mask: npt.NDArray[np.bool_]) -> Tensor:
+    """Sums over the masked places of every window, ``[..., h, w]`` to ``[..., h-P+1, w-P+1]``.
 
     Every window is summed in the same order, so that equal windows tie exactly.
     """
+    size = len(mask)
+    if mask.all():
+        return _window_sums(_window_sums(values, size, -1), size, -2)
+    height, width = (length - size + 1 for length in values.shape[-2:])
+    shifted = (values[..., y : y + height, x : x + width] for y, x in np.argwhere(mask).tolist())
+    return reduce(torch.add, shifted)
+
+
+def _window_sums(values: Tensor, size: int, dim: int) -> Tensor:
+    """Sums of ``size`` neighbours by doubling: log2(size) additions, and no subtraction."""
     length = values.shape[dim] - size + 1
     parts = []
     offset, width = 0, 1
@@ -261,8 +267,8 @@ def _block_state(
     columns: _Alignment,
 ) -> PosteriorState:
     """The state of logits ``[n, h, w]`` of one alignment."""
-    maximum = logits.amax(0)
-    shifted = logits - maximum
+    reference = logits.amax(0)
+    shifted = logits - reference
     weights = shifted.exp()
     centres = clean[:, :, rows.candidates(), columns.candidates()]
     top = None
@@ -275,9 +281,9 @@ def _block_state(
             logits.movedim(0, -1).unsqueeze(0), addresses.movedim(0, -1).unsqueeze(0), query.top
         )
     return PosteriorState(
-        maximum=maximum.unsqueeze(0),
+        reference=reference.unsqueeze(0),
         mass=weights.sum(0, keepdim=True),
         centre=(weights.unsqueeze(1) * centres).sum(0, keepdim=True),
-        tilt=(weights * shifted).sum(0, keepdim=True) if query.entropy else None,
+        logit_sum=(weights * shifted).sum(0, keepdim=True) if query.entropy else None,
         top=top,
     )

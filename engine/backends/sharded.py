@@ -11,10 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.backends import Backend
+from els.engine.backends.backend import Backend, Costs, Images, Members
+from els.engine.kinds import Kind
 from els.engine.mesh import ProcessMesh
 from els.engine.query import PosteriorQuery
-from els.engine.state import PosteriorState, TopPatches, empty, moved, stack, take
+from els.engine.state import PosteriorState, TopPatches, stack, take
+from els.index.patches.lists import InvertedLists
 
 
 @final
@@ -31,47 +33,77 @@ class ShardedBackend:
     def __init__(self, inner: Backend, mesh: ProcessMesh) -> None:
         self._inner = inner
         self._mesh = mesh
-        self._whole: npt.NDArray[np.uint8] | None = None
-        self._own: npt.NDArray[np.uint8] | None = None
+        self._whole: Images | None = None
+        self._own: Images | None = None
         self.name = f"{inner.name}, the images on {mesh.database_shards} ranks"
         self.device = inner.device
         self.threads = inner.threads
-        self.shards = mesh.database_shards
+        self.estimate_kernel = inner.estimate_kernel
 
-    def state(self, images: npt.NDArray[np.uint8], query: PosteriorQuery) -> PosteriorState:
-        """See :class:`els.engine.backends.Backend`."""
-        own, first = self._shard(images)
-        members = _members_between(query.members, first, first + len(own))
-        if len(members) == 0:
-            return self._mesh.merge(moved(empty(query), self.device))
-        state = self._inner.state(own, replace(query, members=members))
-        return self._mesh.merge(_addressed(state, first * _pixels(images)))
+    def supports(self, kind: Kind) -> bool:
+        """See :class:`els.engine.backends.backend.Backend`."""
+        return self._inner.supports(kind)
+
+    def costs(self, query: PosteriorQuery) -> Costs:
+        """See :class:`els.engine.backends.backend.Backend`.
+
+        Every rank would sample the lists of all images, at S times the cost.
+        """
+        return Costs()
 
     def states(
-        self,
-        images: npt.NDArray[np.uint8],
-        query: PosteriorQuery,
-        groups: Sequence[npt.NDArray[np.int64]],
+        self, images: Images, query: PosteriorQuery, groups: Sequence[Members]
     ) -> list[PosteriorState]:
-        """See :class:`els.engine.backends.Backend`; all groups meet in one merge."""
+        """See :class:`els.engine.backends.backend.Backend`; all groups meet in one merge."""
         own, first = self._shard(images)
         mine = [_members_between(group, first, first + len(own)) for group in groups]
-        together = stack(self._inner.states(own, query, mine))
-        merged = self._mesh.merge(_addressed(together, first * _pixels(images)))
-        rows = torch.arange(len(merged.maximum), device="cpu").chunk(len(groups))
+        # Products on a matrix unit would be of other bits than in a single process.
+        states = self._inner.states(own, replace(query, logit_error=0.0), mine)
+        merged = self._mesh.merge(_addressed(stack(states), first * _pixels(images)))
+        rows = torch.arange(len(merged.mass), device="cpu").chunk(len(groups))
         return [take(merged, of_group) for of_group in rows]
 
-    def given(
-        self, images: npt.NDArray[np.uint8], query: PosteriorQuery, addresses: Tensor
+    def weigh(
+        self, images: Images, query: PosteriorQuery, addresses: Tensor
     ) -> tuple[PosteriorState, Tensor]:
-        """See :class:`els.engine.backends.Backend`."""
+        """See :class:`els.engine.backends.backend.Backend`."""
         own, first = self._shard(images)
         local = addresses - first * _pixels(images)
         is_own = (addresses >= 0) & (local >= 0) & (local < len(own) * _pixels(images))
-        state, logits = self._inner.given(own, query, torch.where(is_own, local, -1))
+        state, logits = self._inner.weigh(own, query, torch.where(is_own, local, -1))
         return self._mesh.merge(state), self._mesh.largest(logits)
 
-    def _shard(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], int]:
+    def lists_obstacle(self, lists: InvertedLists, alpha: float, sigma: float) -> str | None:
+        """See :class:`els.engine.backends.backend.Backend`."""
+        return self._inner.lists_obstacle(lists, alpha, sigma)
+
+    def sample_lists(
+        self,
+        lists: InvertedLists,
+        y: npt.NDArray[np.float32],
+        rest: npt.NDArray[np.float64],
+        *,
+        alpha: float,
+        sigma: float,
+        share: float | npt.NDArray[np.float64],
+        seed: int,
+        allowed: npt.NDArray[np.uint8] | None,
+        pixels: int,
+    ) -> PosteriorState:
+        """See :class:`els.engine.backends.backend.Backend`; every rank samples all lists."""
+        return self._inner.sample_lists(
+            lists,
+            y,
+            rest,
+            alpha=alpha,
+            sigma=sigma,
+            share=share,
+            seed=seed,
+            allowed=allowed,
+            pixels=pixels,
+        )
+
+    def _shard(self, images: Images) -> tuple[Images, int]:
         """This rank's images, always as the same array, and the number of the first."""
         shard, shards = self._mesh.shard, self._mesh.database_shards
         first, stop = (len(images) * i // shards for i in (shard, shard + 1))
@@ -80,9 +112,7 @@ class ShardedBackend:
         return self._own, first
 
 
-def _members_between(
-    members: npt.NDArray[np.int64], first: int, stop: int
-) -> npt.NDArray[np.int64]:
+def _members_between(members: Members, first: int, stop: int) -> Members:
     """Those of some ascending image numbers that are in a shard, counted from its first."""
     start, end = np.searchsorted(members, [first, stop])
     return members[start:end] - first
@@ -97,5 +127,5 @@ def _addressed(state: PosteriorState, offset: int) -> PosteriorState:
     return replace(state, top=TopPatches(state.top.logits, addresses))
 
 
-def _pixels(images: npt.NDArray[np.uint8]) -> int:
+def _pixels(images: Images) -> int:
     return int(images.shape[2] * images.shape[3])

@@ -12,12 +12,15 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from els.engine.backends.backend import Costs, Images, Members
 from els.engine.backends.cores import available_cores
-from els.engine.backends.image_machines import equivariant_state, ideal_state
+from els.engine.backends.image_machines import image_state
+from els.engine.backends.native import LIST_COSTS
+from els.engine.backends.native_lists import ListSampling
+from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, best, empty, moved
 
@@ -52,12 +55,9 @@ _ROOM = 4
 _LEAST_ROOM = 256
 _SELECTION_BYTES = 256 << 20
 
-Images = npt.NDArray[np.uint8]
-Members = npt.NDArray[np.int64]
-
 
 @final
-class TritonBackend:
+class TritonBackend(ListSampling):
     """Exact posteriors on a CUDA or ROCm device; IS and ES through torch.
 
     Images are packed, one 32-bit word of bytes a pixel. They stay on the device if they fit, else
@@ -109,7 +109,6 @@ class TritonBackend:
         where = "interpreted" if interpreted else torch.cuda.get_device_name(self.device)
         self.name = f"triton ({where})"
         self.threads = available_cores()
-        self.shards = 1
         # Buffers and streams stay here; a copy makes its own.
         self._made = partial(
             TritonBackend, device, resident_bytes=resident_bytes, configuration=configuration
@@ -120,49 +119,48 @@ class TritonBackend:
     def __reduce__(self) -> tuple[partial[TritonBackend], tuple[()]]:
         return self._made, ()
 
-    def state(self, images: Images, query: PosteriorQuery) -> PosteriorState:
-        """See :class:`els.engine.backends.Backend`."""
-        with self._on_device():
-            match query.kind:
-                case "IS":
-                    return ideal_state(images, query)
-                case "ES":
-                    return equivariant_state(images, query)
-            return self._local_state(images, query)
+    def supports(self, kind: Kind) -> bool:
+        """See :class:`els.engine.backends.backend.Backend`."""
+        return kind.window is None
+
+    def costs(self, query: PosteriorQuery) -> Costs:
+        """See :class:`els.engine.backends.backend.Backend`; lists would be sampled on the CPU."""
+        return LIST_COSTS if self.device.type == "cpu" else Costs()
 
     def states(
         self, images: Images, query: PosteriorQuery, groups: Sequence[Members]
     ) -> list[PosteriorState]:
-        """See :class:`els.engine.backends.Backend`."""
-        return [
-            moved(
-                self.state(images, replace(query, members=group)) if len(group) else empty(query),
-                "cpu",
-            )
-            for group in groups
-        ]
+        """See :class:`els.engine.backends.backend.Backend`."""
+        state = self._local_state if query.kind.is_local else image_state
+        with self._on_device():
+            return [moved(state(images, query, members), "cpu") for members in groups]
 
-    def given(
+    def weigh(
         self, images: Images, query: PosteriorQuery, addresses: Tensor
     ) -> tuple[PosteriorState, Tensor]:
-        """See :class:`els.engine.backends.Backend`."""
+        """See :class:`els.engine.backends.backend.Backend`."""
         with self._on_device():
-            return self._given(images, query, addresses)
+            state, logits = self._weighed(images, query, addresses.to(self.device))
+            return moved(state, "cpu"), logits.cpu()
 
-    def _local_state(self, images: Images, query: PosteriorQuery) -> PosteriorState:
-        """The state of an LS or ELS machine."""
+    def _local_state(
+        self, images: Images, query: PosteriorQuery, members: Members
+    ) -> PosteriorState:
+        """The state of a machine that compares patches."""
         from els.triton_kernels.queries import Queries
 
+        if len(members) == 0:
+            return empty(query)
         queries = Queries.of(query.x, query.alpha, query.sigma)
-        state = self._natural(query, queries, self._totals(images, query, queries))
+        state = self._natural(query, queries, self._totals(images, query, members, queries))
         if query.top:
             # Both know the heaviest logit; where that is large, their roundings of it differ by
             # more than weights may.
-            top = self._top(images, query, queries)
-            state = replace(state, maximum=top.logits[..., 0], top=top)
+            top = self._top(images, query, members, queries)
+            state = replace(state, reference=top.logits[..., 0], top=top)
         return state
 
-    def _given(
+    def _weighed(
         self, images: Images, query: PosteriorQuery, addresses: Tensor
     ) -> tuple[PosteriorState, Tensor]:
         from els.triton_kernels.queries import Queries
@@ -186,7 +184,9 @@ class TritonBackend:
         unbiased = replace(queries, bias=torch.zeros_like(queries.bias))
         return self._natural(query, unbiased, totals), (_LN2 * logits).reshape(addresses.shape)
 
-    def _totals(self, images: Images, query: PosteriorQuery, queries: Queries) -> Totals:
+    def _totals(
+        self, images: Images, query: PosteriorQuery, members: Members, queries: Queries
+    ) -> Totals:
         """The biased states; of the pixels that float32 does not know well enough, in float64."""
         from els.triton_kernels.merge import Totals
 
@@ -194,7 +194,7 @@ class TritonBackend:
         totals = Totals.empty(queries.x, entropy=query.entropy)
         is_coarse = queries.least_error > _MOST_ERROR
         batches = {every: torch.nonzero(~is_coarse).flatten().tolist()}
-        self._replace(totals, images, query, queries, torch.float32, batches)
+        self._replace(totals, images, query, members, queries, torch.float32, batches)
         terms = self._plan(query, torch.float32)[1].terms
         unsure = queries.distance_error(-totals.maximum, terms) > _MOST_ERROR
         unsure = unsure & (totals.mass > 0) | is_coarse[:, None]
@@ -212,7 +212,7 @@ class TritonBackend:
                 )
                 rectangle = min((rows, columns), every, key=lambda pair: cost(*pair))
                 batches.setdefault(rectangle, []).append(image)
-        self._replace(totals, images, query, queries, torch.float64, batches)
+        self._replace(totals, images, query, members, queries, torch.float64, batches)
         return totals
 
     def _replace(
@@ -220,6 +220,7 @@ class TritonBackend:
         totals: Totals,
         images: Images,
         query: PosteriorQuery,
+        members: Members,
         queries: Queries,
         dtype: torch.dtype,
         batches: dict[tuple[frozenset[int], frozenset[int]], list[int]],
@@ -229,7 +230,9 @@ class TritonBackend:
             if not batch:
                 continue
             which = torch.tensor(batch, device=self.device)
-            found = self._accumulated(images, query, queries.rows(which), dtype, rows, columns)
+            found = self._accumulated(
+                images, query, members, queries.rows(which), dtype, rows, columns
+            )
             known = found.mass > 0
             for whole, part in zip(totals, found, strict=True):
                 if whole is not None and part is not None:
@@ -240,6 +243,7 @@ class TritonBackend:
         self,
         images: Images,
         query: PosteriorQuery,
+        members: Members,
         queries: Queries,
         dtype: torch.dtype,
         rows: frozenset[int],
@@ -252,7 +256,7 @@ class TritonBackend:
         plans = self._plans(query, dtype, rows, columns)
         totals = Totals.empty(queries.x, entropy=query.entropy)
         x, scales = queries.arguments(dtype)
-        for block in self._images.blocks(images, query.members):
+        for block in self._images.blocks(images, members):
             for configuration, plan in plans:
                 accumulate(totals, block, x, scales, plan, configuration)
         return totals
@@ -279,17 +283,19 @@ class TritonBackend:
         """Natural logarithms and clean pixels, without the bias."""
         _, plan = self._plan(query, torch.float32)
         shape = query.x[:, 0].shape
-        maximum = totals.maximum - queries.bias[:, None] * plan.terms
+        reference = totals.maximum - queries.bias[:, None] * plan.terms
         centre = totals.centre / 127.5 - totals.mass.unsqueeze(1)
-        maximum = torch.where(totals.mass > 0, _LN2 * maximum, -torch.inf)
+        reference = torch.where(totals.mass > 0, _LN2 * reference, -torch.inf)
         return PosteriorState(
-            maximum.reshape(shape),
+            reference.reshape(shape),
             totals.mass.reshape(shape),
             centre.reshape(query.x.shape),
             None if totals.tilt is None else (_LN2 * totals.tilt).reshape(shape),
         )
 
-    def _top(self, images: Images, query: PosteriorQuery, queries: Queries) -> TopPatches:
+    def _top(
+        self, images: Images, query: PosteriorQuery, members: Members, queries: Queries
+    ) -> TopPatches:
         """The heaviest candidates, for as many queries at a time as memory allows."""
         shape = query.x[:, 0].shape
         room = max(
@@ -297,7 +303,7 @@ class TritonBackend:
         )
         at_once = max(1, _SELECTION_BYTES // (32 * room * shape[1] * shape[2]))
         parts = [
-            self._top_of(images, query, queries.rows(slice(first, first + at_once)), room)
+            self._top_of(images, query, members, queries.rows(slice(first, first + at_once)), room)
             for first in range(0, shape[0], at_once)
         ]
         return TopPatches(
@@ -306,7 +312,7 @@ class TritonBackend:
         )
 
     def _top_of(
-        self, images: Images, query: PosteriorQuery, queries: Queries, room: int
+        self, images: Images, query: PosteriorQuery, members: Members, queries: Queries, room: int
     ) -> TopPatches:
         """Stream blocks that double, and keep the nearest; see triton_kernels.top_k."""
         from els.triton_kernels.top_k import select
@@ -314,18 +320,18 @@ class TritonBackend:
 
         height = query.x.shape[2]
         pixels = queries.x.shape[2]
-        members = torch.tensor(query.members, device=self.device)
+        numbers = torch.tensor(members, device=self.device)
         is_coarse = bool((queries.least_error > _MOST_ERROR).any())
         dtype = torch.float64 if is_coarse else torch.float32
         nearest = TopPatches(
             queries.x.new_full((len(queries.x), pixels, query.top), -torch.inf),
-            members.new_full((len(queries.x), pixels, query.top), -1),
+            numbers.new_full((len(queries.x), pixels, query.top), -1),
         )
         start, size = 0, max(1, room // self._plan(query, dtype)[1].candidates)
         while start < len(members):
             configuration, plan = self._plan(query, dtype)
             stop = min(start + size, len(members), start + self._images.most(images))
-            block = self._images.block(images, query.members[start:stop])
+            block = self._images.block(images, members[start:stop])
             x, scales = queries.arguments(dtype)
             threshold = self._threshold(queries, nearest.logits[..., -1], plan, dtype)
             counts, found = select(block, x, scales, threshold, plan, configuration, room)
@@ -346,7 +352,7 @@ class TritonBackend:
                 circular=query.boundary == "circular",
             )
             local = found.to(torch.int64)
-            addresses = members[start + local.clamp(min=0) // pixels] * pixels + local % pixels
+            addresses = numbers[start + local.clamp(min=0) // pixels] * pixels + local % pixels
             addresses = torch.where(local < 0, -1, addresses)
             nearest = best(
                 torch.cat([nearest.logits, logits], dim=-1),
@@ -380,7 +386,7 @@ class TritonBackend:
         return _device_plan(
             (PRECISE,) if dtype == torch.float64 else self._choices,
             self.device,
-            equivariant=query.kind == "ELS",
+            equivariant=query.kind.is_equivariant,
             circular=query.boundary == "circular",
             height=query.x.shape[2],
             width=query.x.shape[3],

@@ -1,0 +1,303 @@
+"""The ways to compute a posterior, as values with parameters of their own (docs/theory.md).
+
+Each method says in one place whether it can be used (:meth:`Method.obstacle`) and computes an
+estimate (:meth:`Method.estimate`). ``mode="topk"`` and its like are shorthand for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, final, get_args
+
+from torch import Tensor
+
+from els.engine.approximate import auto, head, lists, subset
+from els.engine.approximate.costs import GROUPS
+from els.engine.approximate.estimate import Estimate, Problem
+from els.engine.backends.backend import Backend
+from els.engine.kinds import Kind
+from els.engine.result import Mode, require_tolerance
+from els.index import PatchIndex
+
+# Largest k: more candidates of a pixel would outgrow what they save.
+MAX_TOP = 4096
+# Fewest images of a subset: two in each of the jackknife's groups.
+_LEAST_IMAGES = 2 * GROUPS
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides whether a method can be used for a query.
+
+    Attributes:
+        kind: of the machine.
+        index: of the query's patch size; None if there is none.
+        backend: that computes.
+        alpha: signal scale per image, ``[B]``.
+        sigma: noise standard deviation per image, ``[B]``.
+    """
+
+    kind: Kind
+    index: PatchIndex | None
+    backend: Backend
+    alpha: Tensor
+    sigma: Tensor
+
+
+class Method(Protocol):
+    """A way to compute a posterior."""
+
+    @property
+    def mode(self) -> Mode:
+        """The name that results and ``posterior(mode=...)`` have for it."""
+
+    @property
+    def needs_index(self) -> bool:
+        """Whether the database must have an index of the patch size."""
+
+    def obstacle(self, situation: Situation) -> str | None:
+        """Why the method cannot be used, and what can; None where it can."""
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """The estimated posterior; exact where that costs no more."""
+
+
+@final
+@dataclass(frozen=True)
+class Exact:
+    """Everything."""
+
+    mode: ClassVar[Mode] = "exact"
+    needs_index: ClassVar[bool] = False
+
+    def obstacle(self, situation: Situation) -> str | None:
+        """Nothing stands against it."""
+        return None
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """The exact posterior."""
+        return problem.exact()
+
+
+@final
+@dataclass(frozen=True)
+class TopK:
+    """The k nearest patches that the database's index finds, weighed exactly.
+
+    Attributes:
+        k: how many per pixel, 1 to 4,096.
+    """
+
+    k: int = 256
+    mode: ClassVar[Mode] = "topk"
+    needs_index: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_integer("k", self.k, 1, MAX_TOP)
+
+    def obstacle(self, situation: Situation) -> str | None:
+        """See :class:`Method`."""
+        return _search_obstacle(situation)
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """See :class:`Method`."""
+        return head.truncated(problem, self.k) if head.can_search(problem) else problem.exact()
+
+
+@final
+@dataclass(frozen=True)
+class Subset:
+    """A random subset of the images, extrapolated to all of them.
+
+    Attributes:
+        images: how many, >= 32.
+    """
+
+    images: int = 1024
+    mode: ClassVar[Mode] = "subset"
+    needs_index: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_integer("subset", self.images, _LEAST_IMAGES, 1 << 62)
+
+    def obstacle(self, situation: Situation) -> str | None:
+        """See :class:`Method`."""
+        return None
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """See :class:`Method`."""
+        if _is_everything(problem, self.images):
+            return problem.exact()
+        return subset.extrapolated(problem, None, subset.drawn(problem, self.images))
+
+
+@final
+@dataclass(frozen=True)
+class TopKSubset:
+    """The k nearest patches, weighed exactly, and a random subset for the others.
+
+    Attributes:
+        k: how many per pixel, 1 to 4,096.
+        images: of the subset, >= 32.
+    """
+
+    k: int = 256
+    images: int = 1024
+    mode: ClassVar[Mode] = "topk+subset"
+    needs_index: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_integer("k", self.k, 1, MAX_TOP)
+        require_integer("subset", self.images, _LEAST_IMAGES, 1 << 62)
+
+    def obstacle(self, situation: Situation) -> str | None:
+        """See :class:`Method`."""
+        return _search_obstacle(situation)
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """See :class:`Method`."""
+        if not head.can_search(problem) or _is_everything(problem, self.images):
+            return problem.exact()
+        sample = subset.drawn(problem, self.images)
+        return subset.extrapolated(problem, head.nearest(problem, self.k), sample)
+
+
+@final
+@dataclass(frozen=True)
+class Lists:
+    """A sample of the index's patches, the nearer to the pixel the denser.
+
+    Attributes:
+        share: of the patches that a pixel reads at least, > 0 to 1; 1 for all.
+    """
+
+    share: float = 1 / 128
+    mode: ClassVar[Mode] = "lists"
+    needs_index: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.share, int | float) or not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share!r} must be > 0 and at most 1")
+
+    def obstacle(self, situation: Situation) -> str | None:
+        """See :class:`Method`."""
+        obstacle = _search_obstacle(situation)
+        if obstacle is not None or situation.index is None:
+            return obstacle
+        inverted = situation.index.inverted
+        if inverted is None:
+            return (
+                f"needs an index with codes of one byte per component; "
+                f"{situation.index.factory!r} has none: use mode='topk+subset', or build one such "
+                "as IVF1024,SQ8_direct"
+            )
+        for alpha, sigma in zip(situation.alpha.tolist(), situation.sigma.tolist(), strict=True):
+            obstacle = situation.backend.lists_obstacle(inverted, alpha, sigma)
+            if obstacle is not None:
+                return obstacle
+        return None
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """See :class:`Method`."""
+        if not head.can_search(problem):
+            return problem.exact()
+        return lists.with_exact_border(problem, float(self.share))
+
+
+@final
+@dataclass(frozen=True)
+class Auto:
+    """The cheapest method that meets a tolerance.
+
+    Attributes:
+        tolerance: mean absolute error of the posterior mean over the pixels of an image, > 0.
+        k: size of a head, 1 to 4,096.
+    """
+
+    tolerance: float
+    k: int = 256
+    mode: ClassVar[Mode] = "auto"
+    needs_index: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_tolerance(self.tolerance)
+        require_integer("k", self.k, 1, MAX_TOP)
+
+    def obstacle(self, situation: Situation) -> str | None:
+        """See :class:`Method`."""
+        return None
+
+    def estimate(self, problem: Problem) -> Estimate:
+        """See :class:`Method`."""
+        return auto.estimate_to(float(self.tolerance), problem, self.k)
+
+
+def method_named(
+    mode: Mode | Method, *, tolerance: float | None, k: int, subset: int, share: float
+) -> Method:
+    """The method that a mode and the arguments of ``posterior`` are shorthand for.
+
+    Args:
+        mode: its name; a method is returned as it is.
+        tolerance: of ``auto``, which needs one; None for all others.
+        k: see :class:`TopK`.
+        subset: see :class:`Subset`.
+        share: see :class:`Lists`.
+
+    Raises:
+        ValueError: for an unknown name, or a value out of range, also of an argument that the
+            method does not have.
+    """
+    if not isinstance(mode, str):
+        if tolerance is not None:
+            raise ValueError(f"tolerance={tolerance!r} beside mode={mode!r}: give it to the method")
+        return mode
+    if mode not in get_args(Mode):
+        raise ValueError(
+            f"mode={mode!r} is not known; choose one of {', '.join(get_args(Mode))}, or a method"
+        )
+    if mode == "auto":
+        require_tolerance(tolerance)
+    elif tolerance is not None:
+        raise ValueError(f"tolerance={tolerance!r} is of mode='auto' only, got mode={mode!r}")
+    all_of_them: tuple[Method, ...] = (
+        Exact(),
+        Lists(share),
+        TopK(k),
+        Subset(subset),
+        TopKSubset(k, subset),
+        *([Auto(tolerance, k)] if tolerance is not None else []),
+    )
+    return next(method for method in all_of_them if method.mode == mode)
+
+
+def require_integer(argument: str, value: object, least: int, most: int) -> None:
+    """Check an argument that is an integer of a range.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{argument}={value!r} must be an integer from {least} to {most}")
+
+
+def serves(kind: Kind) -> bool:
+    """Whether a patch index holds the candidates of a kind of machine: square patches anywhere."""
+    return kind.is_local and kind.is_equivariant and kind.window is None
+
+
+def _search_obstacle(situation: Situation) -> str | None:
+    """Why an index cannot be searched for a query, but for its absence."""
+    if not serves(situation.kind):
+        return (
+            "needs kind='ELS', whose patches an index holds; this machine is "
+            f"{situation.kind.name}: use mode='subset' or 'exact'"
+        )
+    if bool((situation.alpha == 0).any()):
+        return "with alpha=0: every patch is as near; use mode='subset'"
+    return None
+
+
+def _is_everything(problem: Problem, images: int) -> bool:
+    """Whether a subset of so many images is as good as all of them."""
+    return images >= len(problem.order) or len(problem.order) < _LEAST_IMAGES

@@ -1,0 +1,165 @@
+"""The compiled kernels (``csrc``): one module per instruction set."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Protocol, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+
+_Bytes: TypeAlias = npt.NDArray[np.uint8]
+_Ints: TypeAlias = npt.NDArray[np.int64]
+_Floats: TypeAlias = npt.NDArray[np.float32]
+_Doubles: TypeAlias = npt.NDArray[np.float64]
+
+
+class Kernels(Protocol):
+    """The compiled module of one instruction set (``csrc/bindings.cpp``); arrays are C-contiguous.
+
+    Shapes and dtypes are checked, never converted. Results go into the arrays given last.
+    """
+
+    @property
+    def LANES(self) -> int:  # noqa: N802 - a constant of the module
+        """Training images that are computed at once."""
+
+    def instruction_sets(self) -> list[str]:
+        """The sets that this processor runs, worst first; asked of the baseline module only."""
+
+    def can_use_tiles(self) -> bool:
+        """Whether there is a matrix unit (AMX) that this process may use."""
+
+    def posterior(
+        self,
+        *,
+        images: _Bytes,
+        members: _Ints,
+        starts: _Ints,
+        x: _Doubles,
+        alpha: _Doubles,
+        sigma: _Doubles,
+        patch_size: int,
+        equivariant: bool,
+        circular: bool,
+        border_only: bool,
+        threads: int,
+        maximum: _Doubles,
+        mass: _Doubles,
+        centre: _Doubles,
+        tilt: _Doubles | None,
+        top_logits: _Doubles | None,
+        top_addresses: _Ints | None,
+    ) -> None:
+        """States of groups of images; see ``Problem`` of ``csrc/exact.h``."""
+
+    def given(
+        self,
+        *,
+        images: _Bytes,
+        x: _Doubles,
+        alpha: _Doubles,
+        sigma: _Doubles,
+        patch_size: int,
+        circular: bool,
+        threads: int,
+        addresses: _Ints,
+        logits: _Doubles,
+        centres: _Bytes,
+    ) -> None:
+        """Logits of given candidates; see ``GivenProblem`` of ``csrc/candidates.h``."""
+
+    def scan(
+        self,
+        *,
+        codes: npt.NDArray[np.uint64],
+        ids: npt.NDArray[np.uint64],
+        sizes: _Ints,
+        offsets: _Ints,
+        centroids: _Floats,
+        norms: _Floats,
+        centres: _Bytes,
+        unit: _Floats,
+        zero: _Floats,
+        residual: bool,
+        noise: _Floats | None,
+        allowed: _Bytes | None,
+        pixels: int,
+        y: _Floats,
+        precision: float,
+        blur: float,
+        budget: _Doubles,
+        most_read: int,
+        coarsest: int,
+        seed: int,
+        tiles: bool,
+        threads: int,
+        results: _Doubles,
+    ) -> None:
+        """Sums over inverted lists; see ``Scan`` of ``csrc/lists.h``."""
+
+    def border(
+        self,
+        *,
+        images: _Bytes,
+        members: _Ints,
+        starts: _Ints,
+        x: _Floats,
+        wanted: _Bytes,
+        alpha: float,
+        sigma: float,
+        patch_size: int,
+        threads: int,
+        maximum: _Doubles,
+        mass: _Doubles,
+        centre: _Doubles,
+        tilt: _Doubles,
+    ) -> None:
+        """States of the border's pixels; see ``Border`` of ``csrc/border.h``; needs AMX."""
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that were compiled and that this processor runs, worst first.
+
+    Raises:
+        RuntimeError: if the extension was not compiled.
+    """
+    supported = _module("baseline").instruction_sets()
+    return tuple(name for name in supported if importlib.util.find_spec(_qualified(name)))
+
+
+def is_compiled() -> bool:
+    """Whether the extension was compiled."""
+    return importlib.util.find_spec(_qualified("baseline")) is not None
+
+
+def kernel_module(instruction_set: str | None = None) -> Kernels:
+    """The compiled kernels of an instruction set, None for the best of :func:`instruction_sets`.
+
+    Raises:
+        RuntimeError: if they were not compiled, or the processor lacks the set.
+    """
+    available = instruction_sets()
+    chosen = instruction_set or available[-1]
+    if chosen not in available:
+        raise RuntimeError(
+            f"instruction set {chosen!r} cannot run here; available: {', '.join(available)}"
+        )
+    return _module(chosen)
+
+
+def _module(instruction_set: str) -> Kernels:
+    try:
+        return cast(Kernels, importlib.import_module(_qualified(instruction_set)))
+    except ImportError as error:
+        raise RuntimeError(
+            "the native backend was not compiled; reinstall els-machine where a C++17 compiler "
+            "is found, or use backend='torch'"
+        ) from error
+
+
+def _qualified(instruction_set: str) -> str:
+    return f"els.engine._native_{instruction_set}"
