@@ -196,7 +196,7 @@ def run_tests(check: Check, environment: dict[str, str], seconds: float) -> None
     command += ["-W", "default", "-k", "triton and not compile"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(os.cpu_count() or 1)]
-    command += ["tests/test_triton.py", "tests/test_conformance.py"]
+    command += ["tests/triton_kernels/test_triton.py", "tests/engine/test_conformance.py"]
     try:
         done = subprocess.run(
             command,

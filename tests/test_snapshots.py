@@ -1,7 +1,7 @@
 """What users rely on is still there: public names, commands, and files of version 1.
 
-``tests/snapshots`` holds the names and commands of version 0.1.0, and a database with indices, runs
-and sizes that it wrote. Names and commands may be added, not lost; ``python tests/test_snapshots.py``
+``tests/snapshots`` holds the names and commands of version 0.1.0, and a database with indices and
+runs that it wrote. Names and commands may be added, not lost; ``python tests/test_snapshots.py``
 writes those of today. The files of ``v1`` are never written again.
 """
 

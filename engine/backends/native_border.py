@@ -33,7 +33,8 @@ def is_precise(query: PosteriorQuery) -> bool:
     if not query.has_border or not 3 <= query.patch_size <= _LARGEST_PATCH:
         return False
     bytes_of_patch = query.x.shape[1] * query.patch_size * (query.patch_size - 1)
-    largest = query.x.detach().abs().amax((1, 2, 3)).double().cpu() + query.alpha
+    shifted = query.x.detach().cpu().double() + query.alpha.reshape(-1, 1, 1, 1)
+    largest = shifted.abs().amax((1, 2, 3))
     of_sums = 4 * (query.alpha / query.sigma) ** 2 * bytes_of_patch * 2.0**-22
     of_query = _NEAR * largest / query.sigma * _OF_ROUNDING / LARGEST_QUERY
     return float(torch.maximum(of_sums, of_query).max()) < query.logit_error

@@ -1,6 +1,7 @@
 """The patch index: against brute force, whole or not at all, refused when damaged."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from disks import file_size_limit
 from numpy.typing import NDArray
-from test_files import file_size_limit
 from typer.testing import CliRunner
 
 from els.cli import app as cli
@@ -773,7 +774,7 @@ from pathlib import Path
 import numpy as np, torch
 from els.engine import ScoreMachine
 from els.index import DatabaseError, PatchDatabase
-from test_retrieval import faiss, resealed
+from test_patch_index import faiss, resealed
 torch.set_num_threads(1)
 faiss.omp_set_num_threads(1)
 path, tries = Path(sys.argv[1]), int(sys.argv[2])
@@ -850,6 +851,7 @@ def test_no_damage_ends_a_process(db: PatchDatabase, factory: str) -> None:
         text=True,
         check=False,
         cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},  # the helpers
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr[-2000:]
 

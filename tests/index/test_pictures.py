@@ -17,18 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pictures import (
+    STRANGE,
+    claiming,
+    encoded,
+    make_images,
+    open_rows,
+    png,
+    read,
+    write_folder,
+    write_zip,
+)
 from PIL import Image, ImageOps
-from test_database import make_images
-from test_picture_labels import open_rows
-from test_sources import png, read, write_folder, write_zip
 
 from els.index import SourceError, open_source
-
-
-def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, form, **options)
-    return stream.getvalue()
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -276,17 +278,6 @@ def test_only_regular_files_are_opened(
         open_source(spec, labels=labels)
 
 
-STRANGE = {
-    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n",
-    "PDF": b"%PDF-1.4\n",
-    "WMF": b"\xd7\xcd\xc6\x9a" + bytes(60),
-    "FITS": b"SIMPLE  =                    T" + b" " * 2850,
-    "ICO": encoded(Image.fromarray(make_images(16, 16, 3)), "ICO"),
-    "XBM": b"#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {0x00};",
-    "PCX": encoded(Image.fromarray(make_images(8, 8)), "PCX"),
-}
-
-
 @pytest.mark.parametrize("form", STRANGE)
 @pytest.mark.parametrize("write", [write_folder, write_zip], ids=["folder", "zip"])
 def test_other_formats_are_not_tried(tmp_path: Path, write: Any, form: str) -> None:
@@ -306,14 +297,6 @@ def test_no_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "system", refuse)
     with pytest.raises(SourceError, match="no picture of"):
         open_source(write_folder(tmp_path, {"innocent.png": STRANGE["EPS"]}))
-
-
-def claiming(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds few pixels."""
-    whole = bytearray(png(make_images(1, 1)))
-    whole[16:24] = struct.pack(">II", width, height)
-    whole[29:33] = struct.pack(">I", zlib.crc32(whole[12:29]))
-    return bytes(whole)
 
 
 def tiled(width: int, height: int) -> bytes:

@@ -4,11 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import els
-from test_database import make_images
-from test_picture_labels import csv_table, dataset_json, four_pictures
-from test_pictures import STRANGE, claiming
-from test_sources import write_folder, write_zip
+from commands import els
+from pictures import (
+    STRANGE,
+    claiming,
+    csv_table,
+    dataset_json,
+    four_pictures,
+    make_images,
+    write_folder,
+    write_zip,
+)
 
 
 def test_labels_beside_pictures_are_the_classes(tmp_path: Path) -> None:

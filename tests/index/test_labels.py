@@ -3,18 +3,20 @@
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_database import make_images
-from test_sources import (
+from pictures import (
     ClassLabel,
-    HfImage,
-    fake_library,
+    Label,
+    csv_table,
+    dataset_json,
+    four_pictures,
+    make_images,
+    open_rows,
     pictures,
     png,
     read,
@@ -25,16 +27,6 @@ from test_sources import (
 from els.index import PatchDatabase, SourceError, open_source
 
 Writer = Callable[[Path, dict[str, bytes]], Path]
-Label = int | str | list[float] | None
-
-
-def dataset_json(rows: dict[str, Label]) -> bytes:
-    return json.dumps({"labels": list(rows.items())}).encode()
-
-
-def csv_table(rows: dict[str, Label], column: str = "label") -> bytes:
-    lines = [f"file_name,text,{column}", *(f'{k},"a, b",{v}' for k, v in rows.items())]
-    return b"\xef\xbb\xbf" + "\r\n".join(lines).encode()
 
 
 def jsonl(rows: dict[str, Label], column: str = "label") -> bytes:
@@ -48,12 +40,6 @@ WRITERS = [
     pytest.param(write_folder, id="folder"),
     pytest.param(write_zip, id="zip"),
 ]
-
-
-def four_pictures(prefix: str = "") -> dict[str, bytes]:
-    """Two in each of two folders, which are no classes."""
-    names = [f"{prefix}0000{i // 2}/img{i}.png" for i in range(4)]
-    return dict(zip(names, map(png, make_images(4, 3, 5)), strict=True))
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -283,22 +269,9 @@ def test_hidden_files_of_labels_are_left_out(tmp_path: Path) -> None:
     assert source.class_names == ("00000", "00001")
 
 
-# Columns of data sets
-
-THREE = pictures(3, 2, 2)
-
-
 class Value:
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
-
-
-def open_rows(monkeypatch: pytest.MonkeyPatch, features: dict[str, Any], **columns: Any) -> Any:
-    columns.setdefault("image", [{"bytes": png(image), "path": None} for image in THREE])
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    library = fake_library(rows, {"image": HfImage(), **features})
-    monkeypatch.setitem(sys.modules, "datasets", library)
-    return open_source("hf:x")
 
 
 @pytest.mark.parametrize("dtype", ["int64", "uint8", "string", "large_string"])

@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import BackendUnderTest
+from backends import BackendUnderTest
 
 from els.engine import EDMDenoiser, ELSModel, ScoreMachine
 from els.engine.backends.pytorch import TorchBackend

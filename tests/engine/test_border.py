@@ -93,7 +93,7 @@ def test_agrees_with_the_oracle(shape: tuple[int, int, int], patch_size: int, si
     evidence = (state.reference + state.mass.log())[0].numpy()
     effective = state.effective[0].numpy()
     # Logits are sums of float32 numbers as large as the patches' norms over sigma^2, of queries
-    # rounded to 1 / 65024 of their largest value (see tests/test_scan.py).
+    # rounded to 1 / 65024 of their largest value (see tests/engine/test_lists.py).
     largest = np.abs(truth.log_evidence[border]).max()
     step = float((query.x + alpha).abs().max()) / 32512 / math.sqrt(12)
     rounding = 1e-5 + 3e-8 * 4 * shape[0] * patch_size**2 / sigma**2

@@ -4,53 +4,18 @@ import errno
 import fcntl
 import json
 import os
-import resource
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import everything_in, file_size_limit
 
 from els.storage import files, locks
 from els.storage.files import DiskFullError
-
-
-def everything_in(folder: Path) -> list[str]:
-    return sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*"))
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """A quota that the kernel enforces on this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no mount command")
-    if done.returncode:
-        pytest.skip(f"tmpfs cannot be mounted: {done.stderr.strip()}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_writers_replace_whole_files(tmp_path: Path) -> None:

@@ -17,19 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disks import everything_in, file_size_limit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_files import everything_in, file_size_limit, small_disk  # noqa: F401
+from pictures import make_images, mutations
 
 from els.index import DatabaseError, ImageSource, PatchDatabase, decode, encode
 from els.index import database as module
 from els.storage.files import DiskFullError
 from els.storage.manifests import checksum
-
-
-def make_images(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.fixture
@@ -432,27 +429,6 @@ def test_verify_finds_a_flipped_bit(built: PatchDatabase, name: str) -> None:
     truncate(built.path / name)
     with pytest.raises(DatabaseError, match="damaged"):
         db.verify()
-
-
-@st.composite
-def mutations(draw: st.DrawFn, data: bytes) -> bytes:
-    """One to three cuts, flips, insertions or blanks."""
-    changed = bytearray(data)
-    for _ in range(draw(st.integers(1, 3))):
-        start = draw(st.integers(0, max(0, len(changed) - 1)))
-        length = draw(st.integers(1, 8))
-        match draw(st.sampled_from(["truncate", "flip", "insert", "delete", "blank"])):
-            case "truncate":
-                del changed[start:]
-            case "flip":
-                changed[start : start + 1] = draw(st.binary(min_size=1, max_size=1))
-            case "insert":
-                changed[start:start] = draw(st.binary(min_size=1, max_size=length))
-            case "delete":
-                del changed[start : start + length]
-            case "blank":
-                changed[start : start + length] = bytes(len(changed[start : start + length]))
-    return bytes(changed)
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "manifest.json"])

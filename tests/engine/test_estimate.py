@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import TRITON
+from backends import TRITON
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 

@@ -7,8 +7,8 @@ import oracle
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from conftest import FLOAT64, BackendUnderTest
-from test_conformance import every_machine
+from backends import FLOAT64, BackendUnderTest
+from questions import every_machine
 
 from els.engine import EDMDenoiser, ELSModel, ScoreMachine
 from els.index import PatchDatabase

@@ -1,4 +1,4 @@
-"""What every rank of ``test_distributed.py`` does; rank 0 writes down what came out."""
+"""What every rank of ``test_mesh.py`` does; rank 0 writes down what came out."""
 
 import sys
 from pathlib import Path

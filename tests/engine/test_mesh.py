@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import BACKENDS, IMAGES, LABELS, MANY, RUN, answers
+from mesh_worker import BACKENDS, IMAGES, LABELS, MANY, RUN, answers
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
@@ -94,7 +94,7 @@ def test_four_ranks_agree_with_one(tmp_path: Path) -> None:
     """Two groups, each with the database on two ranks: every machine, mode, and a run."""
     db = PatchDatabase.build(MANY, path=tmp_path / "db")
     db.build_index(3)
-    worker = Path(__file__).with_name("distributed_worker.py")
+    worker = Path(__file__).with_name("mesh_worker.py")
     process = torchrun("--nproc-per-node=4", worker, tmp_path)
     expected = answers(tmp_path / "db", None)
     one = sample_run(ScoreMachine(DB, backend=BACKENDS[-1]), tmp_path / "one", **RUN)

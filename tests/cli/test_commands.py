@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import els
 from typer import Typer
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from els.cli import app as cli
 from els.cli import console
@@ -26,10 +27,6 @@ RNG = np.random.default_rng(13)
 IMAGES = RNG.integers(0, 256, (6, 6, 8), dtype=np.uint8)
 LABELS = np.array([0, 1, 2, 0, 1, 2])
 SAMPLE = ("-n", "2", "--steps", "3", "--sizes", "3", "--backend", "torch")
-
-
-def els(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

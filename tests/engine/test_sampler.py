@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BackendUnderTest
+from backends import BackendUnderTest
 
 from els.engine import LocalPosterior, ScoreMachine, sample
 from els.engine.kinds import kind_named

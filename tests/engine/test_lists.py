@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS
+from backends import INSTRUCTION_SETS
 
 from els.engine import ScoreMachine
 from els.engine.approximate.lists import effective_blocks, standard_error

@@ -20,11 +20,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import FLOAT64, TRITON, triton_backend
+from backends import FLOAT64, TRITON, triton_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_conformance import (
+from questions import (
     LOCAL_MACHINES,
     MACHINES,
     assert_matches,

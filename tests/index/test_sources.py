@@ -6,7 +6,6 @@ import itertools
 import os
 import struct
 import sys
-import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,46 +16,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from numpy.typing import NDArray
+from pictures import (
+    ClassLabel,
+    HfImage,
+    fake_library,
+    make_images,
+    mutations,
+    pictures,
+    png,
+    read,
+    write_folder,
+    write_zip,
+)
 from PIL import Image
-from test_database import make_images, mutations
 
-from els.index import ImageSource, PatchDatabase, SourceError, open_source
-
-
-def read(source: ImageSource, size: int = 3) -> NDArray[np.uint8]:
-    """All images, after the checks that every source must pass."""
-    chunks = list(source.chunks(size))
-    assert [len(chunk) for chunk in chunks[:-1]] == [size] * (len(chunks) - 1)
-    images = np.concatenate(chunks)
-    assert images.dtype == np.uint8
-    assert images.shape == (source.count, *source.shape)
-    if source.labels is not None:
-        assert source.labels.dtype == np.int64
-        assert source.labels.shape == (source.count,)
-    return images
-
-
-def png(pixels: NDArray[Any], mode: str | None = None, form: str = "PNG") -> bytes:
-    """One encoded picture of [H, W] or [H, W, C]; mode converts it."""
-    stream = io.BytesIO()
-    picture = Image.fromarray(pixels)
-    (picture.convert(mode) if mode else picture).save(stream, form)
-    return stream.getvalue()
-
-
-def write_folder(folder: Path, entries: dict[str, bytes]) -> Path:
-    for name, data in entries.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def write_zip(path: Path, entries: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in entries.items():
-            archive.writestr(name, data)
-    return path
+from els.index import PatchDatabase, SourceError, open_source
 
 
 def idx(array: NDArray[Any]) -> bytes:
@@ -170,13 +144,6 @@ def test_a_source_streams_into_a_database(tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert other.class_names == ("all",)
     assert len(other.class_members(0)) == 50
-
-
-# Pictures
-
-
-def pictures(count: int, *shape: int) -> list[NDArray[np.uint8]]:
-    return list(make_images(count, *shape))
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
@@ -322,49 +289,6 @@ def test_resize_keeps_a_constant(tmp_path: Path, size: tuple[int, int]) -> None:
 def test_wrong_resize(resize: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="resize must be"):
         open_source("embedded:fashion-mnist", resize=resize)
-
-
-# Hugging Face
-
-
-def fake_library(rows: list[dict[str, Any]], features: dict[str, Any]) -> types.ModuleType:
-    """A module with the part of the interface of `datasets` that is used."""
-
-    class Dataset:
-        def __init__(self, decode: bool) -> None:
-            self.decode, self.features = decode, features
-
-        def __len__(self) -> int:
-            return len(rows)
-
-        def __getitem__(self, key: int | str) -> Any:
-            assert not (self.decode and isinstance(key, int)), "pictures are not to be decoded"
-            return rows[key] if isinstance(key, int) else iter([row[key] for row in rows])
-
-        def cast_column(self, column: str, feature: Any) -> "Dataset":
-            return Dataset(feature.decode)
-
-    def load_dataset(name: str, split: str) -> Dataset:
-        if split not in ("train", "test"):
-            raise ValueError(f'Unknown split "{split}". Should be one of ["train", "test"].')
-        return Dataset(decode=True)
-
-    library = types.ModuleType("datasets")
-    vars(library).update(load_dataset=load_dataset, Image=HfImage)
-    return library
-
-
-class HfImage:
-    def __init__(self, decode: bool = True) -> None:
-        self.decode = decode
-
-
-HfImage.__name__ = "Image"
-
-
-class ClassLabel:
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
 
 
 def test_hugging_face_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
