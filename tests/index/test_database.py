@@ -497,7 +497,7 @@ def test_a_size_limit_leaves_nothing_or_the_old(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_disk_that_is_full_or_fills_up(small_disk: Path) -> None:  # noqa: F811
+def test_a_disk_that_is_full_or_fills_up(small_disk: Path) -> None:
     path, images = small_disk / "db", make_images(500, 1, 32, 32)
     with pytest.raises(DiskFullError, match="bytes are needed"):
         PatchDatabase.build(np.broadcast_to(images[:1], (2000, 1, 32, 32)), path=path)
