@@ -1,4 +1,4 @@
-"""Packaging of els-machine: folder ``X/`` is installed as the package ``els.X``."""
+"""The compiled extension of els-machine; everything else about the package is in pyproject.toml."""
 
 import copy
 import platform
@@ -7,18 +7,6 @@ from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, setup
-
-FOLDERS = [
-    "storage",
-    "index",
-    "triton_kernels",
-    "engine",
-    "runs",
-    "explain",
-    "networks",
-    "cli",
-    "bench",
-]
 
 # One source, compiled once per instruction set; engine/backends/native.py picks at run time. The
 # one that takes longest to compile comes first, so that the cores finish at about the same time.
@@ -64,69 +52,7 @@ extensions = [
 ]
 
 setup(
-    name="els-machine",
-    version="0.1.0",
-    description="Exact and approximate equivariant local score (ELS) machines, fast",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="MIT",
-    license_files=["LICENSE", "index/data/LICENSE-fashion-mnist"],
-    python_requires=">=3.11",
-    package_dir={f"els.{folder}": folder for folder in FOLDERS},
-    packages=[
-        ".".join(("els", *path.parent.parts))
-        for folder in FOLDERS
-        for path in sorted(Path(folder).rglob("__init__.py"))
-    ],
-    package_data={
-        "els.storage": ["py.typed"],
-        "els.index": ["py.typed", "data/*"],
-        "els.engine": ["py.typed", "csrc/*"],
-        "els.runs": ["py.typed"],
-        "els.explain": ["py.typed", "web/*"],
-        "els.cli": ["py.typed"],
-        "els.triton_kernels": ["py.typed"],
-        "els.networks": ["py.typed", "checkpoints/*/*"],
-        "els.bench": ["py.typed"],
-    },
     ext_modules=extensions,
     cmdclass={"build_ext": BuildInParallel},
     options={"build_ext": {"parallel": True}},  # as many at once as there are cores
-    install_requires=[
-        "matplotlib>=3.8",
-        "numpy>=1.26",
-        "pillow>=10",
-        "rich>=13",
-        "torch>=2.6",
-        "typer>=0.12",
-    ],
-    extras_require={
-        "cpu": ["faiss-cpu>=1.9"],
-        "diffusers": ["diffusers>=0.35"],
-        "gpu": ["faiss-gpu-cu12>=1.9", "triton>=3.6"],
-        "hf": ["datasets>=3"],
-        "networks": ["diffusers>=0.35", "safetensors>=0.4"],
-        "dev": [
-            "clang-format",
-            "diffusers>=0.35",
-            "faiss-cpu>=1.9",
-            "hypothesis",
-            "mypy",
-            "pytest",
-            "pytest-benchmark",
-            "pytest-xdist>=3.2",
-            "ruff",
-            "safetensors>=0.4",
-            # Drives a Chromium, where there is one, through the page of els explain --html.
-            "selenium>=4.20",
-            # To interpret and compile the GPU kernels; there are wheels for Linux only.
-            "triton>=3.6; sys_platform == 'linux'",
-        ],
-        "bench": ["faiss-cpu", "pykeops", "pytest-benchmark"],
-    },
-    entry_points={
-        "console_scripts": ["els = els.cli.app:main"],
-        # Further commands of `els`: each is called with the typer app.
-        "els.commands": ["networks = els.cli.networks:register"],
-    },
 )

@@ -1,0 +1,13 @@
+"""The compiled kernels; see :class:`els.engine.backends.native_kernels.Kernels`."""
+
+from els.engine.backends.native_kernels import Kernels
+
+_kernels: Kernels
+
+LANES: int
+instruction_sets = _kernels.instruction_sets
+can_use_tiles = _kernels.can_use_tiles
+posterior = _kernels.posterior
+given = _kernels.given
+scan = _kernels.scan
+border = _kernels.border
