@@ -184,7 +184,7 @@ class ScoreMachine:
             entropy: whether to compute ``effective_patches``.
             top: return the addresses and weights of this many heaviest patches per pixel; needs
                 ``mode="exact"``.
-            mode: what to compute (docs/retrieval.md). ``"exact"``: everything. ``"topk"``: the k
+            mode: what to compute (docs/theory.md). ``"exact"``: everything. ``"topk"``: the k
                 nearest patches that the database's index finds, weighed exactly. ``"subset"``: a
                 random subset of the images, extrapolated. ``"topk+subset"``: both. ``"lists"``: a
                 random part of the index's patches, the nearer the denser, extrapolated.

@@ -12,7 +12,6 @@ RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (
     "docs/performance.md",
     "docs/results.md",
-    "docs/retrieval.md",
     "docs/scaling.md",
     "README.md",
 )

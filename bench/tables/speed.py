@@ -167,8 +167,8 @@ def parts_table() -> str:
     names = {
         "test_build": "index build",
         "test_search": "index search",
-        "test_given": "exact distances of retrieved patches",
-        "test_head_and_tail": "head, tail and error as one",
+        "test_weigh": "exact distances of retrieved patches",
+        "test_head_and_subset": "head, subset and error as one",
         "test_merge": "merge of two states",
     }
     rows = [
