@@ -8,6 +8,6 @@ LANES: int
 instruction_sets = _kernels.instruction_sets
 can_use_tiles = _kernels.can_use_tiles
 posterior = _kernels.posterior
-given = _kernels.given
-scan = _kernels.scan
+weigh = _kernels.weigh
+sample_lists = _kernels.sample_lists
 border = _kernels.border

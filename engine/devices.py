@@ -1,4 +1,4 @@
-"""Devices by name, checked before anything is begun."""
+"""Devices by name, checked before any work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def device_named(name: str | None) -> torch.device:
         name: such as ``"cpu"``, ``"cuda"``, ``"cuda:1"`` or ``"mps"``.
 
     Raises:
-        ValueError: if it is not there; the message has those that are.
+        ValueError: if it is not there; the message lists those that are.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

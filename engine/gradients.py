@@ -43,7 +43,7 @@ Members = npt.NDArray[np.int64]
 
 
 class Inputs(NamedTuple):
-    """What an answer depends on: x ``[B, C, H, W]``, alpha and sigma float64 ``[B]``."""
+    """The inputs of a posterior: x ``[B, C, H, W]``, alpha and sigma float64 ``[B]``."""
 
     x: Tensor
     alpha: Tensor
@@ -120,7 +120,7 @@ def variances(images: Images, query: PosteriorQuery, members: Sequence[Members])
 
 @final
 class _Differentiable(torch.autograd.Function):
-    """The answer, and the pull-back of its gradients."""
+    """A posterior, and its vector-Jacobian product."""
 
     @staticmethod
     def forward(
@@ -148,10 +148,10 @@ class _Differentiable(torch.autograd.Function):
 
 @final
 class _Gradient(torch.autograd.Function):
-    """The gradients of :class:`_Differentiable`, which refuse to be differentiated.
+    """The gradients of :class:`_Differentiable`, whose differentiation is an error.
 
-    Torch's ``once_differentiable`` is not connected to the inputs: a second derivative with another
-    way to them would lack this part without a word.
+    Torch's ``once_differentiable`` is not connected to the inputs: a second derivative that reaches
+    them by another path would silently lack this part.
     """
 
     @staticmethod
@@ -225,7 +225,7 @@ class _Adjoint(NamedTuple):
 
 
 def _adjoint(state: PosteriorState, gradients: Sequence[Tensor]) -> _Adjoint:
-    """From the gradients of what is made of the sums."""
+    """Gradients of the sums from those of mean, log evidence and effective patches."""
     with torch.enable_grad():
         sums = [state.mass.clone().requires_grad_(), state.centre.clone().requires_grad_()]
         logit_sum = None if state.logit_sum is None else state.logit_sum.clone().requires_grad_()
@@ -284,7 +284,7 @@ class _Local:
     def gradient(
         self, adjoint: _Adjoint, members: Members
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Those of the padded x, alpha and sigma, through the logits of a block of members."""
+        """Gradients of the padded x, alpha and sigma, through the logits of a block of members."""
         query, precision = self._query, self._sigma**-2
         size, mask = query.patch_size, query.kind.mask(query.patch_size)
         clean = _decoded(self._images, members, self._x.device)
@@ -298,7 +298,7 @@ class _Local:
             centres = clean[:, :, rows.candidates(), columns.candidates()]
             of_logits = adjoint.mass[here] + (adjoint.centre[:, *here] * centres).sum(1)
             of_logits = shifted.exp() * (of_logits + adjoint.logit_sum[here] * (1 + shifted))
-            # Every pixel of a patch moves its logit: sums over the patches that hold a pixel.
+            # A pixel's gradient is a sum over the patches that contain it.
             spread = pad(of_logits, (size - 1,) * 4)
             spread = patch_sums(spread, mask[::-1, ::-1]).unsqueeze(1)
             down, right = rows.widened(size), columns.widened(size)
@@ -327,7 +327,7 @@ class _Local:
             yield found
 
     def unpadded(self, gradient: Tensor) -> Tensor:
-        """That of x from that of the padded x."""
+        """The gradient of x from that of the padded x."""
         with torch.enable_grad():
             x = torch.zeros_like(self._query.x, requires_grad=True)
             (found,) = torch.autograd.grad(padded(x, self._query), x, gradient.unsqueeze(0))
@@ -363,7 +363,7 @@ class _Whole:
         yield of_x, of_alpha, of_sigma
 
     def unpadded(self, gradient: Tensor) -> Tensor:
-        """As it is: whole images need no padding."""
+        """The same: whole images are not padded."""
         return gradient
 
     def variance(self, members: Members) -> Iterator[Tensor]:

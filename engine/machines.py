@@ -1,4 +1,4 @@
-"""Score machines: who the candidates of a pixel are, and the one place where input is checked."""
+"""Score machines: the public denoiser, where every input is checked."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from els.index import PatchDatabase, PatchIndex
 if TYPE_CHECKING:
     from els.engine.mesh import ProcessMesh
 
-# Threads that may be asked for; the native backend starts no more than it has work for.
+# Largest number of threads; the native backend starts no more than it has tasks.
 _MOST_THREADS = 2**16
-# Squared distances over 2 sigma^2 stay below this, so that sums over candidates do not overflow.
+# Largest squared distance over 2 sigma^2, so that sums over candidates do not overflow float64.
 _LARGEST_LOGIT = 1e280
 
 
@@ -45,7 +45,7 @@ _LARGEST_LOGIT = 1e280
 class ScoreMachine:
     """An analytic denoiser over a patch database (arXiv 2412.20292; docs/theory.md).
 
-    Machines can be copied and pickled; a database on disk goes along as its path.
+    Machines can be copied and pickled; a database on disk is pickled as its path.
 
     Args:
         db: the training images.
@@ -109,7 +109,7 @@ class ScoreMachine:
             )
         else:
             require_support(backend, self.definition)
-            self._backend, self.backend_reason = backend, "given"
+            self._backend, self.backend_reason = backend, "a backend object"
         if mesh is not None and mesh.database_shards > 1:
             from els.engine.backends.sharded import ShardedBackend
 
@@ -127,7 +127,7 @@ class ScoreMachine:
 
     @property
     def backend_name(self) -> BackendName:
-        """What would choose this backend by name."""
+        """The name that chooses this backend."""
         return cast(BackendName, self.backend.partition(" ")[0])
 
     @property
@@ -318,7 +318,7 @@ class ScoreMachine:
         if not isinstance(probes, Tensor) or tuple(probes.shape[1:]) != shape or not len(probes):
             given = tuple(probes.shape) if isinstance(probes, Tensor) else type(probes).__name__
             raise ValueError(f"probes has shape {given}; give [K, B, C, H, W] = [K, {shape}]")
-        # Tensors of inference mode cannot be differentiated, but copied outside of it.
+        # Autograd does not follow tensors of inference mode; it follows copies made outside of it.
         with torch.inference_mode(False), torch.enable_grad():
             x = query.x.double().clone().requires_grad_()
             directions = probes.detach().to(x.device, torch.float64).clone()
@@ -400,7 +400,7 @@ class ScoreMachine:
         method: Method,
         seeds: list[tuple[int, ...]],
     ) -> LocalPosterior:
-        """Image by image, so that the batch does not show."""
+        """Image by image, so that results do not depend on the batch."""
         members = self._members_of(query, labels)
         index = None
         if self.is_indexed and method.mode != "subset":
@@ -419,7 +419,7 @@ class ScoreMachine:
     def _members_of(
         self, query: PosteriorQuery, labels: Tensor | None
     ) -> list[npt.NDArray[np.int64]]:
-        """The candidates' images, for each image of the batch."""
+        """The images whose patches are candidates, for each image of the batch."""
         if labels is None:
             return [self._everyone] * len(query.x)
         return [self.db.class_members(label) for label in labels.tolist()]
@@ -429,7 +429,7 @@ class ScoreMachine:
         if labels is None:
             return self._backend.states(self.db.images, query, [self._everyone])[0]
         classes = sorted(set(labels.tolist()))
-        # Every class is looked up before any work: an empty one must not cost the others' time.
+        # Every class is looked up before any work: an empty one is an error.
         members_of = {label: self.db.class_members(label) for label in classes}
         rows_of = {label: torch.nonzero(labels == label).flatten().tolist() for label in classes}
         states = [
@@ -463,7 +463,7 @@ class ScoreMachine:
         device = self._backend.device
         if x.device != device:
             raise ValueError(f"x is on {x.device}, but {self.backend} computes on {device}; move x")
-        # Of each image, once: where x is on a GPU, every look at it waits for the GPU.
+        # Once for each image: reading x from a GPU waits for the GPU.
         largest = x.detach().abs().amax((1, 2, 3)).double().cpu()
         if not bool(torch.isfinite(largest).all()):
             bad = int((~torch.isfinite(x)).sum())
@@ -556,7 +556,7 @@ def _scalars(argument: str, value: float | Tensor, batch: int, *, positive: bool
 
 
 def _as_float64(argument: str, value: float | Tensor) -> Tensor:
-    # Asked for at once: torch would take a Python float as a float32.
+    # With the dtype: torch makes a float32 of a Python float.
     if isinstance(value, Tensor | np.ndarray | np.generic | int | float):
         tensor = torch.as_tensor(value, device="cpu")
         if not tensor.is_complex():
@@ -571,7 +571,7 @@ def _per_image(value: float | Tensor, x: Tensor) -> Tensor:
 
 
 def _require_range(query: PosteriorQuery, largest: Tensor) -> None:
-    """Whether float64 can hold the logits of everything that is asked.
+    """Check that float64 holds the logits of a query.
 
     Args:
         query: what is asked.
@@ -589,5 +589,5 @@ def _require_range(query: PosteriorQuery, largest: Tensor) -> None:
 
 
 def _rows(query: PosteriorQuery, rows: Sequence[int]) -> PosteriorQuery:
-    """The same question for some images of the batch."""
+    """The query for some images of the batch."""
     return replace(query, x=query.x[rows], alpha=query.alpha[rows], sigma=query.sigma[rows])

@@ -1,13 +1,13 @@
-"""Many processes: samples are dealt out, and the database is sharded by images.
+"""Many processes: batches of samples are dealt out, and the database is sharded by images.
 
-The ranks of a run form a mesh of two axes. Along one, groups of ranks take batches of samples, one
-after another, as they are free. Along the other, the ranks of a group share the candidates of every
-posterior: each computes the partial state over its own images, and the states meet in an
-all-reduce: of the maximum, then of the sums relative to it. Processes are started by torchrun::
+The ranks of a run form a mesh of two axes. Along one, groups of ranks take batches of samples as
+they become free. Along the other, the ranks of a group share the candidates of every posterior:
+each computes the partial state over its image shard, and the states are merged by an all-reduce of
+the reference logit and one of the sums relative to it. Processes are started by torchrun::
 
     torchrun --nproc-per-node=8 -m els.engine sample DB --database-shards 4 ...
 
-Which rank computes what shows in no sample beyond the rounding of the sums.
+Samples do not depend on which rank computes what, but for the rounding of the sums.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ProcessMesh:
         rank: of this process.
         world_size: number of processes.
         database_shards: S, among how many ranks the images are divided.
-        shard: which of them this rank has, 0 to S - 1.
+        shard: number of this rank's image shard, 0 to S - 1.
         sample_groups: number of groups that samples are dealt to.
         processes_here: how many of the processes run on this machine.
         reduced_bytes: payload of all all-reduces and gathers so far, of this rank; a ring
@@ -97,12 +97,12 @@ class ProcessMesh:
 
     @classmethod
     def alone(cls) -> ProcessMesh:
-        """That of a single process."""
+        """The mesh of a single process."""
         return cls(dist.HashStore())
 
     @property
     def leads(self) -> bool:
-        """Whether this rank speaks for its group, all of whose ranks know the same."""
+        """Whether this rank writes and reads files for its group."""
         return self.shard == 0
 
     def task(self) -> SharedTask:
@@ -111,7 +111,7 @@ class ProcessMesh:
         return SharedTask(self, dist.PrefixStore(f"task-{self._tasks}", self._store))
 
     def merge(self, state: PosteriorState) -> PosteriorState:
-        """Merge the group's states, one per rank, over disjoint candidates; see ``posterior``.
+        """Merge the group's states, one per rank, over disjoint candidates (docs/theory.md, (7)).
 
         Raises:
             RankError: if a rank of the group does not answer.
@@ -143,13 +143,13 @@ class ProcessMesh:
         return reduced
 
     def same_for_group(self, number: int) -> int:
-        """What the rank that leads the group says; errors as in :meth:`merge`."""
+        """The number that the leading rank has; errors as in :meth:`merge`."""
         if self._group is None:
             return number
-        told = torch.tensor([number], device="cpu")
+        agreed = torch.tensor([number], device="cpu")
         with _answered():
-            dist.broadcast(told, src=self.rank - self.shard, group=self._group)
-        return int(told)
+            dist.broadcast(agreed, src=self.rank - self.shard, group=self._group)
+        return int(agreed)
 
     def _all_reduce(self, values: Tensor, operation: Any) -> None:
         if self._group is None:
@@ -170,11 +170,11 @@ class ProcessMesh:
 
 @final
 class SharedTask:
-    """What the ranks of a mesh tell each other while they work on one thing.
+    """Counters and decisions that the ranks of a mesh share during one task.
 
     Args:
         mesh: of the ranks.
-        store: where they tell it.
+        store: that holds them.
     """
 
     def __init__(self, mesh: ProcessMesh, store: dist.Store) -> None:
@@ -200,10 +200,10 @@ class SharedTask:
             self._tell("decision", {"answer": answer})
             return answer
         with _answered():
-            told = json.loads(self._store.get("decision"))
-        if "refused" in told:
-            raise RankError(f"rank 0 stopped the run: {told['refused']}")
-        return told["answer"]
+            message = json.loads(self._store.get("decision"))
+        if "refused" in message:
+            raise RankError(f"rank 0 stopped the run: {message['refused']}")
+        return message["answer"]
 
     def draw(self, counter: str, count: int) -> int:
         """The first of the next ``count`` numbers, from 0 on, that no other group has drawn."""
@@ -229,7 +229,7 @@ class SharedTask:
 
 @dataclass(frozen=True)
 class _Launch:
-    """What the environment says of the processes of a run, as torchrun sets it.
+    """The processes of a run as the environment describes them (torchrun sets it).
 
     Attributes:
         rank: of this process (RANK).
@@ -252,7 +252,7 @@ class _Launch:
         """The launch of this process; None if it is the only one.
 
         RANK and WORLD_SIZE together make a process one of several. Where one of them is not set,
-        the other variables are left over from something else and mean nothing.
+        the other variables are left over from another program and are ignored.
 
         Raises:
             ValueError: for a variable that is missing or out of range.
@@ -281,20 +281,20 @@ class _Launch:
 
     @property
     def listens(self) -> bool:
-        """Whether this process is to listen at the address, where the others meet."""
+        """Whether this process listens at the address that the others connect to."""
         return self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def store(self, until: float) -> dist.Store:
-        """The store of all processes, as soon as somebody listens at the address.
+        """The store of all processes, as soon as a process listens at the address.
 
-        Torch waits where Ctrl-C does not reach it, so it is asked when it need not wait.
+        Ctrl-C does not interrupt torch's own wait, so it is called when it need not wait.
 
         Args:
             until: when to give up, as time.monotonic() counts.
 
         Raises:
-            OSError: if nobody listens, or the address is not known.
-            RuntimeError: if whoever listens there is not another process of the run.
+            OSError: if no process listens, or the address is not known.
+            RuntimeError: if the process that listens there is not one of the run.
         """
         while True:
             try:
@@ -349,8 +349,8 @@ def process_mesh(
     """The mesh of the processes that torchrun started, or of this one alone.
 
     A process is one of several if the environment has RANK and WORLD_SIZE, and WORLD_SIZE is not 1;
-    it then waits for the others, and says so in the log ``els``. Posterior states are merged by
-    NCCL where they are on CUDA devices, by gloo elsewhere.
+    it then waits for the others, and says so in the log ``els``. Posterior states lie on the CPU
+    and are merged by gloo.
 
     Args:
         database_shards: S, how many ranks share the images; divides the number of processes.
@@ -377,7 +377,7 @@ def process_mesh(
     store.set_timeout(timeout)
     with _answered():
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if _has_nccl() else "gloo",
+            "gloo",
             store=store,
             rank=launch.rank,
             world_size=world_size,
@@ -425,10 +425,10 @@ def local_device() -> str | None:
 
 
 def _meeting(launch: _Launch, patience: timedelta) -> dist.Store:
-    """A store that all processes of the run have come to, and nobody else has written to.
+    """A store that all processes of the run have reached, and no other has written to.
 
     Raises:
-        RankError: if they do not come in time.
+        RankError: if they do not reach it in time.
     """
     others = launch.world_size - 1
     logger.warning(
@@ -448,7 +448,7 @@ def _meeting(launch: _Launch, patience: timedelta) -> dist.Store:
         return _fresh(launch.store(until), launch.rank, launch.world_size, until)
     except (OSError, RuntimeError) as error:
         raise RankError(
-            f"not all of the {launch.world_size} processes (WORLD_SIZE) met at "
+            f"not all of the {launch.world_size} processes (WORLD_SIZE) connected to "
             f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT) in "
             f"{patience.total_seconds():g} s ({str(error).splitlines()[0]}); start all of them "
             f"with torchrun, or {_ALONE}"
@@ -456,30 +456,30 @@ def _meeting(launch: _Launch, patience: timedelta) -> dist.Store:
 
 
 def _fresh(store: dist.Store, rank: int, world_size: int, until: float) -> dist.Store:
-    """A part of a store that nobody has written to.
+    """A part of a store that no process has written to.
 
-    After a restart by torchrun the store still holds what the dead processes wrote, the addresses
-    where they listened among it. So rank 0 chooses a name, tells it to whoever asks with a number
-    of his own, and is done when all have answered to that name.
+    After a restart by torchrun the store still holds the keys of the dead processes, among them
+    addresses where they listened. So rank 0 chooses a new prefix, sends it to every process that
+    asks with a number of its own, and returns when all have confirmed that prefix.
     """
     meeting = dist.PrefixStore("els-meeting", store)
     if rank > 0:
         number = secrets.token_hex(8)
         meeting.set(f"asked by {rank}", number)
-        while not meeting.check([f"told {number}"]):
+        while not meeting.check([f"assigned {number}"]):
             _pause(until, "rank 0 did not answer")
-        name = meeting.get(f"told {number}").decode()
-        meeting.add(f"met {name}", 1)
+        name = meeting.get(f"assigned {number}").decode()
+        meeting.add(f"confirmed {name}", 1)
         return dist.PrefixStore(name, store)
     name = f"els-{secrets.token_hex(8)}"
-    told: set[str] = set()
-    while (met := meeting.add(f"met {name}", 0)) < world_size - 1:
-        # Dead processes asked, too: telling them does no harm.
+    answered: set[str] = set()
+    while (confirmed := meeting.add(f"confirmed {name}", 0)) < world_size - 1:
+        # Dead processes asked, too: an answer to them does no harm.
         asked = [key for r in range(1, world_size) if meeting.check([key := f"asked by {r}"])]
-        for number in {meeting.get(key).decode() for key in asked} - told:
-            meeting.set(f"told {number}", name)
-            told.add(number)
-        _pause(until, f"{met + 1} came")
+        for number in {meeting.get(key).decode() for key in asked} - answered:
+            meeting.set(f"assigned {number}", name)
+            answered.add(number)
+        _pause(until, f"{confirmed + 1} came")
     return dist.PrefixStore(name, store)
 
 
@@ -491,15 +491,11 @@ def _pause(until: float, missing: str) -> None:
 
 @contextmanager
 def _answered() -> Iterator[None]:
-    """Says of a failed communication what it means."""
+    """Turns an error of communication into a RankError that says what it means."""
     try:
         yield
     except RuntimeError as error:
         raise RankError(
-            "another process of this run died, hangs or cannot be reached; what is finished is "
-            f"safe, and the same command goes on ({str(error).splitlines()[0]})"
+            "another process of this run died, hangs or cannot be reached; finished samples are "
+            f"safe, and the same command resumes the run ({str(error).splitlines()[0]})"
         ) from error
-
-
-def _has_nccl() -> bool:
-    return torch.cuda.is_available() and dist.is_nccl_available()

@@ -1,4 +1,4 @@
-"""Patch sizes by noise: tables from trained networks, and what a user gives."""
+"""Patch sizes by noise: tables that were calibrated on trained networks, and a user's own."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def patch_sizes_for(sizes: str | int | Sequence[int], steps: int) -> tuple[int, 
 
 
 def levels_of(sizes: str | int | Sequence[int]) -> int:
-    """How many noise levels such sizes have by themselves: 20 for a table, 1 for a number."""
+    """Number of noise levels of such sizes: 20 for a table, 1 for a single size."""
     if isinstance(sizes, str):
         return TABLE_LEVELS
     return len(sizes) if isinstance(sizes, Sequence) else 1
@@ -82,7 +82,7 @@ def levels_of(sizes: str | int | Sequence[int]) -> int:
 @final
 @dataclass(frozen=True)
 class SizesByNoise:
-    """Patch sizes for samplers that bring noise levels of their own.
+    """Patch sizes for samplers that choose their own noise levels.
 
     A noise level is its angle ``atan2(sigma, alpha)``, from 0 (clean) to pi/2 (noise): it is the
     same for ``x`` and for any multiple of ``x``, and proportional to t on the paper's schedule. The

@@ -18,20 +18,20 @@ from els.engine.schedule import Cosine, Schedule
 from els.index import PatchDatabase
 
 DEFAULT_BATCH = 16
-# Of samples, steps and the like, whatever is asked for.
+# Largest count of samples, steps and the like.
 LARGEST_COUNT = 2**31 - 1
 
 
 class Denoised(Protocol):
-    """What the sampler takes of a posterior."""
+    """The part of a posterior that the sampler reads."""
 
     @property
     def mean(self) -> Tensor:
-        """Of the clean images, ``[B, C, H, W]``."""
+        """Posterior mean of the clean images, ``[B, C, H, W]``."""
 
 
 class Denoiser(Protocol):
-    """What the sampler asks of a machine; :class:`~els.engine.ScoreMachine` answers it."""
+    """The part of a machine that the sampler uses; :class:`~els.engine.ScoreMachine` has it."""
 
     @property
     def db(self) -> PatchDatabase:
@@ -71,11 +71,11 @@ class StepState:
         t: ``step / steps``.
         alpha: signal scale of ``x_t``.
         sigma: standard deviation of the noise in ``x_t``.
-        patch_size: what was compared; None for IS and ES.
+        patch_size: of the step; None for IS and ES.
         indices: sample numbers of the batch, length B.
-        x_t: what the step started from, float64 on the CPU, ``[B, C, H, W]``.
+        x_t: noisy images that the step started from, float64 on the CPU, ``[B, C, H, W]``.
         predicted: posterior mean of the clean images, float64 on the CPU, ``[B, C, H, W]``.
-        x_next: what the step ended with; at step 1 the final images.
+        x_next: noisy images that the step ended with; at step 1 the final images.
     """
 
     step: int
@@ -124,7 +124,7 @@ def plan_sampling(
 
     Raises:
         TypeError: for an argument of the wrong type.
-        ValueError: for a value out of range; the message says what would be right.
+        ValueError: for a value out of range; the message says what is allowed.
     """
     require_count("steps", steps, 1)
     require_count("seed", seed, 0, most=None)
@@ -159,7 +159,7 @@ def sample(
     indices: Sequence[int] | None = None,
     tolerance: float | None = None,
 ) -> Tensor:
-    """Draw images from a score machine by DDIM; no training anywhere.
+    """Draw images from a score machine by DDIM, without training.
 
     Sample i depends on the seed and on i alone: not on n, the batch size, the order or
     interruptions, to the last bit where the backend's results do not depend on the batch.
@@ -176,7 +176,7 @@ def sample(
         eta: 0 (deterministic DDIM) to 1 (ancestral sampling).
         labels: draw only on training images of this class: one for all, or one per sample.
         callback: receives a :class:`StepState` after every step of every batch.
-        batch_size: how many images the machine sees at once; None for at most 16.
+        batch_size: how many images are computed at once; None for at most 16.
         indices: the sample numbers to draw, instead of 0 to n - 1.
         tolerance: let every step be approximated to this mean absolute error of the posterior mean
             (``mode="auto"`` of :meth:`~els.engine.ScoreMachine.posterior`), from subsets of the
@@ -212,11 +212,11 @@ def sample(
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a batch goes on.
+    """Where an interrupted batch resumes.
 
     Attributes:
-        step: the next one to do, 1 to ``steps``.
-        x_t: what it starts from, float64 on the CPU, ``[B, C, H, W]``.
+        step: the next one to compute, 1 to ``steps``.
+        x_t: noisy images that it starts from, float64 on the CPU, ``[B, C, H, W]``.
     """
 
     step: int
@@ -240,7 +240,7 @@ def sample_plan(
         indices: see there.
         label: of all samples.
         callback: see there.
-        resumption: where to go on; None for the noise of the samples.
+        resumption: where to resume; None to start from the samples' noise.
     """
     labels = _labels(machine, label, len(indices))
     return _drawn(machine, plan, tuple(indices), labels, callback, resumption)
@@ -273,7 +273,7 @@ def _ddim(
 ) -> Iterator[StepState]:
     """DDIM for one batch (arXiv 2010.02502, equations 12 and 16), the trajectory in float64."""
     shape = machine.db.shape
-    # Any denoiser will do for exact steps; only a score machine is asked for approximate ones.
+    # Any denoiser computes exact steps; only a score machine is asked for approximate ones.
     posterior: Callable[..., Denoised] = machine.posterior
     x = resumption.x_t
     for step in range(resumption.step, 0, -1):
@@ -291,7 +291,7 @@ def _ddim(
             **_approximation(plan, indices, step),
         ).mean.to("cpu", torch.float64)
         eps = (x - alpha * clean) / sigma
-        # Where there is nothing but noise, before and after, none of the signal is lost.
+        # Between two levels of pure noise (alpha = 0) the signal is 0 before and after.
         kept = alpha / alpha_next if alpha_next > 0 else 1.0
         fresh = plan.eta * sigma_next / sigma * _root(1 - kept**2)
         direction = _root(sigma_next**2 - fresh**2)
@@ -304,7 +304,7 @@ def _ddim(
 
 
 def _approximation(plan: SamplePlan, indices: tuple[int, ...], step: int) -> dict[str, object]:
-    """What to ask of the posteriors of a step, with a seed of its own for each sample."""
+    """Arguments of an approximate posterior, with a seed of its own for each sample and step."""
     if plan.tolerance is None:
         return {}
     seeds = [
@@ -323,12 +323,12 @@ def _scales(plan: SamplePlan, step: int) -> tuple[float, float]:
 
 
 def _root(square: float) -> float:
-    """The root of what is >= 0 in exact arithmetic, but may round to just below."""
+    """The square root of a number that is >= 0 but for rounding."""
     return math.sqrt(max(0.0, square))
 
 
 def _noise(seed: int, index: int, step: int, shape: tuple[int, ...]) -> Tensor:
-    """The stream of (seed, index, step): step 0 starts the trajectory, others are eta's noise."""
+    """Random stream of (seed, index, step): step 0 starts a trajectory, others are eta's noise."""
     stream = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(index, step)))
     return torch.from_numpy(np.random.Generator(stream).standard_normal(shape))
 

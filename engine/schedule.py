@@ -1,7 +1,7 @@
-"""Noise schedules, and how large a patch is compared at which noise (arXiv 2412.20292).
+"""Noise schedules (arXiv 2412.20292; docs/theory.md, equation 10).
 
 Time runs from t = 0 (clean) to t = 1 (noise). All schedules here preserve variance:
-``alpha^2 + sigma^2 = 1``, with ``beta = sigma^2`` in the paper's letters.
+``alpha^2 + sigma^2 = 1``, with ``beta = sigma^2`` in the paper's notation.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Cosine(Schedule):
     """The paper's schedule: ``beta(t) = 1 - cos^2(pi/2 * t / (1 + offset))``.
 
     Attributes:
-        offset: keeps alpha(1) above 0, so that the clean image can be divided out; > 0.
+        offset: keeps alpha(1) above 0, so that divisions by alpha are possible; > 0.
     """
 
     offset: float = 0.008

@@ -1,4 +1,4 @@
-"""What the adapters share: the posterior mean of noisy images at given noise."""
+"""The part that the adapters share: the posterior mean of noisy images at a noise level."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PatchSizes: TypeAlias = str | int | Sequence[int]
 
 @final
 class PosteriorMean:
-    """The mean at any noise: chooses patch sizes, and asks once for each of a batch."""
+    """The mean at any noise: chooses patch sizes, and computes the images of each size at once."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class PosteriorMean:
 
 
 def widened(x: Tensor) -> Tensor:
-    """The same numbers in float64: the mean that is taken away may nearly cancel them."""
+    """The same numbers in float64: x minus the mean may nearly cancel."""
     if not isinstance(x, Tensor):
         raise TypeError(f"the noisy images must be a tensor, got {type(x).__name__}")
     return x.double() if x.is_floating_point() else x

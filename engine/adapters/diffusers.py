@@ -1,7 +1,4 @@
-"""Score machines in other people's samplers: as a UNet of diffusers, and as EDM's ``D(x, sigma)``.
-
-Neither adapter imports these libraries: what they ask of a model is here.
-"""
+"""Score machines as a UNet of diffusers, which need not be installed."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ _FROM_LOG_SIGMA = (
 
 
 def trained_betas(schedule: Schedule, steps: int) -> list[float]:
-    """Our noise schedule for a diffusers scheduler: ``beta_i = 1 - alpha(t_i)^2 / alpha(t_i-1)^2``.
+    """A noise schedule for a diffusers scheduler: ``beta_i = 1 - alpha(t_i)^2 / alpha(t_i-1)^2``.
 
     With ``DDIMScheduler(num_train_timesteps=steps, trained_betas=..., clip_sample=False)``,
     timestep i - 1 has the noise of t = i / steps, and ``steps`` inference steps are those of

@@ -30,8 +30,8 @@ class EDMDenoiser:
         seed: see there.
 
     Attributes:
-        sigma_min: the least noise that a sampler may ask for: any above 0.
-        sigma_max: the most: any.
+        sigma_min: least noise that a sampler may ask for: any above 0.
+        sigma_max: largest noise that a sampler may ask for: any.
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -56,7 +56,7 @@ class EDMDenoiser:
         )
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
-        """The noise level that is meant by ``sigma``: itself, as there is one for every number."""
+        """The noise level nearest to ``sigma``: itself, since every number is one."""
         return torch.as_tensor(sigma, device=sigma.device if isinstance(sigma, Tensor) else "cpu")
 
     def __call__(

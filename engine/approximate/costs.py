@@ -3,8 +3,8 @@
 Costs are in pairs of a pixel and a candidate of the exact kernel, or in images of it; they are
 fixed, so that what is chosen depends on the input and not on how busy the machine is. What a
 backend's own work costs is a :class:`~els.engine.backends.backend.Costs`. Unless another source is
-given, a number was fitted to held-out queries over Fashion-MNIST and CIFAR-10 at noise variances
-from 0.006 to 0.8.
+given, a number was chosen by hand from measurements of a few held-out images of Fashion-MNIST and
+CIFAR-10.
 """
 
 from __future__ import annotations

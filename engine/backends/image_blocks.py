@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-# Most blocks in work at a time: it bounds temporary memory.
+# Blocks that are computed at a time, at most; it bounds temporary memory.
 _MOST_THREADS = 8
 # Functions that limit OpenMP and MKL in the calling thread alone. `torch.set_num_threads` would
 # also change the default of every thread that starts later.
@@ -68,7 +68,7 @@ def _in_threads(
             for _ in work:
                 ended.get().result()
         except BaseException:
-            # They end by themselves: an interrupted Thread.join takes its thread for ended.
+            # They end by themselves: an interrupted Thread.join marks its thread as ended.
             for thread in work:
                 thread.is_stopped = True
             raise
@@ -77,7 +77,7 @@ def _in_threads(
 
 
 class _BlockThread(threading.Thread, Generic[_Result]):
-    """Computes one block in a thread that torch uses no others beside."""
+    """Computes one block in a thread in which torch starts no others."""
 
     def __init__(
         self,

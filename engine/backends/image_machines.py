@@ -23,12 +23,16 @@ from els.engine.backends.image_blocks import blocks, merged_in_order
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, best, empty, merge, stack
 
-# Temporary memory of one block of images.
+# Temporary memory of one block of images, in bytes.
 _BLOCK_BYTES = 16 << 20
+# Images of a block, at most.
 _MOST_IMAGES = 4096
-_EXACT_BITS = 53  # integers up to 2^53 are exact in float64
-_PIXEL_BITS = 8  # |2 v - 255| < 2^8
-_SMALLEST = 1e-200  # rows that are smaller are 0: their scale would overflow
+# Bits of an integer that float64 holds exactly.
+_EXACT_BITS = 53
+# Bits of |2 v - 255|, a pixel times 255.
+_PIXEL_BITS = 8
+# Largest value of a row that is taken for 0: the scale of a smaller one would overflow.
+_SMALLEST = 1e-200
 
 
 def image_state(
@@ -205,8 +209,8 @@ def _top_shifts(logits: Tensor, numbers: Tensor, count: int) -> TopPatches:
     height, width = logits.shape[1:]
     least = logits.flatten().topk(min(count, logits.numel())).values[-1]
     chosen = torch.nonzero(logits > least)
-    # Which of an image's tied shifts has the lower address differs from pixel to pixel, so the
-    # ties of as many images as might be needed all go on.
+    # Which of an image's tied shifts has the lower address differs from pixel to pixel, so that all
+    # ties of as many images as might be needed are kept.
     tied = torch.nonzero(logits == least)
     last_image = tied[min(count, len(tied)) - 1, 0]
     image, down, right = torch.cat([chosen, tied[tied[:, 0] <= last_image]]).unbind(1)
@@ -218,7 +222,7 @@ def _top_shifts(logits: Tensor, numbers: Tensor, count: int) -> TopPatches:
 
 
 def _everywhere(state: PosteriorState, height: int, width: int) -> PosteriorState:
-    """What all pixels share, ``[B, 1, 1]``, given to each of them."""
+    """The sums that all pixels share, ``[B, 1, 1]``, expanded to each of them."""
 
     def spread(values: Tensor) -> Tensor:
         return values.expand(-1, height, width)

@@ -22,17 +22,19 @@ from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, merge_all, stack, state_of
 
-# Groups of image blocks have states of their own, merged in order. How many there are depends on
-# the database and the shape of one query, so that neither threads nor batches change any bit.
+# Largest number of groups of image blocks, which have states of their own and are merged in order.
+# It depends on the database and the shape of a query alone, so that neither threads nor batches
+# change bits.
 _MOST_GROUPS = 32
-# Every group has to find the nearest patches anew before it can skip the others.
+# Fewest blocks of a group: each group finds the nearest patches anew before it can skip others.
 _LEAST_BLOCKS = 4
 # Memory for the states of all groups of a chunk of the batch, in bytes.
 _STATES_BYTES = 64 << 20
-# Costs of sampling lists, and of border pixels on the matrix unit, in pairs of the exact kernel;
-# medians over Fashion-MNIST and CIFAR-10 on Zen 5 and Sapphire Rapids (docs/performance.md).
+# Costs of sampling lists, in pairs of the exact kernel; fitted by hand to timings.
 LIST_COSTS = Costs(list_ranked=15.0, code_read=4.0)
+# Cost of a border pair on the matrix unit, in pairs of the exact kernel; fitted by hand to timings.
 _PRODUCT_PAIR = 1.1
+# Cost of an image that is read for few border pixels there, as a share of serving all; likewise.
 _PRODUCT_IMAGE = 0.6
 # Parts of a single group on the matrix unit, merged in order.
 _PRODUCT_PARTS = 16
@@ -43,7 +45,7 @@ class NativeBackend(ListSampling):
     """Exact LS and ELS posteriors on the CPU (docs/performance.md); IS and ES through torch.
 
     Float32 chooses the candidates that can matter, and weighs them where it knows their logits to
-    1e-5; elsewhere float64 does, so that any noise will do.
+    1e-5; elsewhere float64 does, so that every noise level is exact.
 
     Args:
         threads: how many to use; None for one per core that this process may run on.
@@ -75,7 +77,7 @@ class NativeBackend(ListSampling):
         return LIST_COSTS
 
     def _multiplies(self, query: PosteriorQuery) -> bool:
-        """Whether border pixels with such logit errors are products on the matrix unit."""
+        """Whether border pixels with the query's logit error are computed on the matrix unit."""
         return self._kernel.can_use_tiles() and is_precise(query)
 
     def states(
@@ -126,7 +128,7 @@ class NativeBackend(ListSampling):
         shape = (batch, height * width, addresses.shape[-1])
         logits = np.empty(shape)
         centres = np.empty((*shape, channels), dtype=np.uint8)
-        self._kernel.given(
+        self._kernel.weigh(
             images=images,
             x=_as_float64(query.x),
             alpha=query.alpha.numpy(),
@@ -173,10 +175,10 @@ class NativeBackend(ListSampling):
             circular=query.boundary == "circular",
             border_only=query.border_only,
             threads=self.threads,
-            maximum=reference,
+            reference=reference,
             mass=mass,
             centre=centre,
-            tilt=logit_sum,
+            logit_sum=logit_sum,
             top_logits=top_logits,
             top_addresses=top_addresses,
         )

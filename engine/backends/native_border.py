@@ -78,10 +78,10 @@ def border_states(
         sigma=float(query.sigma[0]),
         patch_size=query.patch_size,
         threads=threads,
-        maximum=reference[:, 0],
+        reference=reference[:, 0],
         mass=mass[:, 0],
         centre=centre[:, 0],
-        tilt=logit_sum[:, 0],
+        logit_sum=logit_sum[:, 0],
     )
     sums = map(torch.from_numpy, (reference, mass, centre, logit_sum))
     return [PosteriorState(*group) for group in zip(*sums, strict=True)]

@@ -19,7 +19,7 @@ _Doubles: TypeAlias = npt.NDArray[np.float64]
 class Kernels(Protocol):
     """The compiled module of one instruction set (``csrc/bindings.cpp``); arrays are C-contiguous.
 
-    Shapes and dtypes are checked, never converted. Results go into the arrays given last.
+    Shapes and dtypes are checked, never converted. Results are written to the last arrays.
     """
 
     @property
@@ -46,16 +46,16 @@ class Kernels(Protocol):
         circular: bool,
         border_only: bool,
         threads: int,
-        maximum: _Doubles,
+        reference: _Doubles,
         mass: _Doubles,
         centre: _Doubles,
-        tilt: _Doubles | None,
+        logit_sum: _Doubles | None,
         top_logits: _Doubles | None,
         top_addresses: _Ints | None,
     ) -> None:
-        """States of groups of images; see ``Problem`` of ``csrc/exact.h``."""
+        """States of groups of images; see ``Problem`` of ``csrc/sweeps.h``."""
 
-    def given(
+    def weigh(
         self,
         *,
         images: _Bytes,
@@ -69,9 +69,9 @@ class Kernels(Protocol):
         logits: _Doubles,
         centres: _Bytes,
     ) -> None:
-        """Logits of given candidates; see ``GivenProblem`` of ``csrc/candidates.h``."""
+        """Logits of candidates by address; see ``Candidates`` of ``csrc/candidates.h``."""
 
-    def scan(
+    def sample_lists(
         self,
         *,
         codes: npt.NDArray[np.uint64],
@@ -98,7 +98,7 @@ class Kernels(Protocol):
         threads: int,
         results: _Doubles,
     ) -> None:
-        """Sums over inverted lists; see ``Scan`` of ``csrc/lists.h``."""
+        """Sums over inverted lists; see ``ListSample`` of ``csrc/lists.h``."""
 
     def border(
         self,
@@ -112,10 +112,10 @@ class Kernels(Protocol):
         sigma: float,
         patch_size: int,
         threads: int,
-        maximum: _Doubles,
+        reference: _Doubles,
         mass: _Doubles,
         centre: _Doubles,
-        tilt: _Doubles,
+        logit_sum: _Doubles,
     ) -> None:
         """States of the border's pixels; see ``Border`` of ``csrc/border.h``; needs AMX."""
 

@@ -130,7 +130,7 @@ class ListSampling:
             for start in range(0, len(those), chunk):
                 some = those[start : start + chunk]
                 results = np.zeros((_PARTS, 5 + 3 * channels, len(some)))
-                kernels.scan(
+                kernels.sample_lists(
                     codes=lists.codes,
                     ids=lists.ids,
                     sizes=lists.sizes,

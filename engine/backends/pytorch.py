@@ -1,7 +1,7 @@
-"""The torch backend: exact, plain, on any device with float64; the fallback without a compiler.
+"""The torch backend: exact, every kind of machine, on any device with float64.
 
 Everything is float64 whatever the query's dtype: at sigma = 1e-3 the rounding of a float32 distance
-can outweigh the whole posterior, and float32 would be only 1.3 to 1.7 times faster.
+can exceed the differences of logits, and float32 would be only 1.3 to 1.7 times faster.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, best, empty, merge, merge_into, moved, state_of
 
-# Temporary memory of one block of training images.
+# Temporary memory of one block of training images, in bytes.
 _BLOCK_BYTES = 32 << 20
 
 
@@ -84,7 +84,7 @@ class TorchBackend(ListSampling):
 
 
 class _Alignment(NamedTuple):
-    """A run of query coordinates of one axis, laid on training coordinates ``shift`` further."""
+    """A run of query coordinates of one axis, and the training coordinates ``shift`` further."""
 
     start: int
     shift: int
@@ -137,7 +137,7 @@ def local_state(images: Images, query: PosteriorQuery, members: Members) -> Post
 def _members_state(
     images: Images, query: PosteriorQuery, members: Members
 ) -> Iterator[PosteriorState]:
-    """The same over a block of the query's members, with one more alignment each time."""
+    """The same over a block of members, with one more alignment each time."""
     total = empty(query)
     batch, mask = len(query.x), query.kind.mask(query.patch_size)
     x = padded(query.x.to(torch.float64), query)

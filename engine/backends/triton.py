@@ -1,4 +1,4 @@
-"""The triton backend: posteriors on a GPU, from images that stay there or stream through it."""
+"""The triton backend: posteriors on a GPU, of images that stay in its memory or stream to it."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from els.triton_kernels.tiles import DevicePlan
 
 _LN2 = math.log(2.0)
-# Packed images that a kernel is given at once. Fixed, so that where they lie shows in no bit.
+# Bytes of packed images for one launch; fixed, so that results do not depend on where they lie.
 _BLOCK_BYTES = 64 << 20
 # Share of the GPU's free memory that images may stay in.
 _RESIDENT_SHARE = 0.6
-# Pixels whose distances float32 does not know to this (to base 2) are computed in float64.
+# Largest error of a float32 distance (to base 2); pixels with a larger one are computed in float64.
 _MOST_ERROR = 3e-5
 # The oldest Triton that the kernels are tested with; and on AMD, where float64 products are newer.
 _OLDEST_TRITON = (3, 6)
 _OLDEST_TRITON_AMD = (3, 8)
 # The oldest NVIDIA architecture (compute capability) that Triton compiles for.
 _OLDEST_CAPABILITY = (8, 0)
-# A threshold is raised by so many root-mean-square errors before float64 ranks what passes.
+# Root-mean-square errors by which a threshold is raised before float64 ranks what is below it.
 _SAFETY = 8.0
 # Float64 distances that were summed in different orders are equal if they agree to this.
 _EQUAL = 1e-13
-# The logit of a place that is still free among the nearest: finite, below every other.
+# Logit of an empty place among the nearest: finite, below every other.
 _FAR = -1e300
-# Plans of tiles that stay on the device.
+# Number of tile plans that stay on the device.
 _PLANS_KEPT = 64
 # Candidates of one pixel that a selection has room for, in units of how many are wanted.
 _ROOM = 4
@@ -109,7 +109,7 @@ class TritonBackend(ListSampling):
         where = "interpreted" if interpreted else torch.cuda.get_device_name(self.device)
         self.name = f"triton ({where})"
         self.threads = available_cores()
-        # Buffers and streams stay here; a copy makes its own.
+        # Buffers and streams are not copied; a copy makes its own.
         self._made = partial(
             TritonBackend, device, resident_bytes=resident_bytes, configuration=configuration
         )
@@ -154,8 +154,8 @@ class TritonBackend(ListSampling):
         queries = Queries.of(query.x, query.alpha, query.sigma)
         state = self._natural(query, queries, self._totals(images, query, members, queries))
         if query.top:
-            # Both know the heaviest logit; where that is large, their roundings of it differ by
-            # more than weights may.
+            # Both compute the heaviest logit; where it is large, their roundings differ by more
+            # than weights may.
             top = self._top(images, query, members, queries)
             state = replace(state, reference=top.logits[..., 0], top=top)
         return state
@@ -169,7 +169,7 @@ class TritonBackend(ListSampling):
         queries = Queries.of(query.x, query.alpha, query.sigma)
         pixels = queries.x.shape[2]
         flat = addresses.reshape(len(addresses), pixels, -1)
-        # Only the images that are named need to be there.
+        # Only the images of the addresses are uploaded.
         numbers, which = torch.unique(flat.clamp(min=0) // pixels, return_inverse=True)
         local = torch.where(flat < 0, -1, which * pixels + flat % pixels)
         totals, logits = truncated(
@@ -271,7 +271,7 @@ class TritonBackend(ListSampling):
         """The tiles of some rows and columns, of which only the border may be wanted."""
         parts = [(rows, columns)]
         if query.border_only:
-            # The ends of the rows with all columns, then the other way round.
+            # The ends of the rows with all columns, then middle rows with the ends of the columns.
             radius = query.patch_size // 2
             middle_rows, middle_columns = (
                 frozenset(range(radius, length - radius)) for length in query.x.shape[2:]
@@ -336,8 +336,8 @@ class TritonBackend(ListSampling):
             threshold = self._threshold(queries, nearest.logits[..., -1], plan, dtype)
             counts, found = select(block, x, scales, threshold, plan, configuration, room)
             if int(counts.max()) > room:
-                # Many equal distances, as those of blank patches: float64 can tell them from
-                # nearer ones, and lets none in that an earlier one equals.
+                # Many equal distances, as of blank patches: float64 distinguishes them from nearer
+                # ones, and keeps none that equals an earlier one.
                 if dtype == torch.float64:
                     size = (stop - start) // 2
                 dtype = torch.float64
@@ -515,7 +515,7 @@ class _DeviceImages:
         return torch.cat([self.block(images, members[start : start + most]) for start in starts])
 
     def _resident_images(self, images: Images) -> Tensor | None:
-        """All images, if they fit; uploaded when a database is first met."""
+        """All images, if they fit; uploaded when a database is first used."""
         if self._known is None or self._known() is not images:
             self._known, self._resident = weakref.ref(images), None
             if len(images) * self._bytes_each(images) <= self._budget():

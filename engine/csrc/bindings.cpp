@@ -25,7 +25,7 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// What is only read: memory maps are.
+// Read-only data, also of memory maps.
 template <typename T>
 const T* constant(const Array<T>& array, std::vector<py::ssize_t> shape, const char* name) {
   if (std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) != shape) {
@@ -71,7 +71,7 @@ void with_channels(int channels, const Body& body) {
   throw std::invalid_argument("images must have 1 to 4 channels");
 }
 
-// That images and a query, whose last three dimensions are C, H, W, belong together.
+// Checks that images and a query have the same C, H and W.
 void check_images(const Array<std::uint8_t>& images, py::ssize_t channels, py::ssize_t height,
                   py::ssize_t width) {
   if (images.shape(1) != channels || images.shape(2) != height || images.shape(3) != width) {
@@ -87,7 +87,7 @@ void check_members(const Array<std::int64_t>& members, const Array<std::uint8_t>
   }
 }
 
-// That groups of members, from starts[g] to starts[g + 1], are all of them.
+// Checks that the groups, members starts[g] to starts[g + 1], cover all members.
 void check_starts(const Array<std::int64_t>& starts, const Array<std::int64_t>& members) {
   const py::ssize_t groups = starts.size() - 1;
   if (groups < 1 || starts.data()[0] != 0 || starts.data()[groups] != members.size() ||
@@ -106,7 +106,7 @@ void run(const els::Problem& problem, int threads) {
   });
 }
 
-void given(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Array<double> sigma,
+void weigh(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Array<double> sigma,
            int patch_size, bool circular, int threads, Array<std::int64_t> addresses,
            Array<double> logits, Array<std::uint8_t> centres) {
   if (images.ndim() != 4 || x.ndim() != 4 || addresses.ndim() != 3) {
@@ -119,7 +119,7 @@ void given(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Arr
     throw std::invalid_argument("patch_size must be odd, 1 to the image's shorter side");
   }
   const std::int64_t pixels = height * width, stop = images.shape(0) * pixels;
-  els::GivenProblem problem{};
+  els::Candidates problem{};
   problem.images = images.data();
   problem.x = x.data();
   problem.alpha = checked(alpha, {batch}, "alpha");
@@ -145,7 +145,7 @@ void given(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Arr
     for (;;) {
       const std::int64_t task = next.fetch_add(1);
       if (task >= batch * pixels || cancelled.load()) return;
-      els::weigh_given(problem, task / pixels, static_cast<int>(task % pixels), patch, sums);
+      els::weigh_candidates(problem, task / pixels, static_cast<int>(task % pixels), patch, sums);
     }
   });
 }
@@ -153,8 +153,8 @@ void given(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Arr
 void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::int64_t> starts,
                Array<double> x, Array<double> alpha, Array<double> sigma, int patch_size,
                bool equivariant, bool circular, bool border_only, int threads,
-               Array<double> maximum, Array<double> mass, Array<double> centre,
-               std::optional<Array<double>> tilt, std::optional<Array<double>> top_logits,
+               Array<double> reference, Array<double> mass, Array<double> centre,
+               std::optional<Array<double>> logit_sum, std::optional<Array<double>> top_logits,
                std::optional<Array<std::int64_t>> top_addresses) {
   if (images.ndim() != 4 || x.ndim() != 4 || members.ndim() != 1 || starts.ndim() != 1) {
     throw std::invalid_argument("images and x must have 4 dimensions, members and starts 1");
@@ -184,10 +184,11 @@ void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<st
   problem.circular = circular;
   problem.border_only = border_only;
   problem.groups = static_cast<int>(groups);
-  problem.maximum = checked(maximum, {groups, batch, height, width}, "maximum");
+  problem.reference = checked(reference, {groups, batch, height, width}, "reference");
   problem.mass = checked(mass, {groups, batch, height, width}, "mass");
   problem.centre = checked(centre, {groups, batch, channels, height, width}, "centre");
-  if (tilt) problem.tilt = checked(*tilt, {groups, batch, height, width}, "tilt");
+  if (logit_sum)
+    problem.logit_sum = checked(*logit_sum, {groups, batch, height, width}, "logit_sum");
   if (top_logits && top_addresses) {
     problem.top = static_cast<int>(top_logits->shape(top_logits->ndim() - 1));
     const std::vector<py::ssize_t> shape{groups, batch, height, width, problem.top};
@@ -198,45 +199,46 @@ void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<st
 }
 
 template <int C, bool kNoisy, typename Products>
-void scan_parts(els::ScanPlan& plan, const std::vector<std::int64_t>& bounds,
-                std::atomic<std::int64_t>& next, const std::atomic<bool>& cancelled) {
+void sample_parts(els::ListPlan& plan, const std::vector<std::int64_t>& bounds,
+                  std::atomic<std::int64_t>& next, const std::atomic<bool>& cancelled) {
   els::flush_denormals();
-  els::Scanner<C, kNoisy, Products> scanner(plan);
+  els::ListReader<C, kNoisy, Products> reader(plan);
   for (;;) {
     const std::int64_t part = next.fetch_add(1);
-    if (part >= plan.scan.parts || cancelled.load()) return;
-    scanner.run(static_cast<int>(part), bounds[part], bounds[part + 1], cancelled);
+    if (part >= plan.sample.parts || cancelled.load()) return;
+    reader.run(static_cast<int>(part), bounds[part], bounds[part + 1], cancelled);
   }
 }
 
 template <int C, bool kNoisy>
-void scan_with(els::ScanPlan& plan, const std::vector<std::int64_t>& bounds,
-               std::atomic<std::int64_t>& next, const std::atomic<bool>& cancelled) {
+void sample_with(els::ListPlan& plan, const std::vector<std::int64_t>& bounds,
+                 std::atomic<std::int64_t>& next, const std::atomic<bool>& cancelled) {
 #if defined(ELS_HAS_TILES)
-  if (plan.scan.tiles) {
-    return scan_parts<C, kNoisy, els::TileProducts>(plan, bounds, next, cancelled);
+  if (plan.sample.tiles) {
+    return sample_parts<C, kNoisy, els::TileProducts>(plan, bounds, next, cancelled);
   }
 #endif
-  scan_parts<C, kNoisy, els::FloatProducts>(plan, bounds, next, cancelled);
+  sample_parts<C, kNoisy, els::FloatProducts>(plan, bounds, next, cancelled);
 }
 
 template <int C>
-void scan_channels(els::ScanPlan& plan, const std::vector<std::int64_t>& bounds,
-                   std::atomic<std::int64_t>& next, const std::atomic<bool>& cancelled) {
-  if (plan.scan.noise != nullptr) return scan_with<C, true>(plan, bounds, next, cancelled);
-  scan_with<C, false>(plan, bounds, next, cancelled);
+void sample_channels(els::ListPlan& plan, const std::vector<std::int64_t>& bounds,
+                     std::atomic<std::int64_t>& next, const std::atomic<bool>& cancelled) {
+  if (plan.sample.noise != nullptr) return sample_with<C, true>(plan, bounds, next, cancelled);
+  sample_with<C, false>(plan, bounds, next, cancelled);
 }
 
-void run_scan(const els::Scan& scan, int threads) {
-  els::ScanPlan plan(scan);
-  // Parts of about as many codes, a list counting as some, too.
+void run_lists(const els::ListSample& sample, int threads) {
+  els::ListPlan plan(sample);
+  // Parts of about equal work: codes, and a constant for each list.
   constexpr std::int64_t kListCodes = 256;
-  const std::int64_t last = scan.lists - 1;
-  const std::int64_t all = scan.offsets[last] + scan.sizes[last] + kListCodes * scan.lists;
-  std::vector<std::int64_t> bounds(scan.parts + 1, scan.lists);
+  const std::int64_t last = sample.lists - 1;
+  const std::int64_t all = sample.offsets[last] + sample.sizes[last] + kListCodes * sample.lists;
+  std::vector<std::int64_t> bounds(sample.parts + 1, sample.lists);
   std::int64_t list = 0;
-  for (int part = 0; part < scan.parts; ++part) {
-    while (list < scan.lists && scan.offsets[list] + kListCodes * list < all / scan.parts * part) {
+  for (int part = 0; part < sample.parts; ++part) {
+    while (list < sample.lists &&
+           sample.offsets[list] + kListCodes * list < all / sample.parts * part) {
       ++list;
     }
     bounds[part] = list;
@@ -252,15 +254,15 @@ void run_scan(const els::Scan& scan, int threads) {
       }
     });
   };
-  deal(scan.lists, 64, [&](std::int64_t a, std::int64_t b) { plan.rank(a, b); });
-  // So many that what is counted stays in the first cache.
-  deal(scan.queries, 32, [&](std::int64_t a, std::int64_t b) {
+  deal(sample.lists, 64, [&](std::int64_t a, std::int64_t b) { plan.rank(a, b); });
+  // As many queries as keep the counts in the first-level cache.
+  deal(sample.queries, 32, [&](std::int64_t a, std::int64_t b) {
     plan.spend(static_cast<int>(a), static_cast<int>(b));
   });
   std::atomic<std::int64_t> next{0};
-  els::on_threads(threads, scan.parts, [&](std::atomic<bool>& cancelled) {
-    with_channels(scan.channels,
-                  [&](auto channels) { scan_channels<channels>(plan, bounds, next, cancelled); });
+  els::on_threads(threads, sample.parts, [&](std::atomic<bool>& cancelled) {
+    with_channels(sample.channels,
+                  [&](auto channels) { sample_channels<channels>(plan, bounds, next, cancelled); });
   });
 }
 
@@ -273,65 +275,65 @@ bool can_use_tiles() {
 #endif
 }
 
-void scan(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<std::int64_t> sizes,
-          Array<std::int64_t> offsets, Array<float> centroids, Array<float> norms,
-          Array<std::uint8_t> centres, Array<float> unit, Array<float> zero, bool residual,
-          std::optional<Array<float>> noise, std::optional<Array<std::uint8_t>> allowed,
-          std::int64_t pixels, Array<float> y, double precision, double blur, Array<double> budget,
-          std::int64_t most_read, int coarsest, std::uint64_t seed, bool tiles, int threads,
-          Array<double> results) {
+void sample_lists(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<std::int64_t> sizes,
+                  Array<std::int64_t> offsets, Array<float> centroids, Array<float> norms,
+                  Array<std::uint8_t> centres, Array<float> unit, Array<float> zero, bool residual,
+                  std::optional<Array<float>> noise, std::optional<Array<std::uint8_t>> allowed,
+                  std::int64_t pixels, Array<float> y, double precision, double blur,
+                  Array<double> budget, std::int64_t most_read, int coarsest, std::uint64_t seed,
+                  bool tiles, int threads, Array<double> results) {
   if (centroids.ndim() != 2 || centres.ndim() != 2 || y.ndim() != 2 || results.ndim() != 3) {
     throw std::invalid_argument("centroids, centres and y must have 2 dimensions, results 3");
   }
   const py::ssize_t lists = centroids.shape(0), size = centroids.shape(1), queries = y.shape(0),
                     count = centres.shape(0), channels = centres.shape(1);
-  if (lists < 1 || size < 1 || queries < 1) throw std::invalid_argument("nothing to scan");
+  if (lists < 1 || size < 1 || queries < 1) throw std::invalid_argument("nothing to sample");
   if (coarsest < 0 || coarsest >= els::kMostLevels) {
     throw std::invalid_argument("coarsest must be 0 to 15");
   }
   if (tiles && !can_use_tiles()) throw std::invalid_argument("there is no matrix unit");
-  els::Scan scan{};
-  scan.lists = lists;
-  scan.codes = constant(codes, {lists}, "codes");
-  scan.ids = constant(ids, {lists}, "ids");
-  scan.sizes = constant(sizes, {lists}, "sizes");
-  scan.offsets = constant(offsets, {lists}, "offsets");
+  els::ListSample sample{};
+  sample.lists = lists;
+  sample.codes = constant(codes, {lists}, "codes");
+  sample.ids = constant(ids, {lists}, "ids");
+  sample.sizes = constant(sizes, {lists}, "sizes");
+  sample.offsets = constant(offsets, {lists}, "offsets");
   std::int64_t codes_before = 0;
   for (py::ssize_t list = 0; list < lists; ++list) {
-    if (scan.offsets[list] != codes_before || scan.sizes[list] < 0 ||
-        scan.sizes[list] > count - codes_before) {
+    if (sample.offsets[list] != codes_before || sample.sizes[list] < 0 ||
+        sample.sizes[list] > count - codes_before) {
       throw std::invalid_argument("the lists' sizes and offsets differ");
     }
-    codes_before += scan.sizes[list];
+    codes_before += sample.sizes[list];
   }
   if (codes_before != count) throw std::invalid_argument("the lists' sizes and centres differ");
-  scan.code_size = static_cast<int>(size);
-  scan.centroids = centroids.data();
-  scan.norms = constant(norms, {count}, "norms");
-  scan.centres = centres.data();
-  scan.channels = static_cast<int>(channels);
-  scan.unit = constant(unit, {size}, "unit");
-  scan.zero = constant(zero, {size}, "zero");
-  scan.residual = residual;
-  scan.noise = noise ? constant(*noise, {lists}, "noise") : nullptr;
+  sample.code_size = static_cast<int>(size);
+  sample.centroids = centroids.data();
+  sample.norms = constant(norms, {count}, "norms");
+  sample.centres = centres.data();
+  sample.channels = static_cast<int>(channels);
+  sample.unit = constant(unit, {size}, "unit");
+  sample.zero = constant(zero, {size}, "zero");
+  sample.residual = residual;
+  sample.noise = noise ? constant(*noise, {lists}, "noise") : nullptr;
   if (pixels < 1) throw std::invalid_argument("pixels must be at least 1");
   if (allowed) {
-    scan.images = allowed->size();
-    scan.allowed = constant(*allowed, {allowed->size()}, "allowed");
+    sample.images = allowed->size();
+    sample.allowed = constant(*allowed, {allowed->size()}, "allowed");
   }
-  scan.pixels = pixels;
-  scan.y = constant(y, {queries, size}, "y");
-  scan.queries = static_cast<int>(queries);
-  scan.precision = precision;
-  scan.blur = blur;
-  scan.budget = constant(budget, {queries}, "budget");
-  scan.most_read = most_read;
-  scan.coarsest = coarsest;
-  scan.seed = seed;
-  scan.tiles = tiles;
-  scan.parts = static_cast<int>(results.shape(0));
-  scan.results = checked(results, {results.shape(0), scan.fields(), queries}, "results");
-  run_scan(scan, threads);
+  sample.pixels = pixels;
+  sample.y = constant(y, {queries, size}, "y");
+  sample.queries = static_cast<int>(queries);
+  sample.precision = precision;
+  sample.blur = blur;
+  sample.budget = constant(budget, {queries}, "budget");
+  sample.most_read = most_read;
+  sample.coarsest = coarsest;
+  sample.seed = seed;
+  sample.tiles = tiles;
+  sample.parts = static_cast<int>(results.shape(0));
+  sample.results = checked(results, {results.shape(0), sample.fields(), queries}, "results");
+  run_lists(sample, threads);
 }
 
 #if defined(ELS_HAS_TILES)
@@ -358,8 +360,8 @@ void run_border(const els::Border& border, int threads) {
 
 void border(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::int64_t> starts,
             Array<float> x, Array<std::uint8_t> wanted, double alpha, double sigma, int patch_size,
-            int threads, Array<double> maximum, Array<double> mass, Array<double> centre,
-            Array<double> tilt) {
+            int threads, Array<double> reference, Array<double> mass, Array<double> centre,
+            Array<double> logit_sum) {
   if (images.ndim() != 4 || x.ndim() != 3 || members.ndim() != 1 || starts.ndim() != 1) {
     throw std::invalid_argument("images must have 4 dimensions, x 3, members and starts 1");
   }
@@ -386,10 +388,10 @@ void border(Array<std::uint8_t> images, Array<std::int64_t> members, Array<std::
   problem.alpha = alpha;
   problem.sigma = sigma;
   problem.patch_size = patch_size;
-  problem.maximum = checked(maximum, {groups, height, width}, "maximum");
+  problem.reference = checked(reference, {groups, height, width}, "reference");
   problem.mass = checked(mass, {groups, height, width}, "mass");
   problem.centre = checked(centre, {groups, channels, height, width}, "centre");
-  problem.tilt = checked(tilt, {groups, height, width}, "tilt");
+  problem.logit_sum = checked(logit_sum, {groups, height, width}, "logit_sum");
   run_border(problem, threads);
 }
 #endif
@@ -417,28 +419,28 @@ PYBIND11_MODULE(ELS_MODULE, module) {
              py::arg("starts").noconvert(), py::arg("x").noconvert(), py::arg("alpha").noconvert(),
              py::arg("sigma").noconvert(), py::arg("patch_size"), py::arg("equivariant"),
              py::arg("circular"), py::arg("border_only"), py::arg("threads"),
-             py::arg("maximum").noconvert(), py::arg("mass").noconvert(),
-             py::arg("centre").noconvert(), py::arg("tilt").noconvert(),
+             py::arg("reference").noconvert(), py::arg("mass").noconvert(),
+             py::arg("centre").noconvert(), py::arg("logit_sum").noconvert(),
              py::arg("top_logits").noconvert(), py::arg("top_addresses").noconvert());
-  module.def("given", &given, py::arg("images").noconvert(), py::arg("x").noconvert(),
+  module.def("weigh", &weigh, py::arg("images").noconvert(), py::arg("x").noconvert(),
              py::arg("alpha").noconvert(), py::arg("sigma").noconvert(), py::arg("patch_size"),
              py::arg("circular"), py::arg("threads"), py::arg("addresses").noconvert(),
              py::arg("logits").noconvert(), py::arg("centres").noconvert());
-  module.def("scan", &scan, py::arg("codes").noconvert(), py::arg("ids").noconvert(),
-             py::arg("sizes").noconvert(), py::arg("offsets").noconvert(),
-             py::arg("centroids").noconvert(), py::arg("norms").noconvert(),
-             py::arg("centres").noconvert(), py::arg("unit").noconvert(),
-             py::arg("zero").noconvert(), py::arg("residual"), py::arg("noise").noconvert(),
-             py::arg("allowed").noconvert(), py::arg("pixels"), py::arg("y").noconvert(),
-             py::arg("precision"), py::arg("blur"), py::arg("budget").noconvert(),
-             py::arg("most_read"), py::arg("coarsest"), py::arg("seed"), py::arg("tiles"),
-             py::arg("threads"), py::arg("results").noconvert());
+  module.def("sample_lists", &sample_lists, py::arg("codes").noconvert(),
+             py::arg("ids").noconvert(), py::arg("sizes").noconvert(),
+             py::arg("offsets").noconvert(), py::arg("centroids").noconvert(),
+             py::arg("norms").noconvert(), py::arg("centres").noconvert(),
+             py::arg("unit").noconvert(), py::arg("zero").noconvert(), py::arg("residual"),
+             py::arg("noise").noconvert(), py::arg("allowed").noconvert(), py::arg("pixels"),
+             py::arg("y").noconvert(), py::arg("precision"), py::arg("blur"),
+             py::arg("budget").noconvert(), py::arg("most_read"), py::arg("coarsest"),
+             py::arg("seed"), py::arg("tiles"), py::arg("threads"), py::arg("results").noconvert());
 #if defined(ELS_HAS_TILES)
   module.def("border", &border, py::arg("images").noconvert(), py::arg("members").noconvert(),
              py::arg("starts").noconvert(), py::arg("x").noconvert(), py::arg("wanted").noconvert(),
              py::arg("alpha"), py::arg("sigma"), py::arg("patch_size"), py::arg("threads"),
-             py::arg("maximum").noconvert(), py::arg("mass").noconvert(),
-             py::arg("centre").noconvert(), py::arg("tilt").noconvert());
+             py::arg("reference").noconvert(), py::arg("mass").noconvert(),
+             py::arg("centre").noconvert(), py::arg("logit_sum").noconvert());
 #endif
   module.def("can_use_tiles", &can_use_tiles);
   module.def("instruction_sets", &instruction_sets);

@@ -42,10 +42,10 @@ struct Border {
   double alpha, sigma;
   int patch_size;
   // Results, [groups, ...]: float64 natural-log states; pixels that are not weighed are left.
-  double* maximum;
+  double* reference;
   double* mass;
   double* centre;
-  double* tilt;
+  double* logit_sum;
 
   int radius() const { return patch_size / 2; }
   int pixels() const { return height * width; }
@@ -127,7 +127,7 @@ class BorderPlan {
   bool transposes = false;
 
  private:
-  // Completes a piece that says where it is, if any of its pixels is wanted.
+  // Completes a piece whose place is set, if any of its pixels is wanted.
   void add(BorderPiece&& piece) {
     const int r = border.radius(), c = border.channels;
     const bool corner = piece.corner;
@@ -205,7 +205,7 @@ class BorderPlan {
     pieces.push_back(std::move(piece));
   }
 
-  // A query as high and low bytes of 16 bits; what it stands for from here on are these.
+  // A query as high and low bytes of 16 bits; it is replaced by these rounded values.
   void round(BorderPiece& piece, int lane, const std::vector<double>& values) const {
     double largest = 1e-30;
     for (double value : values) largest = std::max(largest, std::abs(value));
@@ -281,7 +281,7 @@ class BorderWorker {
  private:
   static constexpr int kImages = kTileRows;  // of a block: those of a corner's tile
   static constexpr int kLow = 2 * kTileRows * kLanes;
-  static constexpr int kReference = 0, kMass = 1, kTilt = 2, kCentre = 3, kFields = 3 + C;
+  static constexpr int kReference = 0, kMass = 1, kLogitSum = 2, kCentre = 3, kFields = 3 + C;
 
   // The images of a block, each channel as it is and transposed; whole vectors can be read around.
   void load_planes(const std::int64_t* members, int count) {
@@ -352,7 +352,7 @@ class BorderWorker {
     }
   }
 
-  // Position after position, channel after channel. What is written beyond is written again later.
+  // Position after position, channel after channel. Values written beyond are overwritten later.
   void copy(const BorderPiece& piece, int image, std::uint8_t* strip) {
     const int depth = piece.depth;
     const __m128i backwards = _mm_set_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -541,7 +541,7 @@ class BorderWorker {
     store_tile<3>(products_ + kLow + piece.rows * kLanes, kTileBytes);
   }
 
-  // Adds rows of products to the sums of the lanes in hand.
+  // Adds rows of products to the sums of the current lanes.
   void add(int rows, const float* norms, const float* centres) {
     constexpr int kTogether = 4;
     const __m512 step = reinterpret_cast<__m512>(lanes_.step);
@@ -568,7 +568,7 @@ class BorderWorker {
       exp2_nonpositive(below, weights);
       for (int i = 0; i < kTogether && row + i < rows; ++i) {
         fresh_[kMass] += weights[i];
-        fresh_[kTilt] += weights[i] * below[i];
+        fresh_[kLogitSum] += weights[i] * below[i];
         for (int c = 0; c < C; ++c) {
           const float* const centre = centres + ((row + i) * C + c) * lanes_.size;
           fresh_[kCentre + c] += weights[i] * reinterpret_cast<Vec>(entry(centre));
@@ -582,13 +582,13 @@ class BorderWorker {
     return _mm512_permutexvar_ps(lanes_.index, _mm512_load_ps(row));
   }
 
-  // Moves the sums in hand to nearer references.
+  // Moves the current sums to nearer references.
   void lower(Vec reference) {
     const Vec shift[1] = {lanes_.sums[kReference] - reference};
     Vec factor[1];
     exp2_nonpositive(shift, factor);
     for (Vec* sums : {lanes_.sums, fresh_}) {
-      sums[kTilt] = (sums[kTilt] + shift[0] * sums[kMass]) * factor[0];
+      sums[kLogitSum] = (sums[kLogitSum] + shift[0] * sums[kMass]) * factor[0];
       sums[kMass] *= factor[0];
       for (int c = 0; c < C; ++c) sums[kCentre + c] *= factor[0];
     }
@@ -601,9 +601,9 @@ class BorderWorker {
       const Vec* const of = sums.data() + lane / kLanes * kFields;
       const int i = lane % kLanes;
       const std::size_t at = group * pixels + piece.pixel[lane];
-      border_.maximum[at] = kLn2 * (static_cast<double>(of[kReference][i]) - piece.power[lane]);
+      border_.reference[at] = kLn2 * (static_cast<double>(of[kReference][i]) - piece.power[lane]);
       border_.mass[at] = of[kMass][i];
-      border_.tilt[at] = kLn2 * static_cast<double>(of[kTilt][i]);
+      border_.logit_sum[at] = kLn2 * static_cast<double>(of[kLogitSum][i]);
       for (int c = 0; c < C; ++c) {
         border_.centre[(group * C + c) * pixels + piece.pixel[lane]] =
             static_cast<double>(of[kCentre + c][i]) / 127.5 - static_cast<double>(of[kMass][i]);
@@ -629,7 +629,7 @@ class BorderWorker {
   float norm_scale_;
   std::vector<std::vector<Vec>> sums_;
   Lanes lanes_;
-  Vec fresh_[kFields];  // of the block in hand, so that long sums keep their digits
+  Vec fresh_[kFields];  // of the current block, so that long sums lose no digits
   alignas(64) std::int32_t products_[2 * kLow];
 };
 

@@ -12,8 +12,10 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr double kUnit = 1.0 / (1 << 24);  // unit roundoff of float32
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Exponents of what does not count, and of the reference before anything does.
-constexpr float kNever = -1e30f, kNothing = -1e29f;
+// Exponent of a candidate that must not count.
+constexpr float kNever = -1e30f;
+// Exponent of the reference before any candidate has counted.
+constexpr float kNothing = -1e29f;
 constexpr double kNowhere = std::numeric_limits<double>::infinity();
 // Squared distances up to this can be added up in float32, and are below those of lanes without an
 // image.

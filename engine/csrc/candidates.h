@@ -1,4 +1,4 @@
-// Distances of query patches to given training patches, in double, straight from the images.
+// Distances from query patches to candidates given by address, in double.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace els {
 
-struct GivenProblem {
+struct Candidates {
   const std::uint8_t* images;  // uint8 [*, C, H, W]
   const double* x;             // [B, C, H, W]
   const double* alpha;         // [B]
@@ -21,8 +21,8 @@ struct GivenProblem {
 };
 
 // The candidates of one query pixel; `patch` and `sums` are room for C * P * P and P numbers.
-inline void weigh_given(const GivenProblem& problem, std::int64_t query, int pixel,
-                        std::vector<double>& patch, std::vector<double>& sums) {
+inline void weigh_candidates(const Candidates& problem, std::int64_t query, int pixel,
+                             std::vector<double>& patch, std::vector<double>& sums) {
   const int C = problem.channels, H = problem.height, W = problem.width, P = problem.patch_size;
   const int pixels = H * W, radius = P / 2;
   const auto inside = [](int i, int length) { return i >= 0 && i < length; };

@@ -3,14 +3,14 @@
 // For a fixed displacement d between a query pixel and a training pixel, the distance of their
 // patches is a P x P box filter of the pixelwise squared difference. Lanes are training images.
 // Window sums are built from prefixes and suffixes of blocks of P terms (van Herk), never by
-// subtracting what left the window: a float32 running sum would keep the rounding of every
-// mismatch that it has passed over, which is fatal at small noise.
+// subtracting the term that leaves the window: a float32 running sum keeps the rounding of every
+// large term that it has added, which exceeds the distances that matter at small noise.
 //
 // All distances here are D' = log2(e) / (2 sigma^2) * ||x_patch - alpha * k_patch||^2 - offset, so
 // the logit to base 2 is -(D' + offset). The offset is a bias per pixel of the patch, about what
 // true noise contributes: D' stays near zero, and its rounding small, for the candidates that
-// matter. Where float32 does not know D' well enough all the same, it only chooses candidates, and
-// float64 measures them again: the nearest patch wins however small sigma is.
+// matter. Where the rounding of D' is still too large, float32 only chooses candidates, and float64
+// computes their distances: the nearest patch has the largest weight however small sigma is.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,7 @@
 
 namespace els {
 
-// Query rows that are taken together: as many as leave room in the registers.
+// Query rows that are computed together: as many as leave room in the registers.
 constexpr int kMostRows = 3;
 
 // One thread's work: one query against one group of image blocks at a time.
@@ -45,7 +45,7 @@ class Worker {
     const int query_rows = wraps_ ? 2 * height : height + 2 * r;
     query_.resize(static_cast<std::size_t>(query_rows) * query_stride_ * C);
     image_pad_x_ = wraps_ ? 0 : r;
-    // Rows beyond the image feed only windows that no sweep uses, but must be readable.
+    // Rows beyond the image are read for windows that no sweep uses.
     image_pad_y_ = std::max(wraps_ ? 0 : r, kMostDisplacements - 1);
     image_stride_ = spread((width + 2 * image_pad_x_) * C);
     image_.resize(static_cast<std::size_t>(height + 2 * image_pad_y_) * image_stride_);
@@ -88,8 +88,8 @@ class Worker {
       for (const Sweep& sweep : sweeps_) {
         if (cancelled.load(std::memory_order_relaxed)) return;
         run_sweep(sweep);
-        // Soon after the start, while the nearest patches are still being found, then now and then.
-        // Lanes are float32: they are emptied before their rounding could be seen.
+        // Often at first, while the nearest patches are still being found, then less often. Lanes
+        // are float32: they are added to float64 sums before their rounding matters.
         ++done;
         if ((done & (done - 1)) == 0 || done % 128 == 0) {
           flush();
@@ -103,8 +103,8 @@ class Worker {
   }
 
  private:
-  // Per pixel: mass, tilt, one centre per channel.
-  static constexpr int kMass = 0, kTilt = 1, kCentre = 2, kSums = 2 + C;
+  // Per pixel: mass, logit_sum, one centre per channel.
+  static constexpr int kMass = 0, kLogitSum = 1, kCentre = 2, kSums = 2 + C;
 
   void prepare(int query) {
     const int height = problem_.height, width = problem_.width, pixels = problem_.pixels();
@@ -154,8 +154,8 @@ class Worker {
     }
   }
 
-  // A look at a few displacements, without weights: references, and with them the bias, start near
-  // where they will be, and hardly any pixel has to await its first exact distance.
+  // A few displacements, without weights: references, and the bias that follows them, then start
+  // near their final values, and few pixels wait for their first exact distance.
   void find_references() {
     const int pixels = problem_.pixels();
     for (int pixel = 0; pixel < pixels; ++pixel) nearest(pixel) = splat(kInfinity);
@@ -193,7 +193,8 @@ class Worker {
     }
   }
 
-  // Far off the manifold the noise is not what sigma says: the bias follows the nearest patches.
+  // Far off the manifold distances exceed what sigma predicts: the bias follows the nearest
+  // patches.
   void adapt_bias() {
     constexpr float kClose = 32.0f;
     const int pixels = problem_.pixels();
@@ -206,8 +207,8 @@ class Worker {
     if (!problem_.circular) clear_border();
   }
 
-  // Weights are at most 1, so the mass is at most the number of equal weights that would do as
-  // well.
+  // Weights are at most 1, so the mass bounds the number of equal weights with the same rounding
+  // error.
   void adapt_limits() {
     for (int pixel = 0; pixel < problem_.pixels(); ++pixel) {
       refine_beyond_[pixel] =
@@ -265,7 +266,7 @@ class Worker {
           bytes_[(i * C + c) * kLanes + lane] = image[c * pixels + i];
       }
     }
-    // Lanes without an image are put so far away that their weight is exactly zero.
+    // Lanes without an image get distances so large that their weight is exactly zero.
     Vec scale{}, shift{};
     for (int lane = 0; lane < kLanes; ++lane) {
       scale[lane] = lane < filled_ ? static_cast<float>(image_scale_ / 127.5) : 0.0f;
@@ -360,7 +361,7 @@ class Worker {
     }
   }
 
-  // What add_rows leaves behind, besides the carry:
+  // What add_rows stores beside the carry:
   enum Mode {
     kDifferences,   // P = 1: windows are the terms
     kSuffixes,      // suffixes of a block without windows, from its last row up, and its whole sum
@@ -459,7 +460,7 @@ class Worker {
     }
   }
 
-  // Finishes the windows of the vertical sums in hand, which are centred on query rows row..
+  // Finishes the windows of the current vertical sums, which are centred on query rows row..
   template <int kCount>
   void emit_rows(const Sweep& sweep, int row, int rows) {
     const int columns = sweep.column_end - sweep.column_begin;
@@ -534,7 +535,7 @@ class Worker {
   template <int kStride>
   void accumulate(const Sweep& sweep, int row, int begin, int end) {
     if (looking_) return look<kStride>(sweep, row, begin, end);
-    if (problem_.tilt != nullptr) {
+    if (problem_.logit_sum != nullptr) {
       accumulate_row<kStride, true>(sweep, row, begin, end);
     } else {
       accumulate_row<kStride, false>(sweep, row, begin, end);
@@ -542,22 +543,22 @@ class Worker {
     if (problem_.top > 0) rank_row<kStride>(sweep, row, begin, end);
   }
 
-  template <int kStride, bool kTilted>
+  template <int kStride, bool kHasLogitSum>
   void accumulate_row(const Sweep& sweep, int row, int begin, int end) {
-    if (kStride == 1) return accumulate_some<kStride, kTilted, 1>(sweep, row, begin);
+    if (kStride == 1) return accumulate_some<kStride, kHasLogitSum, 1>(sweep, row, begin);
     switch (end - begin) {
       case 1:
-        return accumulate_some<kStride, kTilted, 1>(sweep, row, begin);
+        return accumulate_some<kStride, kHasLogitSum, 1>(sweep, row, begin);
       case 2:
-        return accumulate_some<kStride, kTilted, 2>(sweep, row, begin);
+        return accumulate_some<kStride, kHasLogitSum, 2>(sweep, row, begin);
       case 3:
-        return accumulate_some<kStride, kTilted, 3>(sweep, row, begin);
+        return accumulate_some<kStride, kHasLogitSum, 3>(sweep, row, begin);
       case 4:
-        return accumulate_some<kStride, kTilted, 4>(sweep, row, begin);
+        return accumulate_some<kStride, kHasLogitSum, 4>(sweep, row, begin);
     }
   }
 
-  template <int kStride, bool kTilted, int kCount>
+  template <int kStride, bool kHasLogitSum, int kCount>
   void accumulate_some(const Sweep& sweep, int row, int begin) {
     const int columns = sweep.column_end - sweep.column_begin;
     const int y = (row + problem_.height) % problem_.height;
@@ -588,7 +589,7 @@ class Worker {
       }
       const Vec level = splat(level_[pixel]);
       Vec* const sums = lanes_.data() + static_cast<std::size_t>(pixel) * kSums;
-      Vec mass = sums[kMass], tilt = kTilted ? sums[kTilt] : Vec{};
+      Vec mass = sums[kMass], logit_sum = kHasLogitSum ? sums[kLogitSum] : Vec{};
       Vec centre[C];
       for (int c = 0; c < C; ++c) centre[c] = sums[kCentre + c];
       Vec exponent[kCount], weight[kCount];
@@ -596,11 +597,11 @@ class Worker {
       exp2_nonpositive(exponent, weight);
       for (int t = 0; t < kCount; ++t) {
         mass += weight[t];
-        if (kTilted) tilt += weight[t] * exponent[t];
+        if (kHasLogitSum) logit_sum += weight[t] * exponent[t];
         for (int c = 0; c < C; ++c) centre[c] += weight[t] * k[t * image_stride_ + c];
       }
       sums[kMass] = mass;
-      if (kTilted) sums[kTilt] = tilt;
+      if (kHasLogitSum) sums[kLogitSum] = logit_sum;
       for (int c = 0; c < C; ++c) sums[kCentre + c] = centre[c];
     }
   }
@@ -609,7 +610,7 @@ class Worker {
 
   // Makes a pixel's sums relative to a whole distance. `level` is the same distance as a D'; where
   // float32 sums are relative to it, it is the reference exactly. Inlined, it would take registers
-  // from the loop that hardly ever calls it.
+  // from the loop that rarely calls it.
   [[gnu::noinline]] void refer_to(int pixel, double reference) {
     const double old = reference_[pixel];
     if (reference == kNowhere) return;
@@ -622,20 +623,20 @@ class Worker {
   // Moves a pixel's sums to a reference distance that is further by `shift`.
   void rescale(int pixel, double shift) {
     const double scale = std::exp2(shift);
-    // A much nearer patch makes a broad posterior narrow.
+    // A much nearer patch has been found: the weights so far become small.
     if (scale < 0.5) refine_beyond_[pixel] = refinement_limit(1.0);
     Vec* lanes = lanes_.data() + static_cast<std::size_t>(pixel) * kSums;
     double* sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
-    if (scale == 0.0) shift = 0.0;  // nothing is left, and the shift may be beyond float32
-    lanes[kTilt] += static_cast<float>(shift) * lanes[kMass];
-    sums[kTilt] += shift * sums[kMass];
+    if (scale == 0.0) shift = 0.0;  // the sums are 0, and the shift may exceed float32
+    lanes[kLogitSum] += static_cast<float>(shift) * lanes[kMass];
+    sums[kLogitSum] += shift * sums[kMass];
     for (int i = 0; i < kSums; ++i) {
       lanes[i] *= static_cast<float>(scale);
       sums[i] *= scale;
     }
   }
 
-  // The slow, sure path: float32 has chosen the candidates that could matter, float64 weighs them.
+  // The slow path: float32 has chosen the candidates that could matter, float64 weighs them.
   template <int kStride>
   void accumulate_refined(const Sweep& sweep, int row, int column, int begin, int end, int pixel) {
     double* const sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
@@ -654,7 +655,7 @@ class Worker {
         const double weight = std::exp2(exponent);
         if (weight == 0.0) continue;
         sums[kMass] += weight;
-        sums[kTilt] += weight * exponent;
+        sums[kLogitSum] += weight * exponent;
         const std::uint8_t* const centre = image_bytes(row + sweep.dy + t, v + sweep.dx) + lane;
         for (int c = 0; c < C; ++c) {
           sums[kCentre + c] += weight * image_scale_ * (centre[c * kLanes] / 127.5 - 1.0);
@@ -736,9 +737,9 @@ class Worker {
     for (int pixel = 0; pixel < pixels; ++pixel) {
       const double* sums = sums_.data() + static_cast<std::size_t>(pixel) * kSums;
       const std::size_t out = slot * pixels + pixel;
-      problem_.maximum[out] = -kLn2 * reference_[pixel];
+      problem_.reference[out] = -kLn2 * reference_[pixel];
       problem_.mass[out] = sums[kMass];
-      if (problem_.tilt != nullptr) problem_.tilt[out] = kLn2 * sums[kTilt];
+      if (problem_.logit_sum != nullptr) problem_.logit_sum[out] = kLn2 * sums[kLogitSum];
       for (int c = 0; c < C; ++c) {
         problem_.centre[(slot * C + c) * pixels + pixel] = sums[kCentre + c] / image_scale_;
       }
@@ -759,19 +760,19 @@ class Worker {
   // The query of this task.
   const double* x_ = nullptr;
   double alpha_ = 0.0, precision_ = 0.0, image_scale_ = 0.0, largest_ = 0.0, typical_ = 0.0;
-  // Times the whole distances, so that float32 holds them; 1 but for astronomical ones.
+  // Factor of the whole distances, so that float32 holds them; 1 unless they are near its limit.
   double shrink_ = 1.0;
   float bias_ = 0.0f, threshold_ = 0.0f;
   Buffer<float> query_;    // scaled, padded, [rows][columns][C]
   Buffer<double> offset_;  // [H][W]: D' + offset is the whole distance, shrunk
 
-  // The block of images in hand.
+  // The current block of images.
   int filled_ = 0;
   std::int64_t member_[kLanes] = {};
   Buffer<std::uint8_t> bytes_;  // [y][x][C][lane]
   Buffer<Vec> image_;           // scaled, padded, [y][x][C], image_stride_ a row
 
-  // Window sums in flight.
+  // Unfinished window sums.
   Buffer<Vec> suffix_;      // [P][column][displacement]: sums of terms i..P-1 of the block before
   Buffer<Vec> carry_;       // [column][displacement]: sums of the terms so far of this block
   Buffer<Vec> vertical_;    // [row][column][displacement]: sums of P terms
@@ -780,7 +781,7 @@ class Worker {
 
   bool looking_ = false;
 
-  // The state of every pixel: lanes in float32, emptied into float64 sums, both relative to a
+  // The state of every pixel: lanes in float32, added to float64 sums, both relative to a
   // whole distance.
   Buffer<Vec> lanes_;
   Buffer<double> reference_;

@@ -1,10 +1,10 @@
-// Posteriors over the inverted lists of a patch index, each list read as densely as it matters.
+// Posteriors over the inverted lists of a patch index, by Horvitz-Thompson sampling.
 //
-// A query reads 2^-j of a list, in random blocks of kRows codes, where j grows with the distance of
-// the list's centroid; what it reads is weighed 2^j fold. So sums over all codes are estimated
-// without bias, and the spread of the blocks tells the error. Lists are the outer loop: a block of
-// codes serves all queries that read it, and distances are products of small matrices. A group of
-// kLanes queries reads what the nearest of them does.
+// A query reads random blocks of kRows codes of a list with inclusion probability 2^-j, where j
+// grows with the distance of the list's centroid, and divides their sums by it. So sums over all
+// codes are estimated without bias, and the spread of the blocks gives the error. Lists are the
+// outer loop: a block of codes serves all queries that read it, and distances are products of small
+// matrices. A group of kLanes queries reads what the nearest of them does.
 //
 // Lanes are queries. All exponents are to base 2: that of a code z for a query y is
 // precision * (2 y.z - |z|^2), the logit less what depends on the query alone.
@@ -31,9 +31,9 @@ namespace els {
 
 constexpr int kRows = 16;  // codes of a block
 constexpr int kMostChannels = 4;
-constexpr int kMostLevels = 16;  // of density
+constexpr int kMostLevels = 16;  // of inclusion probabilities
 
-struct Scan {
+struct ListSample {
   // The lists: addresses of their codes uint8 [size, code_size] and of their int64 ids.
   std::int64_t lists;
   const std::uint64_t* codes;
@@ -84,26 +84,26 @@ inline std::uint64_t mixed(std::uint64_t x) {  // splitmix64
 
 }  // namespace detail
 
-// What all threads share: the queries in lanes, and how densely each reads each list.
-class ScanPlan {
+// What all threads share: the queries in lanes, and each one's inclusion probability of each list.
+class ListPlan {
  public:
-  explicit ScanPlan(const Scan& scan)
-      : scan(scan),
-        groups((scan.queries + kLanes - 1) / kLanes),
+  explicit ListPlan(const ListSample& sample)
+      : sample(sample),
+        groups((sample.queries + kLanes - 1) / kLanes),
         padded(groups * kLanes),
-        ranks(new std::uint16_t[static_cast<std::size_t>(scan.lists) * padded]),
+        ranks(new std::uint16_t[static_cast<std::size_t>(sample.lists) * padded]),
         nearest(padded, 0xffff),
         base(padded, 0) {
-    for (std::int64_t list = 0; list < scan.lists; ++list) {
-      most_ += std::min(scan.sizes[list], scan.most_read);
+    for (std::int64_t list = 0; list < sample.lists; ++list) {
+      most_ += std::min(sample.sizes[list], sample.most_read);
     }
-    const int size = scan.code_size;
+    const int size = sample.code_size;
     lanes_.resize(static_cast<std::size_t>(padded) * size);
     powers_.resize(groups);
-    for (int p = 0; p < scan.queries; ++p) {
+    for (int p = 0; p < sample.queries; ++p) {
       float power = 0.0f;
       for (int d = 0; d < size; ++d) {
-        const float value = scan.y[static_cast<std::size_t>(p) * size + d];
+        const float value = sample.y[static_cast<std::size_t>(p) * size + d];
         lanes_[(static_cast<std::size_t>(p / kLanes) * size + d) * kLanes + p % kLanes] = value;
         power += value * value;
       }
@@ -113,15 +113,15 @@ class ScanPlan {
 
   // Ranks lists first..last: distances in quarters of a power of two of the weight. In any order.
   void rank(std::int64_t first, std::int64_t last) {
-    constexpr int kLists = 4, kGroups = 2;  // that share what is loaded
-    const int size = scan.code_size;
-    const Vec scale = splat(static_cast<float>(4.0 * scan.blur));
+    constexpr int kLists = 4, kGroups = 2;  // computed together, from the same loads
+    const int size = sample.code_size;
+    const Vec scale = splat(static_cast<float>(4.0 * sample.blur));
     std::vector<std::uint16_t> least(padded, 0xffff);
     for (std::int64_t list = first; list < last; list += kLists) {
       const float* centroids[kLists];
       float powers[kLists] = {};
       for (int i = 0; i < kLists; ++i) {
-        centroids[i] = scan.centroids + std::min(list + i, last - 1) * size;
+        centroids[i] = sample.centroids + std::min(list + i, last - 1) * size;
         for (int d = 0; d < size; ++d) powers[i] += centroids[i][d] * centroids[i][d];
       }
       for (int group = 0; group < groups; group += kGroups) {
@@ -143,7 +143,7 @@ class ScanPlan {
             const ShortVec rounded =
                 __builtin_convertvector(__builtin_convertvector(rank, IntVec), ShortVec);
             std::memcpy(ranks.get() + (list + i) * padded + at, &rounded, sizeof(rounded));
-            if (scan.sizes[list + i] == 0) continue;
+            if (sample.sizes[list + i] == 0) continue;
             ShortVec before;
             std::memcpy(&before, least.data() + at, sizeof(before));
             before = rounded < before ? rounded : before;
@@ -162,14 +162,15 @@ class ScanPlan {
     const int count = last - first;
     const std::uint16_t* const __restrict least = nearest.data() + first;
     std::vector<float> bins(static_cast<std::size_t>(count) * kBins);
-    // What is read need not be known exactly: some ten thousand lists tell.
-    const std::int64_t stride = std::max<std::int64_t>(1, scan.lists / 16384);
+    // The number of codes read is estimated from some ten thousand lists.
+    const std::int64_t stride = std::max<std::int64_t>(1, sample.lists / 16384);
     float total = 0.0f;
-    for (std::int64_t list = 0; list < scan.lists; list += stride) {
-      const float size = static_cast<float>(stride * std::min(scan.sizes[list], scan.most_read));
+    for (std::int64_t list = 0; list < sample.lists; list += stride) {
+      const float size =
+          static_cast<float>(stride * std::min(sample.sizes[list], sample.most_read));
       if (size == 0.0f) continue;
       const std::uint16_t* const row = ranks.get() + list * padded + first;
-      if (list + kAhead * stride < scan.lists) __builtin_prefetch(row + kAhead * stride * padded);
+      if (list + kAhead * stride < sample.lists) __builtin_prefetch(row + kAhead * stride * padded);
       total += size;
       for (int i = 0; i < count; ++i) {
         const int bin = row[i] - least[i];
@@ -186,23 +187,23 @@ class ScanPlan {
       const auto reads = [&](int from) {
         double codes = 0.0;
         for (int bin = 0; bin < kBins; ++bin) {
-          const int level = std::min(std::max((bin - from + 3) >> 2, 0), scan.coarsest);
+          const int level = std::min(std::max((bin - from + 3) >> 2, 0), sample.coarsest);
           codes += parts[level] * static_cast<double>(bins[i * kBins + bin]);
         }
         return codes;
       };
-      const double budget = scan.budget[first + i];
-      int low = -4 * scan.coarsest, high = kBins;  // reads(low) is the least there is
+      const double budget = sample.budget[first + i];
+      int low = -4 * sample.coarsest, high = kBins;  // reads(low) is the least there is
       while (high - low > 1) {
         const int middle = (low + high) / 2;
         (reads(middle) <= budget ? low : high) = middle;
       }
-      // Where the budget is everything, so is what is read.
+      // With a budget of all codes, all are read.
       base[first + i] = least[i] + (static_cast<double>(most_) <= budget ? 0x10000 : low);
     }
   }
 
-  const Scan& scan;
+  const ListSample& sample;
   const int groups, padded;
   // [lists, padded], all of which are written before they are read.
   const std::unique_ptr<std::uint16_t[]> ranks;
@@ -211,7 +212,7 @@ class ScanPlan {
 
  private:
   const float* lanes_of(int group) const {
-    return lanes_.data() + static_cast<std::size_t>(group) * scan.code_size * kLanes;
+    return lanes_.data() + static_cast<std::size_t>(group) * sample.code_size * kLanes;
   }
 
   std::vector<float> lanes_;  // [groups, code_size, lane]
@@ -223,28 +224,28 @@ class ScanPlan {
 // Products of a block of codes with the queries of a group, in float.
 class FloatProducts {
  public:
-  explicit FloatProducts(const ScanPlan& plan) : scan_(plan.scan) {
-    queries_.resize(static_cast<std::size_t>(plan.padded) * scan_.code_size);
-    for (int p = 0; p < scan_.queries; ++p) {
-      for (int d = 0; d < scan_.code_size; ++d) {
-        const std::size_t at = static_cast<std::size_t>(p) * scan_.code_size + d;
-        queries_[at] = scan_.y[at] * scan_.unit[d];
+  explicit FloatProducts(const ListPlan& plan) : sample_(plan.sample) {
+    queries_.resize(static_cast<std::size_t>(plan.padded) * sample_.code_size);
+    for (int p = 0; p < sample_.queries; ++p) {
+      for (int d = 0; d < sample_.code_size; ++d) {
+        const std::size_t at = static_cast<std::size_t>(p) * sample_.code_size + d;
+        queries_[at] = sample_.y[at] * sample_.unit[d];
       }
     }
-    lanes_.resize(static_cast<std::size_t>(scan_.code_size) * kLanes);
+    lanes_.resize(static_cast<std::size_t>(sample_.code_size) * kLanes);
   }
 
   void choose(const std::int32_t* members) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const float* const query =
-          queries_.data() + static_cast<std::size_t>(members[lane]) * scan_.code_size;
-      for (int d = 0; d < scan_.code_size; ++d) lanes_[d * kLanes + lane] = query[d];
+          queries_.data() + static_cast<std::size_t>(members[lane]) * sample_.code_size;
+      for (int d = 0; d < sample_.code_size; ++d) lanes_[d * kLanes + lane] = query[d];
     }
   }
 
   // `codes` has kRows of them.
   void multiply(const std::uint8_t* codes, Vec (&products)[kRows]) const {
-    const int size = scan_.code_size;
+    const int size = sample_.code_size;
     for (int row = 0; row < kRows; row += 4) {
       Vec sums[4] = {};
       for (int d = 0; d < size; ++d) {
@@ -258,7 +259,7 @@ class FloatProducts {
   }
 
  private:
-  const Scan& scan_;
+  const ListSample& sample_;
   std::vector<float> queries_;  // [padded, code_size], times the codes' units
   std::vector<float> lanes_;    // of the chosen: [code_size, lane]
 };
@@ -267,20 +268,22 @@ class FloatProducts {
 // The same on the matrix unit: queries are rounded to 16 bits, high and low byte.
 class TileProducts {
  public:
-  explicit TileProducts(const ScanPlan& plan)
-      : scan_(plan.scan), words_((scan_.code_size + 3) / 4), tiles_((words_ + kRows - 1) / kRows) {
-    const int size = scan_.code_size;
+  explicit TileProducts(const ListPlan& plan)
+      : sample_(plan.sample),
+        words_((sample_.code_size + 3) / 4),
+        tiles_((words_ + kRows - 1) / kRows) {
+    const int size = sample_.code_size;
     const std::size_t row = static_cast<std::size_t>(tiles_) * kTileBytes;
     high_.resize(plan.padded * row);
     low_.resize(plan.padded * row);
     step_.resize(plan.padded);
-    for (int p = 0; p < scan_.queries; ++p) {
-      const float* const y = scan_.y + static_cast<std::size_t>(p) * size;
+    for (int p = 0; p < sample_.queries; ++p) {
+      const float* const y = sample_.y + static_cast<std::size_t>(p) * size;
       float largest = 1e-30f;
-      for (int d = 0; d < size; ++d) largest = std::max(largest, std::abs(y[d] * scan_.unit[d]));
+      for (int d = 0; d < size; ++d) largest = std::max(largest, std::abs(y[d] * sample_.unit[d]));
       step_[p] = largest / static_cast<float>(kLargestQuery);
       for (int d = 0; d < size; ++d) {
-        const int value = static_cast<int>(std::lrint(y[d] * scan_.unit[d] / step_[p]));
+        const int value = static_cast<int>(std::lrint(y[d] * sample_.unit[d] / step_[p]));
         const Digits digits = digits_of(value);
         low_[p * row + d] = digits.low;
         high_[p * row + d] = digits.high;
@@ -311,7 +314,7 @@ class TileProducts {
       choose(members, low_.data() + tile * kTileBytes, out + kRows * kTileBytes);
     }
     for (int lane = 0; lane < kLanes; ++lane) steps_[lane] = step_[members[lane]];
-    // What fits stays in its tiles for all blocks.
+    // Queries that fit stay in their tiles for all blocks.
     const std::uint8_t* const last = chosen_.data() + (tiles_ - 1) * 2 * kRows * kTileBytes;
     load_tile<6>(last, kTileBytes);
     load_tile<7>(last + kRows * kTileBytes, kTileBytes);
@@ -322,8 +325,8 @@ class TileProducts {
   }
 
   void multiply(const std::uint8_t* codes, Vec (&products)[kRows]) {
-    long stride = scan_.code_size;
-    if (scan_.code_size % 4 != 0) {
+    long stride = sample_.code_size;
+    if (sample_.code_size % 4 != 0) {
       // In whole words, of which the last has bytes of the next code where there is one: the query
       // is zero there.
       const long width = 4 * words_, end = kRows * stride;
@@ -378,7 +381,7 @@ class TileProducts {
     std::memcpy(out, rows, sizeof(rows));
   }
 
-  const Scan& scan_;
+  const ListSample& sample_;
   const int words_, tiles_;         // of a code: 4 bytes, and up to 64 bytes
   Buffer<std::int8_t> high_, low_;  // [padded, tiles * 64]
   std::vector<float> step_;
@@ -391,19 +394,19 @@ class TileProducts {
 
 // One thread's work: parts of the lists, one after another.
 template <int C, bool kNoisy, typename Products>
-class Scanner {
+class ListReader {
  public:
-  explicit Scanner(ScanPlan& plan) : plan_(plan), scan_(plan.scan), products_(plan) {
+  explicit ListReader(ListPlan& plan) : plan_(plan), sample_(plan.sample), products_(plan) {
     sums_.resize(static_cast<std::size_t>(plan.padded) * kWidth);
-    origin_.resize(scan_.code_size);
+    origin_.resize(sample_.code_size);
     level_.resize(plan.padded);
     found_.resize(plan.padded + kLanes);
     sorted_.resize(plan.padded + kLanes);
-    padded_block_.resize(static_cast<std::size_t>(kRows) * scan_.code_size);
+    padded_block_.resize(static_cast<std::size_t>(kRows) * sample_.code_size);
     for (int level = 0; level <= kDeepest; ++level) part_of_[level] = std::ldexp(1.0f, -level);
     threshold_ =
-        static_cast<float>(22.0 + std::log2(static_cast<double>(scan_.offsets[scan_.lists - 1] +
-                                                                scan_.sizes[scan_.lists - 1]) +
+        static_cast<float>(22.0 + std::log2(static_cast<double>(sample_.offsets[sample_.lists - 1] +
+                                                                sample_.sizes[sample_.lists - 1]) +
                                             1.0));
   }
 
@@ -412,19 +415,19 @@ class Scanner {
     for (int p = 0; p < plan_.padded; ++p) sums_[p * kWidth + kReference] = kNothing;
     for (std::int64_t list = first; list < last; ++list) {
       if (cancelled.load(std::memory_order_relaxed)) return;
-      if (scan_.sizes[list] > 0) read(list);
+      if (sample_.sizes[list] > 0) read(list);
     }
-    double* out = scan_.results + static_cast<std::size_t>(part) * kFields * scan_.queries;
-    for (int field = 0; field < kFields; ++field, out += scan_.queries) {
-      for (int p = 0; p < scan_.queries; ++p) out[p] = sums_[p * kWidth + field];
+    double* out = sample_.results + static_cast<std::size_t>(part) * kFields * sample_.queries;
+    for (int field = 0; field < kFields; ++field, out += sample_.queries) {
+      for (int p = 0; p < sample_.queries; ++p) out[p] = sums_[p * kWidth + field];
     }
   }
 
  private:
   // Of every query: reference exponent, then sums relative to it: mass, the part of it that was
-  // read, tilt, centres; and for the variance of a mean, of blocks, squares of mass, mass times
-  // centre, and squares of centre.
-  static constexpr int kReference = 0, kMass = 1, kSeen = 2, kTilt = 3, kCentre = 4,
+  // read, logit_sum, centres; and for the variance of a mean, of blocks, squares of mass, mass
+  // times centre, and squares of centre.
+  static constexpr int kReference = 0, kMass = 1, kSeen = 2, kLogitSum = 3, kCentre = 4,
                        kSquares = 4 + C, kFields = kSquares + 1 + 2 * C;
   // Of a row of sums: whole vectors.
   static constexpr int kWidth = (kFields + kLanes - 1) / kLanes * kLanes;
@@ -438,26 +441,26 @@ class Scanner {
 
   void read(std::int64_t list) {
     list_ = list;
-    const std::int64_t size = scan_.sizes[list];
+    const std::int64_t size = sample_.sizes[list];
     int finest = 0;
-    while ((size >> finest) > scan_.most_read) ++finest;
-    const int coarsest = std::max(finest, scan_.coarsest);
+    while ((size >> finest) > sample_.most_read) ++finest;
+    const int coarsest = std::max(finest, sample_.coarsest);
     sort(finest, coarsest);
     choose_blocks(size, many_ > 0 ? level_[sorted_[0]] : coarsest);
     if (blocks_.empty()) return;
     expect(&blocks_[0]);
     fetch(lines_);
-    if (kNoisy || scan_.residual) {
-      const float* const centroid = scan_.centroids + list * scan_.code_size;
-      for (int d = 0; d < scan_.code_size; ++d) {
-        origin_[d] = scan_.zero[d] + (scan_.residual ? centroid[d] : 0.0f);
+    if (kNoisy || sample_.residual) {
+      const float* const centroid = sample_.centroids + list * sample_.code_size;
+      for (int d = 0; d < sample_.code_size; ++d) {
+        origin_[d] = sample_.zero[d] + (sample_.residual ? centroid[d] : 0.0f);
       }
     }
     for (int at = 0; at < many_; at += kLanes) {
       const int count = std::min(kLanes, many_ - at);
       for (int lane = count; lane < kLanes; ++lane) sorted_[at + lane] = sorted_[at];
       take(sorted_.data() + at, count);
-      // A block that one of them reads costs nothing more to the others.
+      // A block that one query of the group reads is weighed for all of them at no further cost.
       const int least = level_[sorted_[at]];
       std::fill_n(levels_, count, least);
       const Block* next = blocks_.data();
@@ -479,16 +482,16 @@ class Scanner {
     // Queries for which the list is of the coarsest level, in the order in which they are.
     bool any = false;
     for (const Block& block : blocks_) any = any || block.level >= coarsest;
-    if (!any || many_ == scan_.queries) return;
+    if (!any || many_ == sample_.queries) return;
     for (int group = 0; group < plan_.groups; ++group) {
       std::int32_t members[kLanes];
       bool serves = false;
       for (int lane = 0; lane < kLanes; ++lane) {
         members[lane] = group * kLanes + lane;
-        serves = serves || (members[lane] < scan_.queries && level_[members[lane]] == coarsest);
+        serves = serves || (members[lane] < sample_.queries && level_[members[lane]] == coarsest);
       }
       if (!serves) continue;
-      take(members, std::min(kLanes, scan_.queries - group * kLanes));
+      take(members, std::min(kLanes, sample_.queries - group * kLanes));
       for (int lane = 0; lane < kLanes; ++lane) {
         if (level_[members[lane]] != coarsest) levels_[lane] = kMostLevels * 4;
       }
@@ -507,7 +510,7 @@ class Scanner {
         plan_.ranks.get() + static_cast<std::size_t>(list_) * plan_.padded;
     const std::int32_t* const __restrict base = plan_.base.data();
     std::uint8_t* const __restrict level = level_.data();
-    const int padded = plan_.padded, queries = scan_.queries;
+    const int padded = plan_.padded, queries = sample_.queries;
     std::int32_t* const __restrict found = found_.data();
     int many = 0;
     for (int start = 0; start < padded; start += kLanes) {
@@ -545,7 +548,7 @@ class Scanner {
   void choose_blocks(std::int64_t size, int least) {
     blocks_.clear();
     const std::uint32_t start =
-        static_cast<std::uint32_t>(detail::mixed(scan_.seed ^ detail::mixed(list_)) >> 32);
+        static_cast<std::uint32_t>(detail::mixed(sample_.seed ^ detail::mixed(list_)) >> 32);
     for (std::int64_t number = 0; number * kRows < size; ++number) {
       const std::uint32_t place = start + static_cast<std::uint32_t>(number) * 2654435769u;
       const int level = place == 0 ? kDeepest : __builtin_clz(place);
@@ -561,19 +564,19 @@ class Scanner {
     }
   }
 
-  // Brings the sums of the queries in hand into place.
+  // Loads the sums of the current queries.
   void open() {
     products_.choose(members_);
     for (int lane = 0; lane < kLanes; ++lane) {
       const int level = std::min(levels_[lane], kDeepest);
       shift_[lane] = static_cast<float>(level);
-      // What varies between samples of the blocks; nothing where all are read.
+      // The variance of sampling the blocks; 0 where all are read.
       varies_[lane] = 1.0f - part_of_[level];
     }
     parts_ = splat(1.0f) - varies_;
     base_ = shift_;
-    if (kNoisy || scan_.residual) {
-      const float precision = static_cast<float>(2.0 * scan_.precision);
+    if (kNoisy || sample_.residual) {
+      const float precision = static_cast<float>(2.0 * sample_.precision);
       base_ += precision * products_with_origin();
     }
     for (int field = 0; field < kWidth; field += kLanes) {
@@ -588,19 +591,19 @@ class Scanner {
     return sums_.data() + static_cast<std::size_t>(members_[lane]) * kWidth;
   }
 
-  // Of the queries in hand with the point that the bytes of this list's codes are relative to.
+  // Products of the current queries with the point that the bytes of this list are relative to.
   Vec products_with_origin() const {
-    const int whole = scan_.code_size / kLanes * kLanes;
+    const int whole = sample_.code_size / kLanes * kLanes;
     Vec sums[kLanes], rest = {};
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int query = std::min(members_[lane], scan_.queries - 1);
-      const float* const y = scan_.y + static_cast<std::size_t>(query) * scan_.code_size;
+      const int query = std::min(members_[lane], sample_.queries - 1);
+      const float* const y = sample_.y + static_cast<std::size_t>(query) * sample_.code_size;
       sums[lane] = Vec{};
       for (int d = 0; d < whole; d += kLanes) sums[lane] += load(y + d) * load(origin_.data() + d);
-      for (int d = whole; d < scan_.code_size; ++d) rest[lane] += y[d] * origin_[d];
+      for (int d = whole; d < sample_.code_size; ++d) rest[lane] += y[d] * origin_[d];
     }
     transpose(sums);
-    // In pairs, as far apart as they go.
+    // In pairs, to hide the latency of the loads.
     for (int half = kLanes / 2; half > 0; half /= 2) {
       for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
     }
@@ -616,16 +619,16 @@ class Scanner {
     }
   }
 
-  // Memory is far away, where the next block is follows no pattern, and only so many reads can be
-  // under way: they are asked for one after another while this block is weighed.
+  // The next block's address follows no pattern that a processor predicts, so it is prefetched, one
+  // cache line after another while this block is weighed.
   void expect(const Block* block) {
     lines_ = 0;
     if (block == nullptr) return;
-    const std::int64_t begin = block->number * kRows, place = scan_.offsets[list_] + begin;
-    ahead_ = reinterpret_cast<const char*>(scan_.codes[list_]) + begin * scan_.code_size;
-    lines_ = (kRows * scan_.code_size + 63) / 64;
-    __builtin_prefetch(scan_.norms + place);
-    __builtin_prefetch(scan_.centres + place * C);
+    const std::int64_t begin = block->number * kRows, place = sample_.offsets[list_] + begin;
+    ahead_ = reinterpret_cast<const char*>(sample_.codes[list_]) + begin * sample_.code_size;
+    lines_ = (kRows * sample_.code_size + 63) / 64;
+    __builtin_prefetch(sample_.norms + place);
+    __builtin_prefetch(sample_.centres + place * C);
   }
 
   void fetch(int lines) {
@@ -635,19 +638,19 @@ class Scanner {
   }
 
   void weigh(const Block& block) {
-    const std::int64_t size = scan_.sizes[list_], begin = block.number * kRows;
+    const std::int64_t size = sample_.sizes[list_], begin = block.number * kRows;
     const int rows = static_cast<int>(std::min<std::int64_t>(kRows, size - begin));
     const std::uint8_t* codes =
-        reinterpret_cast<const std::uint8_t*>(scan_.codes[list_]) + begin * scan_.code_size;
+        reinterpret_cast<const std::uint8_t*>(sample_.codes[list_]) + begin * sample_.code_size;
     if (rows < kRows) {  // beyond the last code memory may end
-      std::memcpy(padded_block_.data(), codes, static_cast<std::size_t>(rows) * scan_.code_size);
+      std::memcpy(padded_block_.data(), codes, static_cast<std::size_t>(rows) * sample_.code_size);
       codes = padded_block_.data();
     }
     Vec exponents[kRows];
     products_.multiply(codes, exponents);
-    const float scale = static_cast<float>(2.0 * scan_.precision);
-    const float minus = static_cast<float>(-scan_.precision);
-    const std::int64_t place = scan_.offsets[list_] + begin;
+    const float scale = static_cast<float>(2.0 * sample_.precision);
+    const float minus = static_cast<float>(-sample_.precision);
+    const std::int64_t place = sample_.offsets[list_] + begin;
     Vec base = base_;
     for (int lane = 0; lane < kLanes; ++lane) {
       if (levels_[lane] > block.level) base[lane] = kNever;
@@ -657,7 +660,7 @@ class Scanner {
     for (int row = 0; row < kRows; ++row) {
       fetch(lines);
       const bool counts = row < rows && is_allowed(begin + row);
-      const float norm = counts ? minus * scan_.norms[place + row] : kNever;
+      const float norm = counts ? minus * sample_.norms[place + row] : kNever;
       exponents[row] = exponents[row] * scale + (base + norm);
       most = max(most, exponents[row]);
     }
@@ -667,9 +670,9 @@ class Scanner {
       return;
     }
     if (mask_less(reference + 8.0f, most) != 0) lower(max(reference, most));
-    Vec mass = {}, tilt = {}, centre[C] = {}, single[1 + 2 * C] = {};
+    Vec mass = {}, logit_sum = {}, centre[C] = {}, single[1 + 2 * C] = {};
     std::uint8_t bytes[kRows * C] = {};
-    std::memcpy(bytes, scan_.centres + place * C, static_cast<std::size_t>(rows) * C);
+    std::memcpy(bytes, sample_.centres + place * C, static_cast<std::size_t>(rows) * C);
     float levels[kRows * C];
     for (int i = 0; i < kRows * C; i += kLanes) {
       const Vec converted = bytes_to_floats(bytes + i);
@@ -682,7 +685,7 @@ class Scanner {
       exp2_nonpositive(below, weight);
       for (int i = 0; i < 4 && row + i < rows; ++i) {
         mass += weight[i];
-        tilt += weight[i] * below[i];
+        logit_sum += weight[i] * below[i];
         const Vec square = weight[i] * weight[i];
         if (kNoisy) single[0] += square;
         for (int c = 0; c < C; ++c) {
@@ -697,8 +700,8 @@ class Scanner {
     }
     state_[kMass] += mass;
     state_[kSeen] += parts_ * mass;
-    // The entropy is of the weights, not of how many each of them stands for.
-    state_[kTilt] += tilt - shift_ * mass;
+    // The entropy is that of the weights, without the inclusion probabilities.
+    state_[kLogitSum] += logit_sum - shift_ * mass;
     const Vec varying = varies_ * mass;
     state_[kSquares] += varying * mass;
     for (int c = 0; c < C; ++c) {
@@ -707,23 +710,23 @@ class Scanner {
       state_[kSquares + 1 + C + c] += varies_ * centre[c] * centre[c];
     }
     if (kNoisy) {
-      for (int i = 0; i < 1 + 2 * C; ++i) state_[kSquares + i] += scan_.noise[list_] * single[i];
+      for (int i = 0; i < 1 + 2 * C; ++i) state_[kSquares + i] += sample_.noise[list_] * single[i];
     }
   }
 
   bool is_allowed(std::int64_t row) const {
-    if (scan_.allowed == nullptr) return true;
+    if (sample_.allowed == nullptr) return true;
     // In a mapped file they are where they happen to be.
     std::int64_t id;
-    std::memcpy(&id, reinterpret_cast<const char*>(scan_.ids[list_]) + row * sizeof(id),
+    std::memcpy(&id, reinterpret_cast<const char*>(sample_.ids[list_]) + row * sizeof(id),
                 sizeof(id));
-    if (id < 0 || id / scan_.pixels >= scan_.images) {
+    if (id < 0 || id / sample_.pixels >= sample_.images) {
       throw std::out_of_range("a list names a patch at " + std::to_string(id) + ", where none is");
     }
-    return scan_.allowed[id / scan_.pixels] != 0;
+    return sample_.allowed[id / sample_.pixels] != 0;
   }
 
-  // Moves the sums in hand to nearer references.
+  // Moves the current sums to nearer references.
   void lower(Vec reference) {
     const Vec shift[1] = {state_[kReference] - reference};
     Vec factors[1];
@@ -731,10 +734,10 @@ class Scanner {
     const Vec factor = factors[0], square = factor * factor;
     const Vec mass = state_[kMass] * factor;
     for (int lane = 0; lane < kLanes; ++lane) {
-      // Before the first code the shift is as good as infinite, and there is no mass.
-      state_[kTilt][lane] = mass[lane] > 0.0f
-                                ? state_[kTilt][lane] * factor[lane] + shift[0][lane] * mass[lane]
-                                : 0.0f;
+      // Before the first code the reference is kNothing, and the mass is 0.
+      state_[kLogitSum][lane] =
+          mass[lane] > 0.0f ? state_[kLogitSum][lane] * factor[lane] + shift[0][lane] * mass[lane]
+                            : 0.0f;
     }
     state_[kMass] = mass;
     state_[kSeen] *= factor;
@@ -743,13 +746,13 @@ class Scanner {
     state_[kReference] = reference;
   }
 
-  ScanPlan& plan_;
-  const Scan& scan_;
+  ListPlan& plan_;
+  const ListSample& sample_;
   Products products_;
   float threshold_;
   Buffer<float> sums_;  // [padded][kWidth]
   std::vector<float> origin_;
-  std::vector<std::uint8_t> level_;  // of every query for the list in hand
+  std::vector<std::uint8_t> level_;  // of every query for the current list
   std::vector<std::int32_t> found_, sorted_;
   float part_of_[kDeepest + 1];  // of a list, that a level reads
   std::vector<Block> blocks_;
@@ -757,14 +760,14 @@ class Scanner {
   std::int64_t list_ = 0;
   int many_ = 0;
   const char* ahead_ = nullptr;  // where the block after this one is
-  int lines_ = 0;                // of it, that are yet to be asked for
+  int lines_ = 0;                // of it, that are yet to be prefetched
 
-  // The queries in hand.
+  // The current queries.
   std::int32_t members_[kLanes];
   int count_ = 0;
   int levels_[kLanes];
   Vec shift_ = {}, varies_ = {}, parts_ = {}, base_ = {};
-  Vec state_[kWidth];  // [field]; beyond the last nothing of use
+  Vec state_[kWidth];  // [field], padded
 };
 
 }  // namespace els

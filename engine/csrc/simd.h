@@ -101,7 +101,7 @@ inline void transpose(Vec (&rows)[kLanes]) {
 #endif
 }
 
-// For threads of our own: results too small for a normal number become zero, which costs nothing.
+// Denormal results become zero in this thread: arithmetic on them is slow.
 inline void flush_denormals() {
 #if defined(__SSE2__)
   _mm_setcsr(_mm_getcsr() | 0x8040);
@@ -148,8 +148,8 @@ inline double sum_lanes(Vec a) {
   return sum;
 }
 
-// 2^t for t <= 0, 0 where it would be denormal, of n vectors in lockstep: the chains of dependent
-// operations are long, and a processor sees only a short way ahead.
+// 2^t for t <= 0, 0 where it would be denormal, of n vectors in lockstep, which hides the latency
+// of the dependent operations.
 template <int n>
 inline void exp2_nonpositive(const Vec (&t)[n], Vec (&power)[n]) {
   // Minimax on [0, 1]: relative error 1.6e-7 in float32, as good as the logits are.

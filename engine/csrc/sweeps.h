@@ -1,5 +1,5 @@
-// The question put to the exact kernel, and the displacements between a query pixel and a training
-// pixel that answer it.
+// The input of the exact kernel, and the displacements from query pixels to training pixels that it
+// computes.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace els {
 
-// Displacements that share the accumulators of a pixel row while it is in registers and L1.
+// Displacements that share the accumulators of a pixel row while these are in registers and L1.
 constexpr int kMostDisplacements = 4;
 
 struct Problem {
@@ -29,11 +29,11 @@ struct Problem {
   // alone, so that results do not depend on the number of threads.
   int groups;
   const std::int64_t* starts;
-  // Results, [groups, B, ...]: float64 natural-log states; tilt and top may be null.
-  double* maximum;
+  // Results, [groups, B, ...]: float64 natural-log states; logit_sum and top may be null.
+  double* reference;
   double* mass;
   double* centre;
-  double* tilt;
+  double* logit_sum;
   int top;
   double* top_logits;
   std::int64_t* top_addresses;
@@ -138,7 +138,7 @@ inline std::vector<Sweep> plan_sweeps(const Problem& problem) {
   return sweeps;
 }
 
-// Candidates of one image, summed over its pixels' heaviest case: bounds what skipping may omit.
+// Upper bound of a pixel's candidates in all images: it bounds what skipping may omit.
 inline double most_candidates(const Problem& problem) {
   return static_cast<double>(problem.starts[problem.groups]) *
          (problem.equivariant ? static_cast<double>(problem.pixels()) : 1.0);

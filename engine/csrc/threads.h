@@ -16,8 +16,8 @@
 
 namespace els {
 
-// Runs `body(cancelled)` on so many threads, but no more than there are tasks, or on as many as can
-// be started; Ctrl-C and the first exception end all of them.
+// Runs `body(cancelled)` on a number of threads, at most one for each task, or on as many as can be
+// started; Ctrl-C and the first exception end all of them.
 template <typename Body>
 void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body) {
   threads = std::min(threads, std::max<std::int64_t>(tasks, 1));
@@ -51,7 +51,8 @@ void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body) {
         }
         pool.emplace_back(guarded);
       }
-    } catch (const std::exception&) {  // a limit on threads or memory: fewer will do
+    } catch (
+        const std::exception&) {  // a limit on threads or memory: those that run compute all tasks
       const std::lock_guard<std::mutex> lock(mutex);
       --running;
     }

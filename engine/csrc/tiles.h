@@ -1,6 +1,6 @@
 // Byte products on the matrix unit (AMX) of recent x86 processors, by its six instructions.
 //
-// Written as assembly, since compilers give the intrinsics only to code that may not run elsewhere.
+// Written as assembly, since compilers offer the intrinsics only where all code may use the unit.
 #pragma once
 
 #include <cstdint>

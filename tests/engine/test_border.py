@@ -229,10 +229,10 @@ def test_the_kernel_refuses_what_would_read_elsewhere(
         "sigma": 0.5,
         "patch_size": 3,
         "threads": 1,
-        "maximum": np.zeros((1, 8, 8)),
+        "reference": np.zeros((1, 8, 8)),
         "mass": np.zeros((1, 8, 8)),
         "centre": np.zeros((1, 1, 8, 8)),
-        "tilt": np.zeros((1, 8, 8)),
+        "logit_sum": np.zeros((1, 8, 8)),
     }
     with pytest.raises(ValueError, match=message):
         kernel_module().border(**{**given, **change})
