@@ -1,4 +1,4 @@
-"""Pixels and labels in memory: the uint8 convention and the checks of arguments."""
+"""Pixels and labels in memory: the uint8 convention, and checks of arguments."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class ArrayData(Protocol):
-    """What a numpy array and a torch tensor have in common; torch is never imported here."""
+    """The part that numpy arrays and torch tensors have in common; torch is not imported here."""
 
     @property
     def dtype(self) -> Any:
@@ -86,7 +86,7 @@ def check_images(images: object) -> NDArray[np.uint8]:
             "images must be a uint8 numpy array or torch tensor [N, C, H, W] or [N, H, W], "
             f"got {type(images).__name__}; files are opened with open_source(path)"
         )
-    # Asked of the name, because numpy has no bfloat16 to convert a tensor to.
+    # By name, because numpy has no bfloat16 to convert a tensor to.
     if str(dtype).removeprefix("torch.") != "uint8":
         raise TypeError(
             f"images must be uint8, got {dtype}; values in [-1, 1] become uint8 by "
@@ -162,7 +162,7 @@ def check_class_names(
     sequence = isinstance(names, Sequence | np.ndarray) and not isinstance(names, str)
     if not sequence or not all(isinstance(name, str) for name in names):
         raise TypeError(f"class_names must be a sequence of strings, got {names!r}")
-    # numpy strings are str, but do not survive JSON unchanged.
+    # numpy strings are str, but JSON does not restore them.
     names = tuple(str(name) for name in names)
     if labels is None:
         raise ValueError(f"got {len(names)} class_names but no labels; pass labels as well")

@@ -33,7 +33,9 @@ Progress = Callable[[int, int], object]
 
 _FORMAT = "els-patch-database"
 _VERSION = 1
-_IMAGES, _LABELS, _MANIFEST = "images.npy", "labels.npy", "manifest.json"
+_IMAGES = "images.npy"
+_LABELS = "labels.npy"
+_MANIFEST = "manifest.json"
 _HEADER_BYTES = 192
 _CHUNK_BYTES = 1 << 24
 
@@ -207,7 +209,7 @@ class PatchDatabase:
         Raises:
             DatabaseError: the content is not what was built.
         """
-        # Opened anew: a file that was cut since would be a bus error in the old memory map.
+        # Opened again: reading an old memory map of a file that was truncated is a bus error.
         now = self if self.path is None else PatchDatabase.open(self.path)
         found = _content_hash(now.images, now.labels, progress)
         if found != self.content_hash:
@@ -250,7 +252,7 @@ class PatchDatabase:
         return open_index(self, patch_size)
 
     def has_index(self, patch_size: int) -> bool:
-        """Whether there is an index of this patch size; `open_index` tells whether it is sound."""
+        """Whether there is an index of this patch size; `open_index` checks it."""
         from els.index.patches.files import index_folder
 
         return self.path is not None and index_folder(self, patch_size).exists()
@@ -400,7 +402,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
             f"{path} exists already; choose another path, or replace it with overwrite=True "
             "(els build --overwrite)"
         )
-    # Never delete a folder that is not ours, whatever was asked.
+    # Only a database is ever replaced, whatever `overwrite` says.
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
         ours = isinstance(manifest, dict) and manifest.get("format") == _FORMAT
@@ -414,7 +416,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
 
 
 def _checked_chunks(source: ImageSource, progress: Progress | None) -> Iterable[memoryview]:
-    """The pixels of a source in storage order, checked against what it announced."""
+    """The pixels of a source in storage order, checked against its announced shape."""
     done = 0
     for chunk in source.chunks(_images_per_chunk(source.shape)):
         if chunk.dtype != np.uint8 or chunk.shape[1:] != source.shape:
@@ -499,7 +501,7 @@ def _write_manifest(
     class_names: tuple[str, ...] | None,
     content_hash: str,
 ) -> None:
-    # No time stamp: the same images make the same files, byte for byte.
+    # Without a time stamp: the same images make the same files, byte for byte.
     manifest = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -554,7 +556,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_consistent(manifest: dict[str, Any]) -> bool:
-    """Whether the fields make sense; only a manifest made by other hands fails here."""
+    """Whether the fields are consistent; only a manifest that was edited is not."""
     match manifest:
         case {
             "shape": [int(), int(), int(), int()] as shape,

@@ -1,7 +1,7 @@
-"""Drawings with matplotlib that no setting of the user changes, and none that work depends on.
+"""Figures by matplotlib that do not depend on the user's settings, and whose failure stops no work.
 
-Neither MPLBACKEND nor a matplotlibrc nor a style in use has a say: figures are drawn without
-pyplot, in matplotlib's own default style, with text as it is (no TeX, no formulas).
+MPLBACKEND, a matplotlibrc and a style in use are ignored: figures are drawn without pyplot, in
+matplotlib's own default style, with text as it is (no TeX, no formulas).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def require_matplotlib() -> None:
     """
     if "matplotlib" in sys.modules:
         return
-    # Of a backend that it does not know its import fails, and cannot be tried again.
+    # With an unknown backend the import of matplotlib fails, and a second import fails, too.
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib
@@ -79,7 +79,7 @@ def write_figure(draw: Callable[[], Figure], path: str | Path, *, dpi: int = 110
 
 @contextmanager
 def optional_picture(path: str | Path) -> Iterator[None]:
-    """Around the making of a picture that illustrates finished work: a failure is a warning.
+    """Context in which a picture of finished work is made: a failure is a warning.
 
     After a failure there is no picture at the path, not even one of an earlier state.
     """

@@ -1,8 +1,8 @@
 """Writing that is whole or not at all: files and folders, through a power cut or a full disk.
 
-What is being written lives under a hidden temporary name beside its target and is renamed when
+A file or folder is written under a hidden temporary name beside its target and renamed when it is
 complete. The writer holds a lock on the temporary; one without a lock belongs to a dead process,
-and `remove_stale` (every build calls it) takes it away.
+and `remove_stale` (every build calls it) removes it.
 
 Some file systems of clusters cannot lock files or flush folders. Writing goes on there, and the
 logger ``els`` warns once per process that this protection is missing. A temporary that could not be
@@ -24,9 +24,9 @@ from typing import IO, Any
 from els.storage.locks import TEMPORARY_PREFIX, UNLOCKED_SUFFIX, lock_descriptor, warn_without
 
 _SUFFIX = ".partial"  # of what is being written, a hidden file or folder beside its target
-# EFBIG: past a file size limit (ulimit -f, or FAT), which calls for the same remedy.
+# Errors of a full disk; EFBIG is that of a file size limit (ulimit -f, FAT), with the same remedy.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What opening and flushing a folder answers where that cannot be done: CIFS, FUSE, 9p, AFS.
+# Errors of opening or flushing a folder on file systems that cannot: CIFS, FUSE, 9p, AFS.
 _NO_FLUSH = {
     errno.EACCES,
     errno.EBADF,
@@ -51,7 +51,7 @@ class DiskFullError(OSError):
 
 
 def visible_names(folder: Path) -> list[str]:
-    """What is in a folder but for hidden entries, such as locks and what is being written."""
+    """Names in a folder, but for hidden ones, such as locks and temporaries."""
     return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
@@ -146,7 +146,7 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
 def remove_stale(folder: str | Path) -> None:
     """Removes temporaries in `folder` whose writers died; those of live writers stay.
 
-    So does all that cannot be locked: nothing says there whether its writer lives.
+    Temporaries that could not be locked stay, too: their writers may be alive.
     """
     for entry in Path(folder).glob(f"{TEMPORARY_PREFIX}*{_SUFFIX}"):
         try:
@@ -209,7 +209,7 @@ def _create(path: Path, *, folder: bool) -> tuple[Path, int]:
             if folder:
                 temporary.mkdir()
         except OSError as error:
-            # Of the path that was asked for: the temporary's name would tell nobody anything.
+            # The error names the path that was asked for, not the temporary.
             raise OSError(error.errno, error.strerror, str(path)) from error
         try:
             flags = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -223,7 +223,7 @@ def _create(path: Path, *, folder: bool) -> tuple[Path, int]:
         try:
             if not lock_descriptor(descriptor, path):
                 temporary = temporary.rename(temporary.with_suffix(UNLOCKED_SUFFIX))
-            # Another process's remove_stale may have met it before it was locked.
+            # Another process's remove_stale may have removed it before it was locked.
             if temporary.exists():
                 return temporary, descriptor
         except (BlockingIOError, FileNotFoundError):

@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import IO
 
-_BETWEEN_TRIES = 0.02  # seconds
-TEMPORARY_PREFIX = ".els-"  # of files and folders that are being written
-UNLOCKED_SUFFIX = ".unlocked"  # suffix of a temporary where the file system has no locks
-# What flock answers where there are no locks: Lustre without -o flock, NFS without lockd (or of a
+# Seconds between two tries for a lock.
+_BETWEEN_TRIES = 0.02
+# Prefix of files and folders that are being written.
+TEMPORARY_PREFIX = ".els-"
+# Suffix of temporaries on a file system without locks.
+UNLOCKED_SUFFIX = ".unlocked"
+# Errors of flock where there are no locks: Lustre without -o flock, NFS without lockd (or of a
 # descriptor that is open for reading), FUSE.
 _NO_LOCKS = {
     errno.EBADF,
@@ -23,7 +26,7 @@ _NO_LOCKS = {
 }
 
 _log = logging.getLogger("els")
-_warned: set[str] = set()  # the protections whose absence this process has told of
+_warned: set[str] = set()  # the missing protections that this process has reported
 
 
 def take_lock(path: Path, patience: float = 0.0) -> IO[bytes]:

@@ -1,4 +1,4 @@
-"""What manifests have in common: how they are read, and a seal against damage."""
+"""JSON files and manifests: read in bounded time, sealed by a checksum."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ MOST_JSON_BYTES = 1 << 26
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds, in bounded time and memory.
+    """The content of a JSON file, in bounded time and memory.
 
     Raises:
         FileNotFoundError: if there is none.

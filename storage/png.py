@@ -1,4 +1,4 @@
-"""Pixels to pictures: what is written as PNG, and how 1 to 4 channels are shown."""
+"""Pixels as PNG files, and how images of 1 to 4 channels are shown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_ENLARGED = 8
 
 
 def require_suffix(path: str | Path, suffixes: Sequence[str]) -> None:
-    """Refuse a path that ends otherwise.
+    """Check the suffix of a path.
 
     Raises:
         ValueError: naming the suffixes that serve.

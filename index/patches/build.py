@@ -54,7 +54,9 @@ from els.storage.manifests import package_version, sealed
 
 IndexProgress = Callable[[str, int, int], object]
 """Called with (stage, done, in all): training, adding, merging, writing, tabulating."""
-_PLAN, _TRAINED, _LOCK = "plan.json", "trained.faiss", "lock"
+_PLAN = "plan.json"
+_TRAINED = "trained.faiss"
+_LOCK = "lock"
 _VARIANCE = 0.9995
 _ITERATIONS = 10
 
@@ -72,18 +74,17 @@ def build_index(
     """Builds the FAISS index of all patches of one size, and opens it.
 
     Patches are streamed from the images in a fixed random order of the images; training takes a
-    fixed random sample of distinct patches. Killed at any moment, even by SIGKILL, the build goes
-    on from the last finished checkpoint (the training, or a shard of 2 million patches) when it is
-    called again; an index at the same place is usable until the new one is complete.
+    fixed random sample of distinct patches. Killed at any moment, even by SIGKILL, the build
+    resumes from the last finished checkpoint (the training, or a build chunk of 2 million patches)
+    when it is called again; an existing index is usable until the new one is complete.
 
     The same images, factory and versions make the same files, byte for byte, on the same kind of
-    processor, whatever ``threads`` is, and interrupted or not. Nothing here relies on a BLAS or a
-    k-means to round alike with several threads: learning is done by one, and vectors are
-    transformed and assigned to lists in chunks of a fixed size, each by one thread. This holds
-    where FAISS's BLAS takes its number of threads from OpenMP, as in the wheels on PyPI; another
-    one may make other bytes when its own number of threads is changed.
-    Where FAISS sees a GPU, k-means and the assignment to lists run there and the file differs from
-    one made without. That path has not been tested on a GPU.
+    processor, whatever ``threads`` is, and interrupted or not. No BLAS or k-means promises to round
+    alike with several threads: training uses one, and vectors are transformed and assigned to lists
+    in chunks of a fixed size, each by one thread. This holds where FAISS's BLAS takes its number of
+    threads from OpenMP, as in the wheels of ``faiss-cpu``; with another BLAS the bytes may depend
+    on its own number of threads. Where FAISS sees a GPU, k-means and the assignment to lists run
+    there and the file differs from one made without. That path has not been tested on a GPU.
 
     Args:
         db: a database on disk.
@@ -124,9 +125,9 @@ def build_index(
             files.write_json(work / _PLAN, plan.described)
         if not (work / _TRAINED).exists():
             write_index(work / _TRAINED, plan.trained(threads, report))
-        _add_shards(work, patches, threads, report)
+        _add_build_chunks(work, patches, threads, report)
         with files.atomic_directory(target, overwrite=overwrite) as folder:
-            index = _merge_shards(work, patches, report)
+            index = _merge_build_chunks(work, patches, report)
             ivf = faiss.try_extract_index_ivf(index)
             report("writing", 0, 1)
             size, sha256 = write_index(folder / INDEX, index)
@@ -150,7 +151,7 @@ def build_index(
 @final
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is built, and the sample to train it on."""
+    """The index to build, and the sample to train it on."""
 
     patches: PatchRows
     factory: str
@@ -183,14 +184,14 @@ class _Plan:
 
     @property
     def described(self) -> dict[str, Any]:
-        """All that the bytes of the index depend on."""
+        """Everything that the bytes of the index depend on."""
         faiss = faiss_module()
         return {
             "content_hash": self.patches.db.content_hash,
             "patch_size": self.patches.size,
             "factory": self.factory,
             "count": self.patches.count,
-            "shards": self.patches.shards,
+            "shards": self.patches.build_chunks,
             "sample": len(self.sample),
             "made_with": {
                 "els-machine": package_version(),
@@ -275,22 +276,22 @@ def _nearest(
     return search
 
 
-def _add_shards(work: Path, patches: PatchRows, threads: int, report: IndexProgress) -> None:
+def _add_build_chunks(work: Path, patches: PatchRows, threads: int, report: IndexProgress) -> None:
     done = 0
     report("adding", 0, patches.count)
-    for number in range(patches.shards):
-        place = _shard(work, number)
+    for number in range(patches.build_chunks):
+        place = _build_chunk_path(work, number)
         if place.exists():
             done += int(read_index(place, patches).ntotal)
             report("adding", done, patches.count)
             continue
-        shard = read_index(work / _TRAINED, patches)
-        add = _adder(shard, threads)
+        chunk = read_index(work / _TRAINED, patches)
+        add = _adder(chunk, threads)
         for levels, addresses in patches.blocks(number):
             add(levels, addresses)
             done += len(addresses)
             report("adding", done, patches.count)
-        write_index(place, shard)
+        write_index(place, chunk)
 
 
 def _adder(index: Any, threads: int) -> Callable[[NDArray[np.float32], NDArray[np.int64]], object]:
@@ -323,20 +324,20 @@ def _transformed(step: Any, vectors: NDArray[np.float32], threads: int) -> NDArr
     return result
 
 
-def _merge_shards(work: Path, patches: PatchRows, report: IndexProgress) -> Any:
-    """One index of all shards, in their order."""
+def _merge_build_chunks(work: Path, patches: PatchRows, report: IndexProgress) -> Any:
+    """One index of all build chunks, in their order."""
     faiss = faiss_module()
     index = read_index(work / _TRAINED, patches)
-    for number in range(patches.shards):
-        report("merging", number, patches.shards)
-        shard = read_index(_shard(work, number), patches)
+    for number in range(patches.build_chunks):
+        report("merging", number, patches.build_chunks)
+        chunk = read_index(_build_chunk_path(work, number), patches)
         into = faiss.try_extract_index_ivf(index)
         if into is None:
-            index.merge_from(shard, 0)
+            index.merge_from(chunk, 0)
             continue
-        into.merge_from(faiss.extract_index_ivf(shard), 0)
+        into.merge_from(faiss.extract_index_ivf(chunk), 0)
         index.ntotal = into.ntotal
-    report("merging", patches.shards, patches.shards)
+    report("merging", patches.build_chunks, patches.build_chunks)
     return index
 
 
@@ -358,7 +359,8 @@ def _empty_index(factory: str, dimension: int, distinct: int) -> Any:
     if type(inner) not in (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ):
         raise ValueError(
             f"factory {factory!r} makes a {type(inner).__name__}, which cannot be built in "
-            "shards here; take Flat, or IVF with Flat, SQ or PQ codes, as in IVF1024,SQ8_direct"
+            "build chunks here; take Flat, or IVF with Flat, SQ or PQ codes, as in "
+            "IVF1024,SQ8_direct"
         )
     quantizer = faiss.downcast_index(inner.quantizer)
     if type(quantizer) not in (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexHNSWFlat):
@@ -406,13 +408,13 @@ def _explaining(sample: NDArray[np.uint8]) -> int:
         return int(dimension)
     faiss = faiss_module()
     spectrum = faiss.PCAMatrix(dimension, 1)
-    # 2^16 patches tell the spectrum; the rest would only cost time.
+    # 2^16 patches determine the spectrum well enough.
     spectrum.train(sample[: 1 << 16].astype(np.float32))
     explained = np.cumsum(faiss.vector_to_array(spectrum.eigenvalues).astype(np.float64).clip(0))
     return min(int(dimension), 1 + int(np.searchsorted(explained, _VARIANCE * explained[-1])))
 
 
-def _shard(work: Path, number: int) -> Path:
+def _build_chunk_path(work: Path, number: int) -> Path:
     return work / f"shard-{number:05d}.faiss"
 
 

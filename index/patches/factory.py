@@ -3,17 +3,24 @@
 import math
 from collections.abc import Iterator
 
-from els.index.patches.rows import SHARD_PATCHES
+from els.index.patches.rows import BUILD_CHUNK_PATCHES
 
 _FLAT_MOST = 1 << 17
 REDUCED_MOST = 64
 _REDUCED_SHARE = 0.75
 _LISTS_MOST = 1 << 16
-PATCHES_PER_LIST, LEAST_PATCHES_PER_LIST = 64, 32
-_HNSW_FROM, _HNSW_LINKS = 4096, 32
-# FAISS reads codes of whole vectors of 8 several times as fast as others. With SQ8_direct and a
-# multiple of 16 it would round queries to bytes, which noisy ones are not.
-LANES, ROUNDING_LANES = 8, 16
+# Training patches for each list.
+PATCHES_PER_LIST = 64
+# Distinct patches for each list, at least: k-means averages them.
+LEAST_PATCHES_PER_LIST = 32
+# Number of lists from which an HNSW graph finds the nearest.
+_HNSW_FROM = 4096
+# Links of a node of that graph.
+_HNSW_LINKS = 32
+# Bytes of a vector: FAISS reads codes of whole vectors several times as fast as others.
+LANES = 8
+# Multiple of bytes for which FAISS, with SQ8_direct, would round queries to bytes.
+ROUNDING_LANES = 16
 
 
 def choose_factory(
@@ -33,10 +40,10 @@ def choose_factory(
       nothing is lost; smaller and faster than floats. Zeros fill the code up to an odd multiple
       of 8 bytes (``Pad``): FAISS reads such codes with whole vectors, two to three times as fast.
     - Above, PCA first where that drops a quarter of the components, since neighbouring pixels say
-      much the same, then one byte (``SQ8``) per component; else again all pixels. Codes must tell
-      what a patch weighs, and not only which are near: what PCA drops is noise in every logit. If
-      that exceeds the memory, the first 64 components, then product codes (``PQ``) of 2, 4 or 8
-      components per byte: the fewest that fit.
+      much the same, then one byte (``SQ8``) per component; else again all pixels. Codes must
+      determine the weight of a patch, not only which are near: what PCA drops is noise in every
+      logit. If that exceeds the memory, the first 64 components, then product codes (``PQ``) of 2,
+      4 or 8 components per byte: the fewest that fit.
 
     Args:
         count: number of patches.
@@ -106,7 +113,7 @@ def _padded(dimension: int) -> int:
 
 
 def choose_lists(count: int, components: int, distinct: int) -> int:
-    """The number of inverted lists for so many patches, a power of two."""
+    """The number of inverted lists for a number of patches, a power of two."""
     wanted = 2 ** round(math.log2(8 * math.sqrt(count)))
     bounds = (_LISTS_MOST, (1 << 20) // components, max(1, distinct // LEAST_PATCHES_PER_LIST))
     return int(min(wanted, 2 ** int(math.log2(min(bounds)))))
@@ -115,7 +122,7 @@ def choose_lists(count: int, components: int, distinct: int) -> int:
 def needed_bytes(count: int, dimension: int, components: int, lists: int, code_bytes: int) -> int:
     """Memory of the build at its peak: merging, or training if that takes more."""
     # Lists grow while they are merged; a list's capacity is up to twice its length.
-    merging = round(1.4 * count * (code_bytes + 8)) + SHARD_PATCHES * (code_bytes + 8)
+    merging = round(1.4 * count * (code_bytes + 8)) + BUILD_CHUNK_PATCHES * (code_bytes + 8)
     sample = min(count, PATCHES_PER_LIST * lists)
     training = sample * 5 * dimension + sample * 4 * components
     links = 4 * (2 * _HNSW_LINKS + 8)

@@ -19,7 +19,9 @@ from els.storage.manifests import checksum
 
 FORMAT = "els-patch-index"
 VERSION = 2
-_FOLDER, INDEX, MANIFEST = "indices", "index.faiss", "manifest.json"
+_FOLDER = "indices"
+INDEX = "index.faiss"
+MANIFEST = "manifest.json"
 
 
 def index_folder(db: PatchDatabase, patch_size: int) -> Path:
@@ -33,7 +35,7 @@ def index_folder(db: PatchDatabase, patch_size: int) -> Path:
 
 
 def write_index(path: Path, index: Any) -> tuple[int, str]:
-    """Writes an index whole or not at all; its size in bytes and SHA-256."""
+    """Writes an index whole or not at all; returns its size in bytes and SHA-256."""
     faiss = faiss_module()
     digest = hashlib.sha256()
     with files.atomic_file(path) as stream:
@@ -51,7 +53,7 @@ def write_index(path: Path, index: Any) -> tuple[int, str]:
         try:
             faiss.write_index(index, faiss.PyCallbackIOWriter(write, 1 << 20))
         except RuntimeError:
-            # FAISS only knows that writing failed; the system knows why.
+            # FAISS reports that writing failed, the system why.
             if failures:
                 raise failures[0] from None
             raise
@@ -70,7 +72,7 @@ def read_index(
     except LayoutError as error:
         raise damaged(path.parent, f"FAISS cannot read {path.name} ({error})") from error
     if flags is None:
-        # While building nothing is searched, and tables for it would be made for every shard.
+        # Nothing is searched during a build, and search tables would be made for every build chunk.
         flags = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
     try:
         return faiss.read_index(str(path), flags)
@@ -121,7 +123,7 @@ def read_manifest(path: Path, patches: PatchRows) -> dict[str, Any]:
 
 
 def _is_entry(entry: object) -> bool:
-    """Whether it says of a file what the manifest should."""
+    """Whether an entry of the manifest describes a file."""
     match entry:
         case {"size": int(), "sha256": str()}:
             return True

@@ -3,16 +3,16 @@
 ``argmin_k ||x - alpha k|| = argmin_k ||x / alpha - k||``, so clean patches are indexed and queries
 are divided by alpha. An index lives inside its database, as ``indices/patch-PPP/{manifest.json,
 index.faiss, ...}``. It holds every patch that lies wholly inside its training image; patches that
-reach over the border are few and are the exact backends' work.
+reach over the border are few, and are weighed exactly.
 
-Beside it lie tables that let its lists be read whole (`els.index.patches.lists`), where its codes
-are of one byte per component.
+Beside it lie tables for sampling its lists (`els.index.patches.lists`), where its codes have one
+byte per component.
 
 Inside FAISS a pixel is its stored level 0..255, not ``v / 127.5 - 1``: the nearest neighbours are
 the same, and one byte per pixel then stores a patch without loss. `PatchIndex` converts.
 
-While it is built, ``indices/patch-PPP.partial`` holds what is finished: the trained, empty index
-and shards of added patches, each written whole or not at all. The next build goes on from there.
+While it is built, ``indices/patch-PPP.partial`` holds checkpoints: the trained, empty index and
+build chunks of added patches, each written whole or not at all. The next build resumes from them.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ from els.index.patches.lists import (
 from els.index.patches.rows import PatchRows
 
 DEFAULT_EFFORT = 32
-# Queries in a chunk: few, so that those of one image keep several threads busy.
+# Queries that one thread searches at once: few, so that one image occupies several threads.
 _CHUNK_QUERIES = 64
 _LEVEL = np.float32(127.5)
 
@@ -88,7 +88,7 @@ class PatchIndex:
     _sha256: dict[str, str]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled and copied as its place: it is opened again."""
+        """Pickled and copied as its path: it is opened again."""
         return open_index, (self._db, self.patch_size)
 
     def __repr__(self) -> str:
@@ -170,7 +170,7 @@ class PatchIndex:
         return distances, addresses
 
     def check_addresses(self, addresses: NDArray[np.int64], *, least: int = 0) -> None:
-        """Whether there are patches at addresses that this index has given, or ``least`` for none.
+        """Whether there are patches at addresses of this index, or ``least`` for none.
 
         Raises:
             DatabaseError: if not.
@@ -181,7 +181,7 @@ class PatchIndex:
             raise self.damaged(f"it names a patch at {addresses[wrong][0]}, where none is")
 
     def damaged(self, reason: str) -> DatabaseError:
-        """The error that says what to do with an index that is damaged."""
+        """The error for an index that is damaged, with the remedy."""
         return damaged(self.path, reason)
 
     def verify(self) -> None:
@@ -365,7 +365,7 @@ def open_index(db: PatchDatabase, patch_size: int) -> PatchIndex:
     if ivf is not None:
         inverted = faiss.downcast_InvertedLists(ivf.invlists)
         if isinstance(inverted, faiss.OnDiskInvertedLists):
-            # Prefetching would read the lists whole, that of the black patches too.
+            # Prefetching would read whole lists, also that of the black patches.
             inverted.prefetch_nthread = 0
     return PatchIndex(
         patch_size=patches.size,

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# A chunk is what one thread works on at once; results may depend on its size, but not on the number
-# of threads. Numbers in a chunk of vectors that are transformed or assigned to a list: FAISS finds
-# the nearest of some thousand centroids two to ten times as fast from 2^17 numbers on (1.15).
+# Numbers of the vectors that one thread transforms or assigns to lists at once. Results may depend
+# on it, but not on the number of threads. FAISS 1.15 finds the nearest of some thousand centroids
+# two to ten times as fast from 2^17 numbers on.
 _CHUNK_NUMBERS = 1 << 18
 
 
@@ -37,7 +37,7 @@ def check_threads(threads: int | None) -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """FAISS and its BLAS use one thread for what this thread asks of them."""
+    """Context in which FAISS and its BLAS use one thread for calls of this thread."""
     faiss = faiss_module()
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
@@ -58,8 +58,8 @@ def by_chunks(
 ) -> list[NDArray[Any]]:
     """The arrays that ``work`` gives for chunks of so many rows, put together.
 
-    Each chunk is the work of one thread, with one thread of OpenMP and so of FAISS's BLAS, and
-    where chunks end does not depend on the number of threads: so neither do the results.
+    Each chunk is computed by one thread, with one thread of OpenMP and so of FAISS's BLAS, and
+    chunks do not depend on the number of threads: so neither do the results.
     """
     chunks = [slice(start, start + rows) for start in range(0, max(count, 1), rows)]
     set_threads = faiss_module().omp_set_num_threads  # of the thread that calls it
@@ -74,7 +74,7 @@ def has_gpu(faiss: Any) -> bool:
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Takes the place of a progress callback that was not given."""
+    """A progress callback that does nothing."""
 
 
 def faiss_module() -> Any:

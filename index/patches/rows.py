@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from els.index.database import PatchDatabase
 
+# Seed of the order of the images and of the training sample.
 _SEED = 0
-SHARD_PATCHES = 1 << 21
+# Patches of a build chunk, a checkpoint of the build.
+BUILD_CHUNK_PATCHES = 1 << 21
+# Memory of a block of patches, in bytes.
 _BLOCK_BYTES = 1 << 25
 
 
@@ -63,17 +66,17 @@ class PatchRows:
         return np.random.default_rng(_SEED).permutation(len(self.db))
 
     @property
-    def shards(self) -> int:
+    def build_chunks(self) -> int:
         """How many parts the build writes one by one."""
-        return math.ceil(len(self.db) / self._images_per_shard)
+        return math.ceil(len(self.db) / self._images_per_build_chunk)
 
     @property
-    def _images_per_shard(self) -> int:
-        return max(1, SHARD_PATCHES // math.prod(self.sites))
+    def _images_per_build_chunk(self) -> int:
+        return max(1, BUILD_CHUNK_PATCHES // math.prod(self.sites))
 
-    def blocks(self, shard: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    def blocks(self, chunk: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
         """Levels float32 [n, C * P * P] and addresses int64 [n], a bounded number at once."""
-        images = self.order[shard * self._images_per_shard :][: self._images_per_shard]
+        images = self.order[chunk * self._images_per_build_chunk :][: self._images_per_build_chunk]
         step = max(1, _BLOCK_BYTES // (4 * self.dimension * math.prod(self.sites)))
         rows, columns = (np.arange(length) + self.size // 2 for length in self.sites)
         for start in range(0, len(images), step):
@@ -96,7 +99,7 @@ class PatchRows:
         for dy, dx in np.ndindex(self.size, self.size):
             found[:, :, dy, dx] = self.db.images[image, :, y + dy, x + dx]
         rows = found.reshape(count, self.dimension).view(f"V{self.dimension}").ravel()
-        # Many equal patches (black ones) would take many centroids to one place.
+        # Many equal patches (black ones) would attract many centroids.
         _, first = np.unique(rows, return_index=True)
         random.shuffle(first)
         return found.reshape(count, self.dimension)[first]

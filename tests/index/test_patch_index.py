@@ -84,7 +84,7 @@ def one_thread() -> Iterator[None]:
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of a few images, blocks of one, several chunks in each."""
     monkeypatch.setattr(library, "_CHUNK_NUMBERS", 700)
-    monkeypatch.setattr(rows, "SHARD_PATCHES", 300)
+    monkeypatch.setattr(rows, "BUILD_CHUNK_PATCHES", 300)
     monkeypatch.setattr(rows, "_BLOCK_BYTES", 1)
 
 
@@ -471,7 +471,7 @@ KILLED = """
 import os, signal, sys
 from els.index import PatchDatabase
 from els.index.patches import rows
-rows.SHARD_PATCHES, rows._BLOCK_BYTES = 300, 1
+rows.BUILD_CHUNK_PATCHES, rows._BLOCK_BYTES = 300, 1
 stage, at = sys.argv[2], int(sys.argv[3])
 def kill(now, done, total):
     if now == stage and done >= at:
