@@ -43,7 +43,8 @@ _PRODUCTS_PER_SECOND = 1e11
 # float32 operations of the exact kernel for a pair, about.
 _OPERATIONS_A_PAIR = 22
 # Queries and pixels of each that a gate compares.
-_GATE_QUERIES, _GATE_PIXELS = 3, 16
+_GATE_QUERIES = 3
+_GATE_PIXELS = 16
 # Patches that the reference of a gate takes at once, and logits that attention may hold.
 _PATCH_BYTES = 256 << 20
 _LOGIT_BYTES = 4 << 30

@@ -31,7 +31,8 @@ from els.networks.training import load
 from els.networks.unet import unet2d_model
 from els.storage.manifests import read_json
 
-_MANIFEST, _DIFFUSERS = "network.json", "config.json"
+_MANIFEST = "network.json"
+_DIFFUSERS = "config.json"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs: a folder of samples that can be killed at any moment and goes on where it was.
+"""The folder of a run, which can be interrupted at any moment and resumed.
 
 A run folder holds::
 
@@ -35,8 +35,11 @@ FORMAT = "els-run"
 VERSION = 1
 GRID_MOST = 1024
 
-_MANIFEST, _GRID, _LOCK, _STEPS = "run.json", "grid.png", ".lock", "steps"
-# Seconds to try for the lock: els status holds it for an instant when it looks whether it is held.
+_MANIFEST = "run.json"
+_GRID = "grid.png"
+_LOCK = ".lock"
+_STEPS = "steps"
+# Seconds to try for the lock: els status takes it for an instant to see whether it is held.
 _LOCK_PATIENCE = 0.2
 
 
@@ -53,7 +56,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Locked by the process that keeps the folder, as long as the run goes on."""
+        """Locked by the process that writes ``run.json``, as long as the run lasts."""
         return self.path / _LOCK
 
     @property
@@ -74,7 +77,7 @@ class RunFolder:
         return self.path / "trajectory" / f"{index:06d}{suffix}"
 
     def step(self, index: int) -> Path:
-        """Where a sample is that is not finished yet."""
+        """The saved step of an unfinished sample."""
         return self.path / _STEPS / f"{index:06d}.npz"
 
     def shards(self, size: int) -> ShardFolder:
@@ -82,7 +85,7 @@ class RunFolder:
         return ShardFolder(self.path / "shards", size)
 
     def is_finished(self, index: int) -> bool:
-        """Whether a sample that has files of its own is there, as values and as a picture."""
+        """Whether a sample is finished that has files of its own, values and picture."""
         return self.values(index).exists() and self.picture(index).exists()
 
     def finished(self, settings: RunSettings) -> list[range]:
@@ -93,7 +96,7 @@ class RunFolder:
         """
         if settings.shard_size > 1:
             return self.shards(settings.shard_size).finished()
-        # Of the files that are there: n may be any number.
+        # From the existing files: n may be any number.
         stems = [path.stem for path in self.values(0).parent.glob("*.npy")]
         numbers = sorted(int(stem) for stem in stems if stem.isdecimal())
         there = (index for index in numbers if index < settings.n and self.is_finished(index))
@@ -159,7 +162,7 @@ def read_sessions(folder: str | Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _claimed(run: RunFolder) -> Iterator[None]:
-    """Makes the folder and keeps other runs out of it until the end, however it comes."""
+    """Makes the folder and locks it against other runs, until the context ends."""
     if run.path.exists() and not run.path.is_dir():
         raise RunError(f"{run.path} is a file; give a folder for the run")
     run.path.mkdir(parents=True, exist_ok=True)
@@ -188,7 +191,7 @@ def _there(run: RunFolder) -> tuple[RunSettings | None, list[dict[str, Any]]]:
 
 
 def _make_room(run: RunFolder, settings: RunSettings) -> None:
-    """Makes the folders inside, and clears them of what killed writers left."""
+    """Makes the folders inside, and removes what killed writers left."""
     remove_stale(run.path)
     remove_stale(run.path / _STEPS)
     if settings.shard_size > 1:

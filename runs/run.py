@@ -1,7 +1,7 @@
 """Sampling into a folder: only what is missing is computed, by one process or many.
 
 A machine with a mesh (:mod:`els.engine.mesh`) shares the work with the other processes of
-the run: rank 0 keeps the folder, and whoever computes samples writes them.
+the run: rank 0 writes ``run.json``, and the process that computes a sample writes it.
 """
 
 from __future__ import annotations
@@ -52,15 +52,16 @@ from els.storage.files import atomic_file
 from els.storage.manifests import package_version
 from els.storage.png import grid, panels, write_png
 
-# Settings that may differ from those of the run in the folder; estimates are compared apart.
+# Settings that may differ from those of the run in the folder; estimates are compared by
+# themselves.
 _MAY_DIFFER = {"n", "database", "estimates"}
-# Steps whose timing is kept: their medians do not need all, and a long run must not grow.
+# Steps whose timing is kept, for medians: bounded, so that a long run does not use more memory.
 _TIMINGS_KEPT = 4096
-# Seconds of work that an interruption may cost: batches whose size is not given take at most so
-# long where fewer samples would do, and longer ones save where they are.
+# Seconds of work that an interruption may cost: batches without a given size are made to take at
+# most that long, and longer ones save their steps.
 _MOST_LOST_SECONDS = 20.0
 # Fewest samples in such a batch of IS and ES: they read and transform every training image once for
-# all, so that four samples take 1.2 to 2.5 times as long as one.
+# the whole batch, so that four samples take 1.2 to 2.5 times as long as one.
 _LEAST_SHARED_BATCH = 4
 
 
@@ -130,11 +131,11 @@ def sample_run(
     shard_size: int | None = None,
     progress: Callable[[StepProgress], None] | None = None,
 ) -> RunReport:
-    """Sample into a folder; called again with the same settings, do only what is missing.
+    """Sample into a folder; called again with the same settings, compute only what is missing.
 
     Samples are written batch by batch as they are finished, each file whole or not at all. ``n``
     may grow from one call to the next, and so may the number of processes. A KeyboardInterrupt or
-    OSError on the way (a full disk) carries a note that says what is safe and how to go on.
+    OSError (a full disk) carries a note that says what is safe and how to resume.
 
     Args:
         machine: computes the steps; with a mesh, every rank of which makes this call.
@@ -194,9 +195,9 @@ def sample_run(
 
         def begin() -> dict[str, Any]:
             held.enter_context(_claimed(run))
-            return _begin(machine, mesh, run, settings, shard_size).told()
+            return _begin(machine, mesh, run, settings, shard_size).to_json()
 
-        work = _Work.of(task.decided(begin))
+        work = _Work.from_json(task.decided(begin))
         # The ranks of a mesh are started alike, but not necessarily with the same files.
         _require_same(run, work.settings, replace(settings, shard_size=work.settings.shard_size))
         if work.missing:
@@ -215,7 +216,7 @@ def sample_run(
 
 @dataclass(frozen=True)
 class _Work:
-    """What rank 0 found that there is to do.
+    """The work that rank 0 found to be missing.
 
     Attributes:
         settings: of the run.
@@ -228,14 +229,14 @@ class _Work:
     is_done: bool
 
     @classmethod
-    def of(cls, told: dict[str, Any]) -> _Work:
+    def from_json(cls, content: dict[str, Any]) -> _Work:
         return cls(
-            settings_from_json(told["settings"]),
-            tuple(range(start, stop) for start, stop in told["missing"]),
-            told["is_done"],
+            settings_from_json(content["settings"]),
+            tuple(range(start, stop) for start, stop in content["missing"]),
+            content["is_done"],
         )
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The same as JSON."""
         return {
             "settings": settings_to_json(self.settings),
@@ -249,7 +250,7 @@ class _Work:
         return sum(len(run) for run in self.missing)
 
     def pieces(self, start: int, count: int) -> list[range]:
-        """So many of the missing samples from a place on, in runs that are within one shard."""
+        """``count`` of the missing samples from place ``start`` on, split at sample shards."""
         shard = self.settings.shard_size
         length = 1 << 62 if shard == 1 else shard
         pieces = []
@@ -266,7 +267,7 @@ class _Work:
 @final
 @dataclass
 class _BatchSizes:
-    """How many samples a batch has: what is asked for, or what the time allows.
+    """How many samples a batch has: as given, or as many as the time allows.
 
     Attributes:
         size: of the next batch.
@@ -281,7 +282,7 @@ class _BatchSizes:
     @classmethod
     def of(cls, machine: ScoreMachine, asked: int | None) -> _BatchSizes:
         if machine.mesh is not None and machine.mesh.database_shards > 1:
-            # The order of an all-reduce's sums depends on the batch, which must not be up to time.
+            # The order of an all-reduce's sums depends on the batch, which must not depend on time.
             asked = asked or DEFAULT_BATCH
         if asked is not None:
             return cls(asked, asked, asked)
@@ -301,7 +302,7 @@ def _begin(
     settings: RunSettings,
     shard_size: int | None,
 ) -> _Work:
-    """Look at the folder, refuse it or make it ready; rank 0 alone does."""
+    """Check the folder and prepare it; called by rank 0 alone."""
     there, sessions = _there(run)
     if shard_size is None and there is not None:
         shard_size = there.shard_size
@@ -327,14 +328,14 @@ def _begin(
             "finished_before": settings.n - work.count,
             **_surroundings(machine, mesh),
         }
-        # First of all files: what else is there without it would be somebody else's.
+        # Before all other files: a folder without it that is not empty is not a run.
         _write_manifest(run, settings, [*sessions, session])
         _make_room(run, settings)
     return work
 
 
 def _end(run: RunFolder, report: RunReport) -> None:
-    """What rank 0 does when every rank is done."""
+    """Complete the run; called by rank 0 when every rank is done."""
     settings, sessions = _there(run)
     assert settings is not None
     _write_grid(run, settings.n)
@@ -389,7 +390,7 @@ def _compute(
 
 @final
 class _Writer:
-    """Writes finished samples; whoever writes the last of a shard completes it.
+    """Writes finished samples; the process that writes the last of a shard completes it.
 
     Args:
         run: where.
@@ -440,9 +441,9 @@ class _Writer:
 
 @final
 class _SavedSteps:
-    """Where samples are that take long, so that an interruption costs a part of them only.
+    """Saved steps of slow samples, so that an interruption costs only a part of them.
 
-    Runs with trajectories have none: what they write needs all steps.
+    Runs with trajectories have none: their files need all steps.
 
     Args:
         run: where.
@@ -461,7 +462,7 @@ class _SavedSteps:
         self._unsaved = 0.0
 
     def offer(self, state: StepState, seconds: float) -> None:
-        """Save a step that ended after so many seconds, if the last one saved is long ago."""
+        """Save a step that took so many seconds, if enough time has passed since the last."""
         self._unsaved += seconds
         if self._unsaved < _MOST_LOST_SECONDS:
             return
@@ -476,7 +477,7 @@ class _SavedSteps:
                 np.savez(stream, step=state.step - 1, x_t=state.x_next[row].numpy())
 
     def resumption(self, indices: Sequence[int]) -> Resumption | None:
-        """Where a batch goes on: all of its samples were saved at the same step."""
+        """Where a batch resumes, if all of its samples were saved at the same step."""
         self._unsaved = 0.0
         found = [self._read(index) for index in indices] if self._mesh.leads else []
         steps = {step for step, _ in found}
@@ -484,17 +485,17 @@ class _SavedSteps:
         if step == 0:
             return None
         shape = (len(indices), *self._machine.db.shape)
-        # The leader's values: the others' are below any.
+        # The maximum over the group is the leader's values: the others have -inf.
         x_t = np.stack([values for _, values in found]) if found else np.full(shape, -np.inf)
         return Resumption(step, self._mesh.largest(torch.from_numpy(x_t)))
 
     def forget(self, indices: Sequence[int]) -> None:
-        """Remove what finished samples need no more."""
+        """Remove the saved steps of finished samples."""
         for index in indices:
             self._run.step(index).unlink(missing_ok=True)
 
     def _read(self, index: int) -> tuple[int, npt.NDArray[np.float64]]:
-        """The next step of a sample and what it starts from; step 0 if nothing usable is there."""
+        """The next step of a sample and its noisy image; step 0 if nothing usable was saved."""
         nothing = np.zeros(self._machine.db.shape)
         if self._settings.trajectory or not self._run.step(index).is_file():
             return 0, nothing
@@ -510,7 +511,7 @@ class _SavedSteps:
 
 @final
 class _Watch:
-    """The sampler's callback for one batch: times every step and keeps what is to be written."""
+    """The sampler's callback for one batch: times every step and keeps trajectories."""
 
     def __init__(
         self,
@@ -604,7 +605,7 @@ def _require_same(run: RunFolder, there: RunSettings, here: RunSettings) -> None
 
 
 def _require_same_estimates(run: RunFolder, there: RunSettings, here: RunSettings) -> None:
-    """Refuse to go on with estimates of another kind: samples would differ by how they came."""
+    """Refuse to resume with other estimates: samples would depend on which kernel computed them."""
     if there.estimates == here.estimates:
         return
     if there.estimates is None or here.estimates is None:
@@ -634,7 +635,7 @@ def _require_same_estimates(run: RunFolder, there: RunSettings, here: RunSetting
 
 
 def _require_no_new_indices(machine: ScoreMachine, settings: RunSettings) -> None:
-    """Refuse what a machine computed that may have found an index on the way."""
+    """Refuse samples of a machine that may have found an index during the run."""
     if settings.estimates is None:
         return
     for size in sorted(set(settings.patch_sizes or ())):

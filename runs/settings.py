@@ -18,7 +18,7 @@ from els.engine.schedule import describe, described
 
 @dataclass(frozen=True)
 class EstimateSource:
-    """What the estimates of an ELS run with a tolerance depend on beside the database.
+    """The kernel and indices that the estimates of an ELS run with a tolerance depend on.
 
     Attributes:
         kernel: which estimates use: the instruction set, ``+tiles`` with a matrix unit, and
@@ -94,7 +94,7 @@ class RunSettings:
 
 
 def _estimate_source(machine: ScoreMachine, plan: SamplePlan) -> EstimateSource | None:
-    """What the plan's estimates depend on; other machines' than ELS only on the database."""
+    """The source of a plan's estimates; None for exact runs and machines without indices."""
     if plan.tolerance is None or not machine.is_indexed:
         return None
     found = {size: machine.index(size) for size in sorted(set(plan.patch_sizes or ()))}
@@ -129,7 +129,7 @@ def settings_of(
 
 
 def require_sound(settings: RunSettings) -> None:
-    """Refuses settings that no run has.
+    """Check settings from a file.
 
     Raises:
         TypeError, ValueError: naming the setting.
@@ -172,7 +172,7 @@ def settings_from_json(content: dict[str, Any]) -> RunSettings:
 
 
 def settings_to_json(settings: RunSettings) -> dict[str, Any]:
-    """The settings as JSON; runs without estimates say nothing of them, as in older versions."""
+    """The settings as JSON; runs without estimates have no such key, as in older versions."""
     content = asdict(settings)
     if settings.estimates is None:
         del content["estimates"]

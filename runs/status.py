@@ -41,7 +41,7 @@ class RunStatus:
 
 
 def run_status(folder: str | Path) -> RunStatus:
-    """How far a run is; it may be going on, anywhere that sees the folder.
+    """How far a run is; it may still be running, on any machine that sees the folder.
 
     Raises:
         RunError: if there is no run, or it is damaged.

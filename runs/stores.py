@@ -1,4 +1,4 @@
-"""Shards: the samples of a large run, a thousand to a file, and the parts that make a shard.
+"""Sample shards: the samples of a large run, a thousand to a file, and the parts of a shard.
 
 A folder of shards holds::
 
@@ -6,8 +6,8 @@ A folder of shards holds::
                             goes on where it ends, and so on
     parts/000016+16.npz     16 finished samples from number 16 on, of a shard that is not whole yet
 
-A shard appears when its last sample is finished, and its parts go. Every file is whole or not at
-all, so that a process which is killed loses the batch that it was computing and nothing else.
+A shard is written when its last sample is finished, and its parts are removed. Every file is whole
+or not at all, so that a killed process loses only the batch that it was computing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from els.storage.files import atomic_file, remove_stale
 
 Samples = npt.NDArray[np.float32]
 
-# Samples that a folder of many is cut into files of.
+# Samples to a file of a large run.
 DEFAULT_SHARD_SIZE = 1000
 _ARRAY = "samples"
 
@@ -55,7 +55,7 @@ class ShardFolder:
 
     @property
     def parts(self) -> Path:
-        """Where finished samples wait for the rest of their shard."""
+        """The folder of finished samples of incomplete shards."""
         return self.path / "parts"
 
     def shard(self, number: int) -> Path:
@@ -71,7 +71,7 @@ class ShardFolder:
         return range(shard * self.size, min(n, (shard + 1) * self.size))
 
     def make_room(self) -> None:
-        """Make the folders, and clear them of what killed writers left."""
+        """Make the folders, and remove what killed writers left."""
         for folder in (self.path, self.parts):
             folder.mkdir(parents=True, exist_ok=True)
             remove_stale(folder)
@@ -106,7 +106,7 @@ class ShardFolder:
             part.path.unlink(missing_ok=True)
 
     def tidy(self, n: int) -> None:
-        """Complete the shards whose parts are all there: their last writer was killed just then."""
+        """Complete the shards whose parts all exist: their last writer was killed too early."""
         finished = self.finished()
         for shard in sorted({self.number(piece.numbers.start) for piece in self._parts()}):
             numbers = self.numbers(shard, n)
@@ -156,7 +156,7 @@ class ShardFolder:
         start = shard * self.size
         numbers = range(start, start + self.size)
         parts = [piece for piece in self._parts() if piece.numbers.start in numbers]
-        # Asked for last: a shard that appears meanwhile is found, or its parts were.
+        # Looked for last: of a shard that is completed meanwhile, it or its parts are found.
         return [_Piece(self.shard(shard), range(start, start + self._count(shard))), *parts]
 
     def _count(self, shard: int) -> int:
@@ -199,7 +199,7 @@ def missing(finished: Iterable[range], n: int) -> list[range]:
 
 
 def write_array(stream: IO[bytes], shape: tuple[int, ...], parts: Iterable[Samples]) -> None:
-    """Write an array that is never whole in memory, in the .npy format.
+    """Write an array in the .npy format, part by part.
 
     Args:
         stream: to write to.

@@ -20,7 +20,8 @@ from els.bench.workloads import BETA, Workload, load_images, workload
 from els.engine import ScoreMachine
 from els.index import PatchDatabase, decode, open_source
 
-_QUERIES, _SAMPLES = 4, 2
+_QUERIES = 4
+_SAMPLES = 2
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ BETAS = (0.006, 0.05)
 PATCH_SIZE = 3
 
 # Patches that are asked for, and those whose recall is told.
-_QUERIES, _JUDGED = 784, 196
+_QUERIES = 784
+_JUDGED = 196
 _LEAST_RECALL = 0.75
 
 

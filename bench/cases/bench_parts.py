@@ -27,7 +27,8 @@ Images = npt.NDArray[np.uint8]
 
 HALVES = slice(0, 20), slice(20, 40)
 
-_QUERIES, _K = 784, 256
+_QUERIES = 784
+_K = 256
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,14 @@ from els.bench.tables.results import case_of, load, provenance, table
 # samples. Of the GPUs only the order is known; a faster one waits more for the others, and a slower
 # network as well. Seconds for a message to the next rank, bytes per second between two ranks.
 _MODEL = {"images": 1_280_000, "side": 64, "channels": 3, "patch_size": 9, "samples": 10_000}
-_MODEL_BATCH, _MODEL_PAIRS_PER_SECOND = 16, 1e12
-_MODEL_LATENCY, _MODEL_BANDWIDTH = 10e-6, 25e9
+# Images of a batch.
+_MODEL_BATCH = 16
+# Pairs a second of a GPU: the order aimed at, not measured.
+_MODEL_PAIRS_PER_SECOND = 1e12
+# Seconds of a hop between two ranks.
+_MODEL_LATENCY = 10e-6
+# Bytes a second between two ranks.
+_MODEL_BANDWIDTH = 25e9
 
 
 def processes_table() -> str:

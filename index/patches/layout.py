@@ -1,9 +1,9 @@
 """Whether FAISS can read and search an index file without harm.
 
-FAISS trusts what it reads: a wrong size allocates gigabytes, a wrong link or list is followed out
-of its memory. So the whole structure of a file is checked here before FAISS sees it: every size
-against the file's own, every list and link against the number of what it points at. What is left to
-trust are numbers that only change results (codes, centroids, addresses of patches).
+FAISS does not check what it reads: a wrong size allocates gigabytes, a wrong link or list makes it
+read beyond its memory. So the whole structure of a file is checked here before FAISS reads it:
+every size against the file's own, every list and link against the number of its targets. Unchecked
+are numbers that only change results (codes, centroids, addresses of patches).
 
 Known are the indices that `els.index.patches.index` builds, in the format of FAISS's
 ``index_write.cpp`` (little-endian; an array is its length, 8 bytes, and its elements)::
@@ -25,10 +25,16 @@ from numpy.typing import DTypeLike, NDArray
 # Bits of a component and trained numbers (per component, or 2 in all) of FAISS's ScalarQuantizer,
 # by its QuantizerType.
 _SCALAR_BITS = {0: 8, 1: 4, 2: 8, 3: 4, 4: 16, 5: 8, 6: 6, 7: 16, 8: 8}
-_SCALAR_PER_COMPONENT, _SCALAR_UNIFORM = (0, 1, 6), (2, 3)
+# QuantizerTypes with trained numbers for each component.
+_SCALAR_PER_COMPONENT = (0, 1, 6)
+# QuantizerTypes with two trained numbers in all.
+_SCALAR_UNIFORM = (2, 3)
+# Bits of a component of a product quantizer, at most: it has a table of 2^bits centroids.
 _MOST_PQ_BITS = 16
-_MOST_SEARCHED = 1 << 16  # FAISS's efSearch and efConstruction, of an HNSW graph
-_L2 = 1  # FAISS's METRIC_L2
+# FAISS's efSearch and efConstruction of an HNSW graph, at most: memory of a search grows with them.
+_MOST_SEARCHED = 1 << 16
+# FAISS's METRIC_L2.
+_L2 = 1
 
 
 class LayoutError(ValueError):

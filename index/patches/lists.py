@@ -1,9 +1,9 @@
-"""The inverted lists of a patch index as arrays, to be read whole and not only searched.
+"""The inverted lists of a patch index as arrays, to be sampled and not only searched.
 
-FAISS holds codes and addresses, list by list. Reading a list as a sample of the posterior also
-takes what a search does not: the squared norm of every code, its patch's centre pixel, and how far
-codes are from their centroids and from their patches. These *tables* are written beside the index
-when it is built::
+FAISS holds codes and addresses, list by list. Sampling a list for a posterior also needs the
+squared norm of every code, its patch's centre pixel, and the distances of codes from their
+centroids and from
+their patches. These *tables* are written beside the index when it is built::
 
     norms.npy     float32 [count]     squared norm of a code's components
     centres.npy   uint8 [count, C]    centre pixel of its patch
@@ -28,15 +28,16 @@ from numpy.typing import NDArray
 from els.index.database import PatchDatabase
 from els.storage import files
 
-NORMS, CENTRES, MISFITS, SPREAD = TABLES = (
-    "norms.npy",
-    "centres.npy",
-    "misfits.npy",
-    "spread.npy",
-)
+NORMS = "norms.npy"
+CENTRES = "centres.npy"
+MISFITS = "misfits.npy"
+SPREAD = "spread.npy"
+TABLES = (NORMS, CENTRES, MISFITS, SPREAD)
 
-_MISFIT_PATCHES = 16  # of each list, that its misfit is measured on
-_REPORT = 512  # lists
+# Patches of each list on which its misfit is measured.
+_MISFIT_PATCHES = 16
+# Lists between two reports of progress.
+_REPORT = 512
 
 
 @final
@@ -181,7 +182,7 @@ def write_tables(
     folder: Path,
     progress: Callable[[int, int], object],
 ) -> dict[str, dict[str, Any]]:
-    """Writes what an index in memory lacks, and returns the manifest's entries for it.
+    """Writes the tables of an index in memory, and returns the manifest's entries for them.
 
     Args:
         faiss: the module.
@@ -256,7 +257,7 @@ def open_tables(folder: Path, count: int, lists: int, channels: int) -> dict[str
 
 
 def _memory(pointer: Callable[[int], Any], sizes: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Where each list begins; an empty one has no place."""
+    """The memory address of each list; 0 for an empty one."""
     found = [int(pointer(number)) if size else 0 for number, size in enumerate(sizes.tolist())]
     return np.array(found, np.uint64)
 

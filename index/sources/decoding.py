@@ -1,7 +1,7 @@
 """One encoded picture: its size and mode from its header, its pixels as a viewer shows them.
 
-PIL is imported late: those who only open databases need none of it. It warns of damage that changes
-no pixel; callers ignore that.
+PIL is imported on first use: opening a database does not need it. It warns of damage that changes
+no pixel; callers ignore these warnings.
 """
 
 import os
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL import Image, ImageFile
 
-# What PIL may try, whatever a name says. All are decoded in this process (PIL starts Ghostscript
-# for EPS); TGA is last, because nothing marks its beginning.
+# Formats that PIL may try, whatever the name. All are decoded in this process (PIL starts
+# Ghostscript for EPS); TGA is last, because nothing marks its beginning.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI", "TGA")
 # Pixels of a picture: 8,192 x 8,192, which is 256 MiB as RGBA.
 MAX_PIXELS = 1 << 26
@@ -28,9 +28,13 @@ _MODE_OF = {
     **dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"), "RGB"),
     **dict.fromkeys(("LA", "La", "PA", "RGBA", "RGBa"), "RGBA"),
 }
-# The tags of TIFF and EXIF that are read.
-_WIDTH, _HEIGHT, _BITS, _ORIENTATION = 256, 257, 258, 274
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+# Tags of TIFF and EXIF (TIFF 6.0, sections 8 and 15).
+_WIDTH = 256
+_HEIGHT = 257
+_BITS = 258
+_ORIENTATION = 274
+_TILE_WIDTH = 322
+_TILE_HEIGHT = 323
 # Where PIL keeps what may hold an orientation: EXIF, and XMP, of PNG or other formats.
 _ORIENTED_BY = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 _PNG_ORIENTED_BY = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
@@ -56,7 +60,7 @@ def is_picture(name: str) -> bool:
 
 
 def read_header(stream: IO[bytes]) -> tuple[str, tuple[int, int]]:
-    """Reads what can be known of a picture without its pixels.
+    """Reads the size, mode and depth of a picture without its pixels.
 
     Args:
         stream: the encoded picture, seekable.
@@ -176,7 +180,7 @@ def _orientation(picture: "ImageFile.ImageFile") -> int:
         # The base class: that of PNG decodes the whole picture.
         return int(Image.Image.getexif(picture).get(_ORIENTATION, 1))
     except Exception:
-        # Damaged EXIF, which PIL reports by exceptions of many kinds, is as good as none.
+        # Damaged EXIF, which PIL reports by exceptions of many kinds, is ignored.
         return 1
 
 

@@ -1,4 +1,4 @@
-"""Opening what a stranger sent: regular files of bounded size, and one error for every failure."""
+"""Opening untrusted files: regular files of bounded size, and one error for every failure."""
 
 import errno
 import io
@@ -22,16 +22,16 @@ class SourceError(ValueError):
     """A source of images is missing, damaged, ambiguous or of an unsupported kind."""
 
     def __init__(self, message: str) -> None:
-        # Names and reasons come from strangers too: one line, nothing that moves a cursor.
+        # Names and reasons are untrusted, too: one line, no control characters.
         shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
         super().__init__("".join(shown))
 
 
 @contextmanager
 def explained(where: object, remedy: str) -> Iterator[None]:
-    """Makes one `SourceError` of whatever a decoder throws at foreign bytes.
+    """Makes one `SourceError` of every exception that a decoder raises for untrusted bytes.
 
-    There is no list of those: zipfile, zlib, PIL and numpy throw some twenty kinds between them.
+    They have no common base class: zipfile, zlib, PIL and numpy raise some twenty kinds.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Labels that lie in a file beside pictures, and what counts as a label of a class."""
+"""Class labels from files beside pictures."""
 
 import csv
 import io
@@ -147,7 +147,7 @@ def _entries(kind: str, stream: IO[bytes]) -> Iterator[tuple[str, object]]:
 
 
 def _columns(names: Sequence[str]) -> list[str]:
-    """The header of a table as the columns are known here, however they are written."""
+    """The columns of a table by their known names, however they are capitalised."""
     columns = [name.strip() for name in names]
     for known in (_NAME_COLUMN, *LABEL_COLUMNS):
         alike = [place for place, name in enumerate(columns) if name.lower() == known]
@@ -175,7 +175,7 @@ def _labelled(row: Any) -> tuple[str, object]:
 
 
 def _typed(text: str) -> object:
-    """What a cell of a table without types says: an integer, a number, a name or nothing."""
+    """The value of a cell of an untyped table: an integer, a number, a name or None."""
     if _INTEGER.fullmatch(text):
         return int(text)
     if _NUMBER.fullmatch(text):

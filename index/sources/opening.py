@@ -27,7 +27,7 @@ def open_source(
     labels: str | Path | None = None,
     resize: int | tuple[int, int] | None = None,
 ) -> ImageSource:
-    """Opens a set of training images of any supported kind, told by its content.
+    """Opens a set of training images of any supported kind, recognised by its content.
 
     ==============================  ===========================================================
     spec                            what it is

@@ -1,4 +1,4 @@
-"""What a source of images is, and the forms that sources take."""
+"""A source of images: its protocol and implementations."""
 
 import gzip
 import io
