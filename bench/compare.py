@@ -146,7 +146,7 @@ def compare_posteriors(
     """
     machine = ScoreMachine(db, "ELS", boundary)
     plain = ScoreMachine(db, "ELS", boundary, backend="torch") if with_torch else None
-    by_hand = _ByHand(db, boundary, memory, progress) if with_baselines else None
+    baselines = _Baselines(db, boundary, memory, progress) if with_baselines else None
     generator = torch.Generator().manual_seed(seed % _SEEDS)
     for beta, patch_size in noise:
         alpha, sigma = (1 - beta) ** 0.5, beta**0.5
@@ -178,8 +178,8 @@ def compare_posteriors(
             progress(f"beta {beta}, P {patch_size}: torch backend")
             given = _ask(plain, x, arguments)
             yield _compared(beta, patch_size, "torch backend", given, exact, None)
-        if by_hand is not None and exact is not None:
-            yield from by_hand.compared(x.to(machine.device), beta, patch_size, exact)
+        if baselines is not None and exact is not None:
+            yield from baselines.compared(x.to(machine.device), beta, patch_size, exact)
 
 
 def compare_samples(
@@ -333,7 +333,7 @@ def _ask(machine: ScoreMachine, x: Tensor, arguments: dict[str, Any]) -> _Answer
 
 
 @final
-class _ByHand:
+class _Baselines:
     """The baselines on a database; the FAISS index of a patch size is kept for the next level.
 
     Args:

@@ -42,8 +42,9 @@ _PAIRS_PER_SECOND = 1e11
 _PRODUCTS_PER_SECOND = 1e11
 # float32 operations of the exact kernel for a pair, about.
 _OPERATIONS_A_PAIR = 22
-# Queries and pixels of each that a gate compares.
+# Queries that a gate compares.
 _GATE_QUERIES = 3
+# Pixels of each of them.
 _GATE_PIXELS = 16
 # Patches that the reference of a gate takes at once, and logits that attention may hold.
 _PATCH_BYTES = 256 << 20

@@ -1,4 +1,4 @@
-"""The command line ``els``: build a database, look at it, sample, explain, collect.
+"""The command line ``els``.
 
 Results go to stdout; progress and errors to stderr. An expected failure is one message without a
 traceback and exit code 1; wrong usage is 2, Ctrl-C 130.
@@ -37,8 +37,8 @@ def command_line() -> typer.Typer:
     """The app, with the commands that other packages add to it.
 
     An entry point of the group ``els.commands`` is a function that takes the app and registers
-    commands on it; its module must not import what only its commands need. One that is broken
-    costs its own commands only.
+    commands on it; its module imports the needs of its commands within them. If one is broken, only
+    its own commands are missing.
     """
     for point in sorted(metadata.entry_points(group="els.commands"), key=lambda point: point.name):
         try:

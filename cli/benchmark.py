@@ -130,7 +130,7 @@ def bench(
 
 
 def _noise_levels(text: str, side: int) -> list[tuple[float, int]]:
-    """What ``--noise`` means for images whose shorter side is given."""
+    """The value of ``--noise``, checked for images whose shorter side is ``side``."""
     try:
         levels = [
             (float(beta), int(size)) for beta, size in (pair.split(":") for pair in text.split(","))

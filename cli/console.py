@@ -1,4 +1,4 @@
-"""What the commands of ``els`` share: streams, choices, errors as one message, tables, bars."""
+"""The parts that commands of ``els`` share: streams, choices, error messages, tables, bars."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SIZES = "patch_sizes"
 
 
 class BoundaryOption(StrEnum):
-    """What is read beyond an image's border, by a machine or a convolution."""
+    """Pixels beyond an image's border, for a machine or a convolution."""
 
     ZEROS = "zeros"
     CIRCULAR = "circular"
@@ -47,15 +47,15 @@ class ScheduleOption(StrEnum):
 
 
 def prepare_streams() -> None:
-    """Makes standard output and error take everything, also where they are closed.
+    """Makes standard output and error accept every text, also where they are closed.
 
-    What their encoding lacks is written as an escape sequence.
+    Characters that their encoding lacks are written as escape sequences.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            # Else the next file that is opened would get the number, and what is printed.
+            # Otherwise the next file that is opened would get this descriptor, and the output.
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -99,7 +99,7 @@ def print_table(table: Table) -> None:
 
 @contextmanager
 def progress_bar(unit: str, *extra: TextColumn) -> Iterator[Progress]:
-    """A progress bar on stderr: how many units of how many, and how long still."""
+    """A progress bar on stderr: units done, units in all, time left."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
@@ -116,7 +116,7 @@ def progress_bar(unit: str, *extra: TextColumn) -> Iterator[Progress]:
 
 @contextmanager
 def counting(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is told how many of how many units are done."""
+    """A progress bar, as a function of the units done and in all."""
     with progress_bar(unit) as progress:
         task = progress.add_task("reading", total=None)
 
@@ -178,7 +178,7 @@ def _renamed(message: str, name: str, option: str, given: str) -> str:
 
 
 def _discard_output() -> None:
-    """Gives up streams that cannot be written to: a pipe without a reader, a full disk."""
+    """Discards output that cannot be written: a pipe without a reader, a full disk."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -191,7 +191,7 @@ def _discard_output() -> None:
 def _fail(message: str, error: BaseException) -> None:
     if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         message = f"[rank {os.environ['RANK']}] {message}"
-    # Whoever read the messages may have left, too.
+    # The reader of the messages may have closed them, too.
     with suppress(BrokenPipeError):
         typer.echo("\n".join([message, *getattr(error, "__notes__", [])]), err=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:

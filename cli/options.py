@@ -1,10 +1,10 @@
-"""What the text of an option means."""
+"""Options that are given as text, parsed."""
 
 from __future__ import annotations
 
 
 def patch_sizes_given(text: str) -> str | int | list[int]:
-    """What ``--sizes`` means: a table's name, one size, or a list, written out or in a file."""
+    """The value of ``--sizes``: a table's name, one size, or a list, in the text or in a file."""
     if text.endswith(".json"):
         from els.storage.manifests import read_json
 

@@ -1,4 +1,4 @@
-"""Commands that sample, and look after runs."""
+"""Commands that sample and that report on runs."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def grid(
 
 
 def _indices(text: str) -> list[int]:
-    """What ``--indices`` means."""
+    """The value of ``--indices``."""
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
@@ -323,7 +323,7 @@ def _sampling(
         def update(done: StepProgress) -> None:
             nonlocal task, before
             if task is None:
-                # Earlier sessions' samples are not this one's work: the time left is for the rest.
+                # The time left is that of this session: samples of earlier ones do not count.
                 before = done.finished
                 total = (n - before) * steps
                 task = progress.add_task("sampling", total=total, seconds="")

@@ -1,4 +1,4 @@
-"""What a sample was made of: the training images and patches behind every pixel."""
+"""Explanations of a sample: the training images and patches behind every pixel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from els.engine.kinds import Boundary, kind_named
 
 @dataclass(frozen=True)
 class Contributor:
-    """A training image that gave to a sample.
+    """A training image that contributes to a sample.
 
     Attributes:
         image: its number in the database.
@@ -55,7 +55,7 @@ class Explanation:
 
     @property
     def row(self) -> int:
-        """Where :attr:`step` is in the arrays."""
+        """The row of :attr:`step` in the arrays."""
         return len(self.sigma) - self.step
 
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -72,7 +72,7 @@ class Explanation:
         return offsets
 
     def contributors(self) -> tuple[Contributor, ...]:
-        """The training images among the heaviest patches at :attr:`step`, most given first.
+        """The training images among the heaviest patches at :attr:`step`, largest share first.
 
         Shares count the k heaviest patches of each pixel; what is missing to a sum of 1 is the
         mass beyond them.
@@ -87,7 +87,7 @@ class Explanation:
 
 @dataclass(frozen=True, eq=False)
 class Walkthrough:
-    """The heaviest patches of every pixel of one sample at every step that is kept (S of them).
+    """The heaviest patches of every pixel of one sample, at S of the steps.
 
     Attributes:
         index: the sample's number in its run.

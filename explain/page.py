@@ -39,7 +39,7 @@ def require_page(path: str | Path) -> None:
 
 
 def write_page(walkthrough: Walkthrough, db: PatchDatabase, path: str | Path) -> None:
-    """Write the page, whole or not at all; it needs nothing else to be opened.
+    """Write the page, whole or not at all; it needs no other file and no network.
 
     The training images that weigh most are inside, up to ``MOST_EMBEDDED_PIXELS`` pixels; of the
     others the page has the numbers, and says so.
@@ -67,7 +67,7 @@ def page(walkthrough: Walkthrough, db: PatchDatabase) -> str:
         "TITLE": html.escape(f"Where sample {walkthrough.index} came from"),
         "STYLE": (_PARTS / "explanation.css").read_text(encoding="utf-8"),
         "SCRIPT": (_PARTS / "explanation.js").read_text(encoding="utf-8"),
-        # Inside a script element nothing but "<" could end it, whatever a class is called.
+        # Only "<" could end the script element, whatever the class names are.
         "DATA": data.replace("<", "\\u003c"),
     }
     template = (_PARTS / "explanation.html").read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def _sources(walkthrough: Walkthrough, db: PatchDatabase) -> _Sources:
 
 
 def _data(walkthrough: Walkthrough, db: PatchDatabase) -> dict[str, Any]:
-    """What the script reads; arrays are little-endian, in base64."""
+    """The data that the script reads; arrays are little-endian, in base64."""
     require_matplotlib()
     from matplotlib import colormaps
 

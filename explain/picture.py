@@ -28,7 +28,7 @@ _FORMATS = (".png", ".pdf", ".svg")
 
 _Rgb = npt.NDArray[np.float64]
 
-# Okabe and Ito's palette: told apart by the colour-blind as well.
+# Okabe and Ito's palette, which colour-blind people can distinguish.
 _PALETTE = (
     "#0072B2",
     "#E69F00",
@@ -91,7 +91,7 @@ def write_explanation(explanation: Explanation, db: PatchDatabase, path: str | P
 
 @neutral_style()
 def draw(explanation: Explanation, db: PatchDatabase) -> Figure:
-    """Draw the sample, its mosaic, the steps before, and the training images that gave most."""
+    """Draw the sample, its mosaic, the steps, and the training images that contribute most."""
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 
@@ -196,7 +196,7 @@ def _draw_contributors(
     contributors: Sequence[Contributor],
     palette: dict[int, tuple[float, float, float]],
 ) -> None:
-    """Training images with the pixels they gave lit; below, where in the sample these went."""
+    """Training images with their contributing pixels lit; below, the pixels of the sample."""
     from matplotlib.collections import LineCollection
 
     heaviest = explanation.heaviest[explanation.row]
@@ -227,7 +227,7 @@ def _class_name(db: PatchDatabase, image: int) -> str:
     label = int(db.labels[image])
     if not db.class_names:
         return f", class {label}"
-    # A folder's name need not be text; fonts have no sign for what is not.
+    # A folder's name need not be valid text, which fonts could not show.
     return "\n" + db.class_names[label].encode("utf-8", "replace").decode("utf-8")
 
 
@@ -239,7 +239,7 @@ def _show(axes: Axes, picture: npt.NDArray[Any] | None, title: str, *, fontsize:
 
 
 def _lit(picture: _Rgb, mask: npt.NDArray[np.bool_]) -> _Rgb:
-    """The picture, grey where the mask is off, so that black and white both stand out."""
+    """The picture, grey where the mask is off, so that black and white differ from it."""
     return np.where(mask[..., None], picture, 0.45 + 0.3 * picture)
 
 
@@ -259,7 +259,7 @@ def _source_colours(
 
 
 def _offset_colours(offsets: npt.NDArray[Any]) -> _Rgb:
-    """Direction as hue, length as strength; white where nothing moved; ``[..., 2]`` to RGB."""
+    """Displacements ``[..., 2]`` as RGB: direction as hue, length as saturation, 0 as white."""
     from matplotlib.colors import hsv_to_rgb
 
     dy, dx = offsets[..., 0], offsets[..., 1]
@@ -287,7 +287,7 @@ def _draw_wheel(axes: Axes, offsets: npt.NDArray[np.int64]) -> None:
 def _seams(
     images: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]
 ) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """Where neighbouring pixels are not one tile: another image, or moved differently."""
+    """Seams between neighbouring pixels of different images or different displacements."""
     key = np.concatenate([images[..., None], offsets], axis=-1)
     return _edges((key[1:] != key[:-1]).any(-1), (key[:, 1:] != key[:, :-1]).any(-1))
 

@@ -1,4 +1,4 @@
-"""Where a sample came from: which training patches won, how many shared, which images gave most."""
+"""Replay of a sample: its posteriors, computed again step by step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ DEFAULT_WALK_TOP = 6
 MOST_ENTRIES = 500_000
 """Most patches that a walkthrough keeps: steps times pixels times patches per pixel."""
 
-# A grey level: rounding differs between processors by far less, another noise by far more.
+# Largest difference of a replayed sample, one grey level: rounding differs between processors by
+# far less, samples from other noise by far more.
 _SAME_SAMPLE = 1 / 127.5
 
 
@@ -255,7 +256,7 @@ def _require_same(
     values: npt.NDArray[np.float32],
     stored: npt.NDArray[np.float32],
 ) -> None:
-    """Refuse to explain another sample than the one that is there."""
+    """Check that the replayed sample is the stored one."""
     difference = float(np.abs(values - stored).mean())
     if difference > _SAME_SAMPLE:
         raise RunError(
@@ -287,7 +288,7 @@ def _drawn_again(
 
 
 class _Answer(NamedTuple):
-    """What is kept of one posterior."""
+    """The part of one posterior that is kept."""
 
     effective: Tensor
     weights: Tensor
@@ -296,7 +297,7 @@ class _Answer(NamedTuple):
 
 @final
 class _Recorder:
-    """A machine that asks more of every posterior than the sampler does, and keeps it.
+    """A machine that computes more of every posterior than the sampler needs, and keeps it.
 
     Args:
         machine: that is asked, about one image at a time.

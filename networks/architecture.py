@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from els.engine.schedule import Schedule, described
 
-Kind: TypeAlias = Literal["resnet", "unet", "attention-unet"]
+NetworkKind: TypeAlias = Literal["resnet", "unet", "attention-unet"]
 Padding: TypeAlias = Literal["zeros", "circular"]
 Normalization: TypeAlias = Literal["none", "group"]
 Prediction: TypeAlias = Literal["epsilon", "velocity"]
@@ -49,7 +49,7 @@ class NetworkConfig:
         schedule: name and constants of the noise schedule that t belongs to.
     """
 
-    kind: Kind
+    kind: NetworkKind
     shape: tuple[int, int, int]
     channels: int
     layers: int
@@ -62,7 +62,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("kind", get_args(Kind)),
+            ("kind", get_args(NetworkKind)),
             ("padding", get_args(Padding)),
             ("normalization", get_args(Normalization)),
             ("prediction", get_args(Prediction)),
@@ -210,7 +210,7 @@ class TimeEmbedding(nn.Module):
 
 
 @final
-class Told(nn.Module):
+class TimeShift(nn.Module):
     """Features, each channel shifted by what the time embedding says of it.
 
     The same for every pixel, so that neither locality nor equivariance is lost.
@@ -226,8 +226,8 @@ class Told(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """``x + shift``, ``[B, features, H, W]``."""
-        told: Tensor = x + self.layer(embedding)[:, :, None, None]
-        return told
+        shifted: Tensor = x + self.layer(embedding)[:, :, None, None]
+        return shifted
 
 
 def convolution(inputs: int, outputs: int, padding: Padding) -> nn.Conv2d:

@@ -64,7 +64,7 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Agreement:
     """How close one machine's image comes to the network's; see the module."""
 
     r: float
@@ -90,7 +90,7 @@ class Evaluation:
         seconds: of each machine and the network, wall time of all sessions.
     """
 
-    predictions: dict[Machine, tuple[Prediction, ...]]
+    predictions: dict[Machine, tuple[Agreement, ...]]
     seconds: dict[str, float]
 
     def spread(self, machine: Machine, figure: str) -> Spread:
@@ -104,7 +104,7 @@ class Evaluation:
         return float(np.mean([ours.r > theirs.r for ours, theirs in pairs]))
 
 
-def compared(network: Image, machine: Image) -> Prediction:
+def compared(network: Image, machine: Image) -> Agreement:
     """The figures of one sample; images of one shape, any values."""
     truth, guess = network.astype(np.float64).ravel(), machine.astype(np.float64).ravel()
     a, b = truth - truth.mean(), guess - guess.mean()
@@ -112,8 +112,8 @@ def compared(network: Image, machine: Image) -> Prediction:
     r = float(a @ b) / spread if spread > 0 else 0.0
     missed, total = float(((truth - guess) ** 2).sum()), float(a @ a)
     if total == 0:
-        return Prediction(r, r * r, 1.0 if missed == 0 else 0.0)
-    return Prediction(r, r * r, 1 - missed / total)
+        return Agreement(r, r * r, 1.0 if missed == 0 else 0.0)
+    return Agreement(r, r * r, 1 - missed / total)
 
 
 def evaluate(

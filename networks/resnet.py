@@ -11,7 +11,7 @@ from els.networks.architecture import (
     EpsilonNetwork,
     NetworkConfig,
     TimeEmbedding,
-    Told,
+    TimeShift,
     convolution,
     normalization,
 )
@@ -34,10 +34,10 @@ class ResNet(EpsilonNetwork):
         self.embedding = TimeEmbedding(width, config.num_classes)
         self.enter = convolution(config.shape[0], width, padding)
         inner = range(config.layers - 2)
-        self.told = nn.ModuleList(Told(width, width) for _ in inner)
+        self.told = nn.ModuleList(TimeShift(width, width) for _ in inner)
         self.convolutions = nn.ModuleList(convolution(width, width, padding) for _ in inner)
         self.norms = nn.ModuleList(normalization(config, width) for _ in inner)
-        self.last_told = Told(width, width)
+        self.last_told = TimeShift(width, width)
         self.leave = convolution(width, config.shape[0], padding)
 
     def output(self, t: Tensor, x: Tensor, label: Tensor | None) -> Tensor:
@@ -45,7 +45,7 @@ class ResNet(EpsilonNetwork):
         embedding = self.embedding(t, label)
         # An image of one channel has no order of channels for the layers to keep.
         state = self.enter(x).contiguous(memory_format=torch.channels_last)
-        for told, convolve, norm in zip(self.told, self.convolutions, self.norms, strict=True):
-            state = state + norm(convolve(told(state, embedding))).relu_()
+        for shift, convolve, norm in zip(self.told, self.convolutions, self.norms, strict=True):
+            state = state + norm(convolve(shift(state, embedding))).relu_()
         leaving: Tensor = self.leave(self.last_told(state, embedding))
         return leaving

@@ -47,11 +47,18 @@ if TYPE_CHECKING:
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
+# Seconds between two checkpoints.
 _CHECKPOINT_SECONDS = 60.0
+# Norm to which gradients are clipped.
 _GRADIENT_NORM = 1.0
 # Bytes of a weight in training: itself, its gradient, AdamW's two moments and the average.
 _TRAINING_BYTES = 20
-_INITIALISATION, _ORDER, _BATCH = range(3)
+# Random streams of a seed: initial weights,
+_INITIALISATION = 0
+# order of the images,
+_ORDER = 1
+# noise and times of a batch.
+_BATCH = 2
 
 
 @dataclass(frozen=True)

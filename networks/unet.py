@@ -13,7 +13,7 @@ from els.networks.architecture import (
     NetworkConfig,
     Padding,
     TimeEmbedding,
-    Told,
+    TimeShift,
     convolution,
     normalization,
 )
@@ -52,7 +52,7 @@ class UNet(EpsilonNetwork):
             nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in upwards
         )
         self.up = nn.ModuleList(_Block(config, 2 * fine, fine, embedding) for _, fine in upwards)
-        self.last_told = Told(widths[0], embedding)
+        self.last_told = TimeShift(widths[0], embedding)
         self.leave = nn.Conv2d(widths[0], colours, 1)
 
     def output(self, t: Tensor, x: Tensor, label: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ class _Block(nn.Module):
         super().__init__()
         widths = [inputs, *[outputs] * config.layers]
         padding: Padding = config.padding
-        self.told = Told(outputs, embedding)
+        self.told = TimeShift(outputs, embedding)
         self.convolutions = nn.ModuleList(
             convolution(before, after, padding) for before, after in pairwise(widths)
         )

@@ -19,10 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# Instructions that a thread issues for a slot and for a pair, fitted to the compiled kernels
-# (docs/performance.md); a slot costs more where it is loaded anew for every image.
-_SLOT_COST, _RELOADED_SLOT_COST, _PAIR_COST = 43.0, 74.0, 12.0
-# A tile that has so many blocks of slots keeps what they need in registers.
+# Instructions of a thread for a slot that stays in registers, fitted to the compiled kernels
+# (docs/performance.md).
+_SLOT_COST = 43.0
+# The same for a slot that is loaded again for every image.
+_RELOADED_SLOT_COST = 74.0
+# The same for a pair.
+_PAIR_COST = 12.0
+# Blocks of slots of a tile, at most, whose operands stay in registers.
 RESIDENT_CHUNKS = 4
 # Plans that are kept for the next call: those of a few machines, and of single pixels.
 PLANS_KEPT = 256

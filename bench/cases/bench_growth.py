@@ -25,8 +25,9 @@ from els.index.patches.index import DEFAULT_EFFORT
 BETAS = (0.006, 0.05)
 PATCH_SIZE = 3
 
-# Patches that are asked for, and those whose recall is told.
+# Queries of a search.
 _QUERIES = 784
+# Queries whose recall is computed.
 _JUDGED = 196
 _LEAST_RECALL = 0.75
 

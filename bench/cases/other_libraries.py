@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from els.bench import baselines as by_hand
+from els.bench import baselines
 from els.bench.workloads import Workload
 
 Baseline = Callable[[Workload], Tensor]
@@ -17,18 +17,18 @@ Baseline = Callable[[Workload], Tensor]
 
 def query_patches(work: Workload) -> Tensor:
     """Cyclic patches around every pixel, float32 ``[B * H * W, C * P^2]``."""
-    return by_hand.query_patches(work.x, work.patch_size, "circular")
+    return baselines.query_patches(work.x, work.patch_size, "circular")
 
 
 def training_patches(work: Workload) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (scaled patches ``[M, C * P^2]``, their clean centres ``[M, C]``)."""
-    chunks = by_hand.training_patches(work.db.images, work.patch_size, work.x.device)
+    chunks = baselines.training_patches(work.db.images, work.patch_size, work.x.device)
     return ((work.alpha * patches, centres) for patches, centres in chunks)
 
 
 def chunked_matmul(work: Workload) -> Tensor:
     """Matrix product and running softmax over chunks of unfolded patches."""
-    means = by_hand.chunked_torch(
+    means = baselines.chunked_torch(
         work.db.images,
         query_patches(work),
         alpha=work.alpha,

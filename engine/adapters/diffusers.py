@@ -15,7 +15,7 @@ from els.engine.machines import ScoreMachine
 from els.engine.sampler import require_count
 from els.engine.schedule import Cosine, Schedule
 
-Prediction: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
+PredictionType: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
 
 # These schedulers compute their timesteps from noise levels, along a straight line of log sigma.
 _FROM_LOG_SIGMA = (
@@ -123,7 +123,7 @@ class ELSModel(torch.nn.Module):
         patch_sizes: PatchSizes | None = None,
         *,
         scheduler: Any,
-        prediction_type: Prediction | None = None,
+        prediction_type: PredictionType | None = None,
         labels: int | None = None,
         sizes_schedule: Schedule = Cosine(),  # noqa: B008 - frozen, as in els.engine.sample
         tolerance: float | None = None,
@@ -252,17 +252,17 @@ class _NoiseOfTimesteps:
         )
 
 
-def _prediction_of(scheduler: Any, wanted: str | None) -> Prediction:
+def _prediction_of(scheduler: Any, wanted: str | None) -> PredictionType:
     configured = getattr(scheduler, "config", {}).get("prediction_type")
     chosen = wanted or configured or "epsilon"
-    if chosen not in get_args(Prediction):
+    if chosen not in get_args(PredictionType):
         raise ValueError(
             f"prediction_type={chosen!r} is not known; choose one of "
-            f"{', '.join(get_args(Prediction))}"
+            f"{', '.join(get_args(PredictionType))}"
         )
     if configured not in (None, chosen):
         raise ValueError(
             f"prediction_type={chosen!r}, but the scheduler reads predictions as {configured!r}; "
             "make the scheduler with the same prediction_type, or leave it off here"
         )
-    return cast(Prediction, chosen)
+    return cast(PredictionType, chosen)

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from els.bench import baselines as by_hand
-from els.bench import compare
+from els.bench import baselines, compare
 from els.bench.compare import (
     Comparison,
     _front,
@@ -79,25 +78,25 @@ def test_every_method_is_compared_with_the_exact_posterior(db: PatchDatabase) ->
 
 @pytest.mark.parametrize("boundary", ["zeros", "circular"])
 @pytest.mark.parametrize("patch_size", [1, 3, 5])
-def test_by_hand_is_the_posterior(boundary: Boundary, patch_size: int) -> None:
+def test_baselines_are_the_posterior(boundary: Boundary, patch_size: int) -> None:
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (37, 2, 6, 7)).astype(np.uint8)
     x = torch.randn(1, 2, 6, 7, generator=torch.Generator().manual_seed(0))
     machine = ScoreMachine(PatchDatabase.from_arrays(images), "ELS", boundary, backend="torch")
     noise = {"alpha": 0.8, "sigma": 0.6}
     mean = machine.posterior(x.double(), patch_size=patch_size, **noise).mean
-    rows, columns = by_hand.answered((2, 6, 7), patch_size, boundary)
+    rows, columns = baselines.answered((2, 6, 7), patch_size, boundary)
     expected = mean[0, :, rows, columns].flatten(1).T.numpy()
-    queries = by_hand.query_patches(x, patch_size, boundary)
+    queries = baselines.query_patches(x, patch_size, boundary)
     patches = len(images) * (7 - patch_size) * (8 - patch_size)
-    assert by_hand.pairs((2, 6, 7), patch_size, boundary) * len(images) == len(queries) * patches
-    chunked = by_hand.chunked_torch(images, queries, patch_size=patch_size, **noise)
-    flat = by_hand.FlatNearest(images, patch_size).means(queries, k=patches, **noise)
+    assert baselines.pairs((2, 6, 7), patch_size, boundary) * len(images) == len(queries) * patches
+    chunked = baselines.chunked_torch(images, queries, patch_size=patch_size, **noise)
+    flat = baselines.FlatNearest(images, patch_size).means(queries, k=patches, **noise)
     # Logits up to some hundred in float32.
     np.testing.assert_allclose(chunked, expected, atol=1e-4)
     np.testing.assert_allclose(flat, expected, atol=1e-4)
     assert flat.abs().max() < 1
-    nearest = by_hand.FlatNearest(images, patch_size).means(queries, k=1, **noise)
+    nearest = baselines.FlatNearest(images, patch_size).means(queries, k=1, **noise)
     top = machine.posterior(x.double(), patch_size=patch_size, top=1, **noise).top_addresses
     assert top is not None
     n, row, column = machine.db.locate(top[0, rows, columns].flatten().numpy())
@@ -108,14 +107,14 @@ def test_baselines_see_what_fits(db: PatchDatabase, monkeypatch: pytest.MonkeyPa
     clean = held_out(db, 1, seed=1)
     noise = [(0.3, 3)]
 
-    def by_hand_rows(memory: int) -> dict[str, Comparison]:
+    def baseline_rows(memory: int) -> dict[str, Comparison]:
         rows = compare_posteriors(
             db, clean, noise, boundary="circular", with_baselines=True, memory=memory
         )
         return {row.method: row for row in rows if row.method.startswith(("chunked", "FAISS"))}
 
     # An image is 20 patches of 9 float32, twice.
-    limited = by_hand_rows(100 * 20 * 36 * 2 + 1)
+    limited = baseline_rows(100 * 20 * 36 * 2 + 1)
     assert list(limited) == ["chunked torch", "FAISS flat 256, 100 images"]
     row = limited["FAISS flat 256, 100 images"]
     assert (row.speed_up, row.note) == (
@@ -123,7 +122,7 @@ def test_baselines_see_what_fits(db: PatchDatabase, monkeypatch: pytest.MonkeyPa
         "the first 100 of 700 images only: all are more than 144,001 bytes of patches",
     )
     monkeypatch.setattr(compare, "_MOST_PAIRS", 42 * 20 * 50)
-    limited = by_hand_rows(4 * 10**9)
+    limited = baseline_rows(4 * 10**9)
     assert list(limited) == ["chunked torch, 50 images", "FAISS flat 256, 50 images"]
     row = limited["chunked torch, 50 images"]
     assert row.note == "the first 50 of 700 images only: all are more than 42,000 pairs a query"

@@ -18,7 +18,7 @@ pytest.importorskip("safetensors", reason="networks are stored with safetensors"
 
 from els.networks.calibrate import calibrate, draw_calibration, read_calibration
 from els.networks.denoiser import Network, NetworkDenoiser, open_network
-from els.networks.evaluate import Prediction, compared, evaluate
+from els.networks.evaluate import Agreement, compared, evaluate
 from els.networks.folders import NetworkError, embedded, network_folder
 
 RNG = np.random.default_rng(8)
@@ -134,10 +134,10 @@ def test_the_figures_of_a_sample() -> None:
     assert moved.r == pytest.approx(-1, abs=1e-6)
     assert moved.r_squared == pytest.approx(1, abs=1e-6)
     assert moved.determination < -1
-    assert compared(a, a) == Prediction(1.0, 1.0, 1.0)
+    assert compared(a, a) == Agreement(1.0, 1.0, 1.0)
     flat = np.ones_like(a)
-    assert compared(flat, a) == Prediction(0.0, 0.0, 0.0)
-    assert compared(flat, flat) == Prediction(0.0, 0.0, 1.0)
+    assert compared(flat, a) == Agreement(0.0, 0.0, 0.0)
+    assert compared(flat, flat) == Agreement(0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
