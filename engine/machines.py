@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from els.engine.approximate import head
-from els.engine.approximate.estimate import Problem
+from els.engine.approximate.estimate import Problem, Situation
 from els.engine.approximate.methods import (
     MAX_TOP,
     Lists,
     Method,
-    Situation,
     TopK,
     method_named,
     require_integer,
-    serves,
 )
 from els.engine.backends import Backend, BackendName, choose, require_support
 from els.engine.backends.cores import available_cores
@@ -143,7 +141,7 @@ class ScoreMachine:
     @property
     def is_indexed(self) -> bool:
         """Whether a patch index holds the machine's candidates (ELS)."""
-        return serves(self.definition)
+        return head.serves(self.definition)
 
     @property
     def estimate_kernel(self) -> str:

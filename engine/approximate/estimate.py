@@ -14,6 +14,7 @@ from torch import Tensor
 
 from els.engine.approximate.costs import MEAN_ABSOLUTE
 from els.engine.backends.backend import ESTIMATE_LOGIT_ERROR, Backend, Costs, Images, Members
+from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
 from els.engine.result import Uncertainty
 from els.engine.state import PosteriorState, where
@@ -73,6 +74,25 @@ class Estimate:
         return Estimate(where(condition, self.state, others.state), uncertainty)
 
 
+@dataclass(frozen=True)
+class Situation:
+    """What decides whether a method can be used for a query.
+
+    Attributes:
+        kind: of the machine.
+        index: of the query's patch size; None if there is none.
+        backend: that computes.
+        alpha: signal scale per image, ``[B]``.
+        sigma: noise standard deviation per image, ``[B]``.
+    """
+
+    kind: Kind
+    index: PatchIndex | None
+    backend: Backend
+    alpha: Tensor
+    sigma: Tensor
+
+
 @final
 class Problem:
     """One noisy image whose posterior is estimated, and what its estimates share.
@@ -125,6 +145,12 @@ class Problem:
     def border_query(self) -> PosteriorQuery:
         """The question for the border pixels, of which an estimate will do."""
         return replace(self.query, pixels=~self.interior, logit_error=ESTIMATE_LOGIT_ERROR)
+
+    @property
+    def situation(self) -> Situation:
+        """What decides which methods can be used."""
+        query = self.query
+        return Situation(query.kind, self.index, self.backend, query.alpha, query.sigma)
 
     @cached_property
     def costs(self) -> Costs:

@@ -17,7 +17,8 @@ from els.engine.approximate.costs import (
     SEARCHED_BYTE,
     SEARCHED_CODE,
 )
-from els.engine.approximate.estimate import Estimate, Mask, Problem
+from els.engine.approximate.estimate import Estimate, Mask, Problem, Situation
+from els.engine.kinds import Kind
 from els.engine.result import ErrorKind, Uncertainty
 from els.engine.state import PosteriorState, where
 
@@ -42,10 +43,28 @@ class Head:
     patches: npt.NDArray[np.float32]
 
 
+def serves(kind: Kind) -> bool:
+    """Whether a patch index holds the candidates of a kind of machine: square patches anywhere."""
+    return kind.is_local and kind.is_equivariant and kind.window is None
+
+
+def obstacle(situation: Situation) -> str | None:
+    """Why an index cannot be searched for a query, but for its absence."""
+    if not serves(situation.kind):
+        return (
+            "needs kind='ELS', whose patches an index holds; this machine is "
+            f"{situation.kind.name}: use mode='subset' or 'exact'"
+        )
+    if bool((situation.alpha == 0).any()):
+        return "with alpha=0: every patch is as near; use mode='subset'"
+    return None
+
+
 def can_search(problem: Problem) -> bool:
-    """Whether there is an index, and a query that its float32 distances can tell apart."""
+    """Whether there is an index, and its float32 distances can tell the query's patches apart."""
     largest = float(problem.query.x.abs().max())
-    return problem.index is not None and largest < LARGEST_QUERY * problem.alpha
+    is_there = problem.index is not None and obstacle(problem.situation) is None
+    return is_there and largest < LARGEST_QUERY * problem.alpha
 
 
 def search_cost(problem: Problem, effort: int) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from els.engine.approximate import head
 from els.engine.approximate.costs import (
     LARGEST_FIRST_SHARE,
     LEAST_SHARE,
@@ -28,24 +29,35 @@ from els.engine.approximate.costs import (
     SHARE_CODE_POWER,
     SHARE_OF_SMALL_CODES,
 )
-from els.engine.approximate.estimate import Array, Estimate, Mask, Problem
-from els.engine.approximate.head import can_search
+from els.engine.approximate.estimate import Array, Estimate, Mask, Problem, Situation
 from els.engine.result import Uncertainty
 from els.engine.state import PosteriorState
 from els.index.patches.index import DEFAULT_EFFORT
 
 
+def obstacle(situation: Situation) -> str | None:
+    """Why lists cannot be sampled for a query, but for the absence of an index."""
+    found = head.obstacle(situation)
+    if found is not None or situation.index is None:
+        return found
+    inverted = situation.index.inverted
+    if inverted is None:
+        return (
+            f"needs an index with codes of one byte per component; "
+            f"{situation.index.factory!r} has none: use mode='topk+subset', or build one such "
+            "as IVF1024,SQ8_direct"
+        )
+    for alpha, sigma in zip(situation.alpha.tolist(), situation.sigma.tolist(), strict=True):
+        found = situation.backend.lists_obstacle(inverted, alpha, sigma)
+        if found is not None:
+            return found
+    return None
+
+
 def can_sample(problem: Problem) -> bool:
-    """Whether lists are cheap enough to read here and tell the posterior well enough."""
-    if not can_search(problem) or math.isinf(problem.costs.code_read):
-        return False
-    assert problem.index is not None
-    lists = problem.index.inverted
-    return (
-        lists is not None
-        and problem.alpha > 0
-        and problem.backend.lists_obstacle(lists, problem.alpha, problem.sigma) is None
-    )
+    """Whether lists tell the posterior well enough here, and sampling them can pay."""
+    is_cheap = math.isfinite(problem.costs.code_read)
+    return is_cheap and head.can_search(problem) and obstacle(problem.situation) is None
 
 
 def list_cost(problem: Problem, share: float) -> float:

@@ -9,39 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, final, get_args
 
-from torch import Tensor
-
 from els.engine.approximate import auto, head, lists, subset
 from els.engine.approximate.costs import GROUPS
-from els.engine.approximate.estimate import Estimate, Problem
-from els.engine.backends.backend import Backend
-from els.engine.kinds import Kind
+from els.engine.approximate.estimate import Estimate, Problem, Situation
 from els.engine.result import Mode, require_tolerance
-from els.index import PatchIndex
 
 # Largest k: more candidates of a pixel would outgrow what they save.
 MAX_TOP = 4096
 # Fewest images of a subset: two in each of the jackknife's groups.
 _LEAST_IMAGES = 2 * GROUPS
-
-
-@dataclass(frozen=True)
-class Situation:
-    """What decides whether a method can be used for a query.
-
-    Attributes:
-        kind: of the machine.
-        index: of the query's patch size; None if there is none.
-        backend: that computes.
-        alpha: signal scale per image, ``[B]``.
-        sigma: noise standard deviation per image, ``[B]``.
-    """
-
-    kind: Kind
-    index: PatchIndex | None
-    backend: Backend
-    alpha: Tensor
-    sigma: Tensor
 
 
 class Method(Protocol):
@@ -97,7 +73,7 @@ class TopK:
 
     def obstacle(self, situation: Situation) -> str | None:
         """See :class:`Method`."""
-        return _search_obstacle(situation)
+        return head.obstacle(situation)
 
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
@@ -152,7 +128,7 @@ class TopKSubset:
 
     def obstacle(self, situation: Situation) -> str | None:
         """See :class:`Method`."""
-        return _search_obstacle(situation)
+        return head.obstacle(situation)
 
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
@@ -181,21 +157,7 @@ class Lists:
 
     def obstacle(self, situation: Situation) -> str | None:
         """See :class:`Method`."""
-        obstacle = _search_obstacle(situation)
-        if obstacle is not None or situation.index is None:
-            return obstacle
-        inverted = situation.index.inverted
-        if inverted is None:
-            return (
-                f"needs an index with codes of one byte per component; "
-                f"{situation.index.factory!r} has none: use mode='topk+subset', or build one such "
-                "as IVF1024,SQ8_direct"
-            )
-        for alpha, sigma in zip(situation.alpha.tolist(), situation.sigma.tolist(), strict=True):
-            obstacle = situation.backend.lists_obstacle(inverted, alpha, sigma)
-            if obstacle is not None:
-                return obstacle
-        return None
+        return lists.obstacle(situation)
 
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
@@ -279,23 +241,6 @@ def require_integer(argument: str, value: object, least: int, most: int) -> None
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{argument}={value!r} must be an integer from {least} to {most}")
-
-
-def serves(kind: Kind) -> bool:
-    """Whether a patch index holds the candidates of a kind of machine: square patches anywhere."""
-    return kind.is_local and kind.is_equivariant and kind.window is None
-
-
-def _search_obstacle(situation: Situation) -> str | None:
-    """Why an index cannot be searched for a query, but for its absence."""
-    if not serves(situation.kind):
-        return (
-            "needs kind='ELS', whose patches an index holds; this machine is "
-            f"{situation.kind.name}: use mode='subset' or 'exact'"
-        )
-    if bool((situation.alpha == 0).any()):
-        return "with alpha=0: every patch is as near; use mode='subset'"
-    return None
 
 
 def _is_everything(problem: Problem, images: int) -> bool:
