@@ -28,6 +28,9 @@ _BLUR = 4.0
 _MOST_READ = 8192
 # Parts of the lists with sums of their own, merged in order; fixed, whatever the number of threads.
 _PARTS = 64
+# Queries whose parts are merged at once: so few that torch uses one thread. Others would go on
+# spinning for a while, and take a core from the kernel.
+_MERGED_QUERIES = 128
 # Memory for the ranks of all lists for a chunk of queries, in bytes.
 _RANK_BYTES = 32 << 20
 # Largest error of a logit, natural logarithm, by float32 sums.
@@ -156,8 +159,11 @@ class ListSampling:
                     results=results,
                 )
                 powers = np.square(y[some].astype(np.float64)).sum(1) + rest[some]
-                chunks.append(some)
-                states.append(summed(_states(results, precision * powers, channels)))
+                for first in range(0, len(some), _MERGED_QUERIES):
+                    few = slice(first, first + _MERGED_QUERIES)
+                    parts = _states(results[:, :, few], precision * powers[few], channels)
+                    chunks.append(some[few])
+                    states.append(summed(parts))
         order = torch.from_numpy(np.concatenate(chunks).argsort())
 
         def joined(parts: list[torch.Tensor]) -> torch.Tensor:
