@@ -1,4 +1,4 @@
-"""Every Triton kernel and configuration, compiled without a GPU: does it, and into what.
+"""Every Triton kernel and configuration, compiled without a GPU.
 
 ``python -m els.bench.ahead_of_time`` compiles for sm_80, sm_90 and gfx942, reads registers, shared
 memory, spills and the instructions of the loop over images from the sm_90 code, prints a table,
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case; figures are of sm_90 only.
+    """The result of compiling a case; figures are of sm_90 only.
 
     Attributes:
         error: why it did not compile, or None.

@@ -1,4 +1,4 @@
-"""What one would write by hand with common libraries: the baselines of els bench.
+"""Baselines of els bench: posteriors by common libraries.
 
 They answer for the pixels of an ELS machine whose candidates are all patches inside the training
 images: every pixel where the query is read cyclically, else those whose own patch lies inside.

@@ -125,12 +125,11 @@ def compare_posteriors(
 ) -> Iterator[Comparison]:
     """Every method at every noise level, on ELS machines.
 
-    The baselines are what one would write by hand (`els.bench.baselines`): chunked torch, exact,
-    and
-    a flat FAISS index of all patches with a softmax over the 256 nearest; making that index is not
-    counted. With zeros beyond the border they get the pixels at the border, whose candidates are
-    few, from the exact posterior, for nothing. Where one would take more than 2^32 pairs a query
-    or more than `memory`, it gets as many of the first images as do not, and its row says so.
+    The baselines (`els.bench.baselines`) are chunked torch, exact, and a flat FAISS index of all
+    patches with a softmax over the 256 nearest, whose construction is not timed. With zeros beyond
+    the border they get the border pixels from the exact posterior at no cost. Where a baseline
+    would take more than 2^32 pairs a query or more than `memory`, it gets as many of the first
+    images as fit, and its row says so.
 
     Args:
         db: the training images, with or without indices.
@@ -140,7 +139,7 @@ def compare_posteriors(
         tolerance: of ``auto``.
         seed: of the noise and the subsets.
         with_torch: also time the torch backend, which is exact.
-        with_baselines: also time what one would write by hand.
+        with_baselines: also time the baselines.
         memory: bytes that the flat FAISS index may take.
         progress: told what is being computed, and what is left out and why.
     """

@@ -1,4 +1,4 @@
-"""Everything there is to check on a GPU, in one command: ``python bench/gpu_check.py``.
+"""All checks and measurements on a GPU, in one command: ``python bench/gpu_check.py``.
 
 For a bare CUDA or ROCm machine: it needs torch, triton, numpy and pytest (with hypothesis, for the
 tests), installs nothing, and takes less than eight minutes. It measures the card's ceilings, then

@@ -1,4 +1,4 @@
-"""The nearest patches by brute force: what an index is judged by."""
+"""The nearest patches by brute force, for the recall of an index."""
 
 from __future__ import annotations
 

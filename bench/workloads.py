@@ -1,4 +1,4 @@
-"""What is measured: real images, queries at the paper's noise for a patch size, pairs counted."""
+"""Workloads: real images, queries at the paper's noise for a patch size, numbers of pairs."""
 
 from __future__ import annotations
 

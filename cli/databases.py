@@ -98,7 +98,7 @@ def build_indices(
         bool, typer.Option("--overwrite", help="Build sizes anew that are there already.")
     ] = False,
 ) -> None:
-    """Build FAISS indices of a database's patches, inside it; started again, it goes on."""
+    """Build FAISS indices of a database's patches, inside it; started again, it resumes."""
     from els.index import PatchDatabase
 
     db = PatchDatabase.open(database)

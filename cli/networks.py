@@ -133,7 +133,7 @@ def train(
         int | None, typer.Option(help="Threads of torch on a CPU; one per core if not given.")
     ] = None,
 ) -> None:
-    """Train a diffusion network; the same command goes on with an interrupted training.
+    """Train a diffusion network; the same command resumes an interrupted training.
 
     The folder holds network.json, weights.safetensors (averaged), training.safetensors (to go on)
     and loss.png.
@@ -243,7 +243,7 @@ def calibrate(
 ) -> None:
     """Find the patch size of every step whose score is closest to a network's.
 
-    Started again, it goes on. A picture goes beside the file; els sample and els evaluate take the
+    Started again, it resumes. A picture goes beside the file; els sample and els evaluate take the
     file as --sizes.
     """
     from els.engine import ScoreMachine
@@ -293,7 +293,7 @@ def evaluate(
         typer.Option(help="The file of els calibrate; sizes.json in the network's folder if none."),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder; the same goes on.")
+        Path, typer.Option("--output", "-o", help="The folder; an existing evaluation is resumed.")
     ] = Path("evaluation"),
     n: Annotated[int, typer.Option("-n", help="Samples; may grow later.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the noise; another than els calibrate's.")] = 0,

@@ -135,7 +135,7 @@ def sample(
         ),
     ] = 1,
 ) -> None:
-    """Sample images into a run folder; the same command goes on with an interrupted run.
+    """Sample images into a run folder; the same command resumes an interrupted run.
 
     Each finished sample is written at once (samples/*.png and *.npy), a grid.png at the end;
     run.json holds every setting. With other settings an existing run is refused. More than 1,000
@@ -197,7 +197,7 @@ def sample(
 def status(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     watch: Annotated[
-        bool, typer.Option("--watch", help="Keep looking until nobody works on the run.")
+        bool, typer.Option("--watch", help="Look again until no process works on the run.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -281,7 +281,7 @@ def _status_table(status: RunStatus) -> Table:
     elif status.is_running:
         state = "running"
     else:
-        state = "stopped; the same els sample command goes on"
+        state = "stopped; the same els sample command resumes it"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("state", state)
     table.add_row("done", f"{status.finished:,} of {status.n:,} ({status.finished / status.n:.1%})")

@@ -186,7 +186,7 @@ def described(description: Mapping[str, Any]) -> Schedule:
     try:
         return SCHEDULES[constants.pop("name")](**constants)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"schedule={dict(description)!r} is not one of ours") from error
+        raise ValueError(f"schedule={dict(description)!r} is not one of this package") from error
 
 
 def _time(t: float) -> float:

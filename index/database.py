@@ -41,7 +41,7 @@ _CHUNK_BYTES = 1 << 24
 
 
 class DatabaseError(ValueError):
-    """A database on disk is missing, damaged, foreign, too new, or in the way."""
+    """A database is missing, damaged, of another format or newer version, or exists already."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""What every network here has in common: its description, its time embedding, its output.
+"""The parts that every network has: its description, its time embedding, its output.
 
 A network answers ``(t, x, label) -> epsilon``, the noise that it sees in ``x_t = alpha(t) * x_0 +
 sigma(t) * epsilon``. The paper's comparators (arXiv 2412.20292, appendix C.1) are convolutions
@@ -184,7 +184,7 @@ class EpsilonNetwork(nn.Module, ABC):
 
 @final
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t, a layer, and the class's vector: what every layer is told.
+    """Embedding of time and class: sinusoids of t through a layer, plus the class's vector.
 
     Args:
         features: length of the vector.
@@ -211,7 +211,7 @@ class TimeEmbedding(nn.Module):
 
 @final
 class TimeShift(nn.Module):
-    """Features, each channel shifted by what the time embedding says of it.
+    """Features, each channel shifted by a linear function of the time embedding.
 
     The same for every pixel, so that neither locality nor equivariance is lost.
 

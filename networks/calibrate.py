@@ -112,7 +112,7 @@ def calibrate(
     label: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Calibrate patch sizes into a file; called again with the same settings, go on.
+    """Calibrate patch sizes into a file; called again with the same settings, resume.
 
     Args:
         machine: LS or ELS, of the network's boundary, over the images that it was trained on.
@@ -206,7 +206,7 @@ def read_calibration(path: str | Path) -> Calibration:
     if not calibration.is_finished:
         raise ValueError(
             f"{path} has {len(calibration.per_seed)} of {calibration.seeds} seeds; the same els "
-            "calibrate command goes on"
+            "calibrate command resumes it"
         )
     return calibration
 
@@ -300,12 +300,12 @@ def _closeness(theirs: Tensor, ours: Tensor, metric: Metric) -> float:
 
 
 def _to_continue(path: Path, wanted: Calibration) -> Calibration:
-    """What is in the file, if it was made with the same settings."""
+    """The content of the file, if it was made with the same settings."""
     if not path.exists():
         return wanted
     there = _read(path)
     differing = [
-        # Nobody can read a fingerprint.
+        # A fingerprint tells a reader nothing.
         f"{field.name} is another one here"
         if field.name in ("network", "database")
         else f"{field.name} is {getattr(there, field.name)} there, "

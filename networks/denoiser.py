@@ -122,7 +122,7 @@ def _kind_of(value: object) -> str:
 
 @contextmanager
 def _foreign(what: str, remedy: str) -> Iterator[None]:
-    """Around code that is not ours: whatever it raises is one message, with the error as cause."""
+    """Context of a user's code: every exception becomes one message, with the error as cause."""
     try:
         yield
     # A module that is a script may end the program when it is imported.

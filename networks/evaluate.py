@@ -65,7 +65,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close one machine's image comes to the network's; see the module."""
+    """The agreement of one machine's image with the network's; see the module."""
 
     r: float
     r_squared: float
@@ -130,7 +130,7 @@ def evaluate(
     device: str | None = None,
     progress: Callable[[str, StepProgress], None] | None = None,
 ) -> Evaluation:
-    """Draw n samples with the network and each machine, and compare; called again, go on.
+    """Draw n samples with the network and each machine, and compare; called again, resume.
 
     Args:
         db: the images that the network was trained on.
@@ -264,12 +264,12 @@ def _seconds_of(path: Path, settings: Mapping[str, Any]) -> dict[str, float]:
         there = dict(content["settings"])
         seconds = {name: float(value) for name, value in dict(content.get("seconds", {})).items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise NetworkError(f"{manifest} is not ours ({error}); give another folder") from error
+        raise NetworkError(f"{manifest} is malformed ({error}); give another folder") from error
     differing = [name for name in settings if there.get(name) != settings[name]]
     if differing:
         raise NetworkError(
             f"{path} holds an evaluation with other settings ({', '.join(differing)}); give the "
-            "same to go on with it, or another folder"
+            "same to resume it, or another folder"
         )
     return seconds
 

@@ -1,4 +1,4 @@
-"""Network folders: what is written while a network trains, and how it is read back.
+"""Network folders: their files, written during training and read afterwards.
 
 A folder holds::
 
@@ -176,7 +176,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _utf8(path: Path) -> Iterator[Path]:
-    """The same file under a name that safetensors can say: one in UTF-8."""
+    """The same file under a name in UTF-8, which safetensors needs."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -199,7 +199,7 @@ def require_safetensors() -> None:
 
 @contextmanager
 def claimed(path: Path, doing: str) -> Iterator[None]:
-    """Makes a folder and keeps other processes out of it until the end, however it comes.
+    """Makes a folder and locks it against other processes, until the context ends.
 
     Raises:
         NetworkError: if it is a file, or another process has it.

@@ -148,7 +148,7 @@ def train_network(
     progress: Callable[[TrainingProgress], None] | None = None,
     checkpoint_seconds: float = _CHECKPOINT_SECONDS,
 ) -> NetworkFolder:
-    """Train a network on all images of a database; called again, it goes on.
+    """Train a network on all images of a database; called again, it resumes.
 
     Args:
         db: the training images, without augmentation: what the score machine compares with.
@@ -303,7 +303,7 @@ def _start(
     if differing:
         raise NetworkError(
             f"{folder.path} holds another training: {'; '.join(differing)}. Give the same "
-            "settings to go on with it, or another folder"
+            "settings to resume it, or another folder"
         )
 
 
@@ -481,7 +481,7 @@ def _explained(folder: NetworkFolder) -> Iterator[None]:
     except (KeyboardInterrupt, OSError) as interruption:
         step = read_tensors(folder.weights)[1]["step"] if folder.weights.exists() else "0"
         interruption.add_note(
-            f"{step} steps are safe in {folder.path}; start again with the same arguments to go on"
+            f"{step} steps are safe in {folder.path}; start again with the same arguments to resume"
         )
         raise
 

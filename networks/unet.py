@@ -71,7 +71,7 @@ class UNet(EpsilonNetwork):
 
 @final
 class _Block(nn.Module):
-    """Convolutions of one level, the first told the time."""
+    """Convolutions of one level, the first with the time embedding."""
 
     def __init__(self, config: NetworkConfig, inputs: int, outputs: int, embedding: int) -> None:
         super().__init__()

@@ -130,7 +130,7 @@ class RunFolder:
         except FileNotFoundError as error:
             raise RunError(
                 f"sample {index} of {self.path} is not there; the same els sample command that "
-                "began the run goes on with it"
+                "began the run resumes it"
             ) from error
         except (ValueError, EOFError) as error:
             raise RunError(
@@ -229,7 +229,7 @@ def _settings_of(run: RunFolder, manifest: dict[str, Any]) -> RunSettings:
         require_sound(settings)
         return settings
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(run, f"its settings are not ours ({error})") from error
+        raise _damaged(run, f"its settings are malformed ({error})") from error
 
 
 def _damaged(run: RunFolder, reason: str) -> RunError:

@@ -583,7 +583,7 @@ def _explained(run: RunFolder, n: int) -> Iterator[None]:
         steps = f", and so are steps of {begun} more" if begun else ""
         interruption.add_note(
             f"{finished} of {n} samples are finished and safe in {run.path}{steps}; "
-            "start again with the same arguments to go on"
+            "start again with the same arguments to resume"
         )
         raise
 
@@ -600,7 +600,7 @@ def _require_same(run: RunFolder, there: RunSettings, here: RunSettings) -> None
     if differing:
         raise RunError(
             f"{run.path} holds a run with other settings: {'; '.join(differing)}. Give the same "
-            "settings to go on with it, or another folder for a new run"
+            "settings to resume it, or another folder for a new run"
         )
 
 
@@ -642,7 +642,7 @@ def _require_no_new_indices(machine: ScoreMachine, settings: RunSettings) -> Non
         if str(size) not in settings.estimates.indices and machine.db.has_index(size):
             raise RunError(
                 f"an index of patch size {size} was built during the run, which began without it; "
-                "remove it to go on, or give another folder for a new run"
+                "remove it to resume, or give another folder for a new run"
             )
 
 

@@ -63,7 +63,7 @@ def run_status(folder: str | Path) -> RunStatus:
         processes, shards = latest.get("processes", 1), latest.get("database_shards", 1)
         backend = str(latest["backend"])
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{run.manifest} is damaged: its last session is not ours") from error
+        raise RunError(f"{run.manifest} is damaged: its last session is malformed") from error
     seconds = (ended - started).total_seconds()
     rate = computed / seconds if computed > 0 and seconds > 0 else None
     left = (settings.n - finished) / rate if rate is not None and is_running else None

@@ -31,7 +31,7 @@ _ARRAY = "samples"
 
 
 class RunError(RuntimeError):
-    """A run folder is in use, in the way, damaged, or holds a run with other settings."""
+    """A run folder is in use, damaged, not a run, or holds a run with other settings."""
 
 
 class _Piece(NamedTuple):
@@ -143,7 +143,7 @@ class ShardFolder:
                 if retried:
                     raise RunError(
                         f"sample {index} of {self.path.parent} is not there; the same els sample "
-                        "command that began the run goes on with it"
+                        "command that began the run resumes it"
                     ) from None
                 retried, pieces = True, self._holders(shard)
                 continue

@@ -125,7 +125,7 @@ def many_samples_table() -> str:
 
 
 def faults_table() -> str:
-    """What was done to runs, and what was left of them."""
+    """Faults that runs were put through, and their outcomes."""
     cases = load("faults-cpu")["cases"]
     kills = next(case["extra"] for case in cases if case["test"] == "test_kills")
     rows = []

@@ -232,7 +232,7 @@ class _Pilot:
     def cheapest(
         self, effort: int, needed: int, error: float, aim: float, estimate: Estimate, subset: Subset
     ) -> int:
-        """The effort to go on with, ``effort`` or a larger one, by what is still to be paid.
+        """The effort that costs least from here on, ``effort`` or a larger one.
 
         Args:
             effort: of the head that there is; 0 without one.

@@ -63,7 +63,7 @@ class Backend(Protocol):
 
     @property
     def estimate_kernel(self) -> str:
-        """What estimates are computed with: runs go on only with the same. ``none`` for none."""
+        """The kernel of estimates, which a resumed run must have again; ``none`` for none."""
 
     def supports(self, kind: Kind) -> bool:
         """Whether the backend computes machines of a kind."""

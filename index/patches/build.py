@@ -436,7 +436,7 @@ def _claimed(work: Path) -> Iterator[None]:
             if _has_checkpoint(work):
                 interruption.add_note(
                     f"what is finished is kept in {work}; "
-                    "start again with the same arguments to go on"
+                    "start again with the same arguments to resume"
                 )
             raise
         finally:

@@ -427,7 +427,7 @@ def test_a_damaged_evaluation_is_refused(tmp_path: Path, sizes_file, changes) ->
         b"\xff",
     ):
         manifest.write_bytes(content)
-        with pytest.raises(NetworkError, match=r"evaluation\.json is not ours"):
+        with pytest.raises(NetworkError, match=r"evaluation\.json is malformed"):
             evaluate(DB, denoiser, read_calibration(sizes), folder, **options)
     manifest.write_bytes(there)
     drawn = folder / "network" / "000001.npy"

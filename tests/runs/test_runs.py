@@ -422,7 +422,7 @@ def test_a_boundary_does_not_matter_to_whole_images(tmp_path: Path) -> None:
         pytest.param(
             "run.json",
             b'{"format": "els-run", "version": 1, "sessions": [], "settings": {"n": 3}}',
-            "settings are not ours",
+            "settings are malformed",
             id="settings",
         ),
     ],
@@ -777,7 +777,7 @@ def test_runs_of_older_versions_go_on_without_estimates(machine, tmp_path: Path)
 def test_damaged_estimates_are_refused(machine: ScoreMachine, tmp_path: Path, content) -> None:
     run = sample_run(machine, tmp_path, **OPTIONS).folder
     change_estimates(run, lambda settings: settings.update(estimates=content))
-    with pytest.raises(RunError, match="settings are not ours"):
+    with pytest.raises(RunError, match="settings are malformed"):
         read_settings(run.path)
 
 
