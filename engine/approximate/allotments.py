@@ -1,7 +1,7 @@
 """How work is allotted to pixels: larger samples for those whose errors are largest.
 
-A sample more is worth the less the more there are, so that the best sizes are those at which one
-more is worth the same to every pixel: the fall of its error per unit of work has one price.
+The sum of all pixels' errors is least for given work where the fall of the error per unit of work,
+its price, is the same for every pixel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from els.engine.approximate.estimate import Array
 @final
 @dataclass(frozen=True, eq=False)
 class Allotments:
-    """Ways to spend more on some of Q pixels, the cheapest first.
+    """Alternatives of larger samples for some of Q pixels, the cheapest first.
 
     Attributes:
         sizes: of their samples, ``[L, Q]``.
@@ -32,7 +32,7 @@ class Allotments:
     costs: Array
 
     def cheapest(self, aim: float) -> int:
-        """The first that costs anything and is expected to be as good; the last if none is."""
+        """The first at some cost whose expected error is at most ``aim``; the last if none is."""
         good = np.flatnonzero((self.errors <= aim) & (self.costs > 0))
         return int(good[0]) if len(good) else len(self.errors) - 1
 
@@ -42,9 +42,7 @@ def subset_allotments(
 ) -> Allotments:
     """Larger subsets for the pixels that err most; costs are images more.
 
-    An image more is worth the less the more there are, so that the best subsets are those to all
-    of which one more is worth the same, but for the largest: an image costs something even if it
-    serves a single pixel.
+    The largest subset is limited, too: an image costs something even if it serves a single pixel.
 
     Args:
         error: of each pixel, ``[Q]``.
@@ -65,7 +63,7 @@ def subset_allotments(
     grown = larger > sizes
     images = np.where(grown, larger, 0.0).max(1) - np.where(grown, sizes, total).min(1)
     costs = (larger - sizes).mean(1) + image_cost * np.maximum(images, 0.0)
-    # Those that are no worse than all that cost less.
+    # Only those whose error is below that of all cheaper ones.
     order = np.argsort(costs, kind="stable")
     least = np.minimum.accumulate(errors[order])
     order = order[np.concatenate([[True], errors[order][1:] < least[:-1]])]
@@ -95,7 +93,7 @@ def share_allotments(
 
 
 def _worth_alike(error: Array, sizes: Array, power: float) -> Array:
-    """For each price of an error, the sizes at which it is worth to grow no more, ``[L, Q]``."""
+    """For each price of an error, the sizes beyond which growing costs more, ``[L, Q]``."""
     worth = error / sizes
     prices = float(worth.max()) * PRICE_STEP ** np.arange(PRICES)
     ratio = np.maximum(worth / np.maximum(prices, 1e-300)[:, None], 1.0)

@@ -1,10 +1,10 @@
-"""The cheapest estimate that meets a tolerance, as a small part of the work tells.
+"""The cheapest estimate that meets a tolerance (docs/theory.md, auto).
 
-A first subset of the images tells how errors fall. The interior is then a larger subset, a head and
-a subset, lists, or everything, and what is cheapest is judged anew after every step: a few heavy
-patches hide from small subsets, so that errors fall more slowly than the root of their size. Border
-pixels (:mod:`els.engine.approximate.border`) share the tolerance with the interior such that both
-together cost least.
+A first subset of the images shows how errors fall. The interior is then computed from a larger
+subset, a head and a subset, lists, or everything, and the cheapest is chosen again after every
+step: a few heavy patches are often not in small subsets, so that errors fall more slowly than the
+square root of their size. Border pixels (:mod:`els.engine.approximate.border`) share the tolerance
+with the interior such that both together cost least.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Lists:
 
     @cached_property
     def share(self) -> float:
-        """Of the codes, that every pixel reads at first."""
+        """Share of the codes that every pixel reads at first."""
         return first_share(self._problem)
 
     def allotments(self, estimate: Estimate, shares: Array) -> Allotments:
@@ -115,7 +115,7 @@ class _Lists:
             allotments = self.allotments(estimate, shares)
             chosen = allotments.cheapest(aim)
             larger = allotments.sizes[chosen]
-            # Where all has been read, what is left is what codes do not tell.
+            # If all has been read, the rest of the error is that of the codes.
             is_all = not (larger > shares).any()
             if is_all or allotments.costs[chosen] > LARGEST_SHARE * len(self._problem.order):
                 return None
@@ -156,12 +156,12 @@ def _border_aim(
     if not is_good.any():
         return aim / 2 / (1 - inside)
     best = int(np.argmin(np.where(is_good, costs, np.inf)))
-    # By rounding what is aimed at may come out not quite as good.
+    # A little more, so that rounding does not call for another step.
     return float(border_errors[best % len(border_errors)]) * (1 + 1e-9)
 
 
 def _left(aim: float, done: Estimate, pixels: Mask) -> float:
-    """What some pixels leave of a mean error over all of them to each of the others."""
+    """The error that each of the other pixels may have, for a mean error over all of them."""
     part = float(pixels.mean())
     return (aim - part * done.error(pixels)) / (1 - part)
 
@@ -177,7 +177,7 @@ def _from_subsets(
     head, effort, power = None, 0, SUBSET_POWER
 
     def judged() -> tuple[Estimate, float]:
-        """Head and subset, and their expected error, both as the pilot pixels say."""
+        """Head and subset, and their expected error, enlarged by the pilot pixels' check."""
         estimate = extrapolated(problem, head, subset)
         if pilot is not None:
             estimate = estimate.enlarged(pilot.safety_factor(estimate, subset))
@@ -207,7 +207,7 @@ def _from_subsets(
 
 @final
 class _Pilot:
-    """Heads of a few pixels: what heads of all would gain, and what has been overlooked so far."""
+    """Heads of a few pixels: they show what a head would gain, and which patches were missed."""
 
     def __init__(self, problem: Problem, k: int) -> None:
         self._problem = problem
@@ -223,8 +223,8 @@ class _Pilot:
     def safety_factor(self, estimate: Estimate, subset: Subset) -> float:
         """How much larger the error is than it seems, at least 1.
 
-        A spread does not tell of heavy patches that are in neither head nor subset; the largest
-        head has most of them.
+        A spread does not contain heavy patches that are in neither head nor subset; the largest
+        head contains most of them.
         """
         seems = estimate.error(self._pixels)
         return max(1.0, self._error(estimate, subset) / max(seems, 1e-30))

@@ -16,6 +16,9 @@ from els.engine.approximate.costs import (
     BORDER_IMAGES,
     BORDER_MARGIN,
     BORDER_POWER,
+    BORDER_SAFETY,
+    BORDER_SAFETY_FEW,
+    BORDER_SAFETY_PATCHES,
     PILOT_IMAGES,
 )
 from els.engine.approximate.estimate import Estimate, Problem
@@ -78,16 +81,15 @@ def image_cost(problem: Problem) -> float:
 
 
 def safety_factor(effective: Tensor) -> Tensor:
-    """How much larger errors are than the jackknife's, for so many effective patches in a subset.
+    """Factor of the jackknife's error, for a number of effective patches in a subset.
 
-    A subset that contains none of the heavy patches underestimates its own error. As measured
-    (docs/performance.md).
+    A subset that contains none of the heavy patches underestimates its own error.
     """
-    return 1.08 + 0.3 / (1 + effective / 400)
+    return BORDER_SAFETY + BORDER_SAFETY_FEW / (1 + effective / BORDER_SAFETY_PATCHES)
 
 
 def _first_images(problem: Problem) -> int:
-    """Of the first subset for the border pixels."""
+    """Images of the first subset for the border pixels."""
     if not problem.costs.border_image:
         return PILOT_IMAGES
     return max(PILOT_IMAGES, min(BORDER_IMAGES, len(problem.order) // 8))

@@ -80,13 +80,29 @@ SHARE_CODE_POWER = 1.5
 SHARE_OF_SMALL_CODES = 1 / 256
 # up to this one.
 LARGEST_FIRST_SHARE = 1 / 32
-# Factor of the least share over the least inclusion probability, 2^-10.
+# Least share of the codes: 1.5 times the least inclusion probability.
 LEAST_SHARE = 1.5 * 2.0**-10
+# Safety factor of the standard error where codes are not whole patches (docs/performance.md).
+LIST_SAFETY_REDUCED = 1.25
+# Where they are, it is 1 + this / (1 + (n / LIST_SAFETY_PATCHES)^LIST_SAFETY_POWER) for n effective
+# patches (docs/performance.md).
+LIST_SAFETY = 3.0
+# Effective patches at which it has fallen by half.
+LIST_SAFETY_PATCHES = 60.0
+# Power with which it falls.
+LIST_SAFETY_POWER = 0.4
 
 # All methods.
 
 # Share of the tolerance that is aimed at: a measured error is itself uncertain.
 MARGIN = 0.9
+# Safety factor of a border pixel's standard error with many effective patches in its subset; with n
+# it is this + BORDER_SAFETY_FEW / (1 + n / BORDER_SAFETY_PATCHES) (docs/performance.md).
+BORDER_SAFETY = 1.08
+# What it is larger with few.
+BORDER_SAFETY_FEW = 0.3
+# Effective patches at which that has fallen by half.
+BORDER_SAFETY_PATCHES = 400.0
 # Share of its aim that a step of the border aims at: another step costs as much.
 BORDER_MARGIN = 0.95
 # Mean absolute value of a normal variable of standard deviation 1.

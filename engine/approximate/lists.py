@@ -6,7 +6,7 @@ linearised
 
     se^2 = sum_b (1 - p) (a_b - v l_b)^2 / l^2.
 
-It does not tell of heavy patches that were not read, for which a safety factor stands.
+It does not contain heavy patches that were not read; a safety factor accounts for them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from els.engine.approximate.costs import (
     LARGEST_FIRST_SHARE,
     LEAST_SHARE,
     LIST_POWER,
+    LIST_SAFETY,
+    LIST_SAFETY_PATCHES,
+    LIST_SAFETY_POWER,
+    LIST_SAFETY_REDUCED,
     LOOK_IMAGES,
     MANY_PATCHES,
     RANGE,
@@ -185,15 +189,15 @@ def with_exact_border(problem: Problem, share: float) -> Estimate:
 
 
 def safety_factor(effective: Tensor, is_lossless: bool) -> Tensor:
-    """How much larger errors are than the spread of what was read, for so many effective patches.
+    """Factor of the standard error, for a number of effective patches.
 
-    A spread does not tell of heavy patches that were not read, and the fewer patches share a pixel,
-    the more that matters. Where codes are not whole patches, what they leave unknown hides most of
-    that. As measured (docs/performance.md).
+    A spread does not contain heavy patches that were not read, which matters the more the fewer
+    patches share a pixel. Where codes are not whole patches, the variance that they leave unknown
+    is larger than that.
     """
     if not is_lossless:
-        return torch.full_like(effective, 1.25)
-    return 1 + 3 / (1 + (effective / 60) ** 0.4)
+        return torch.full_like(effective, LIST_SAFETY_REDUCED)
+    return 1 + LIST_SAFETY / (1 + (effective / LIST_SAFETY_PATCHES) ** LIST_SAFETY_POWER)
 
 
 def effective_blocks(state: PosteriorState) -> Tensor:

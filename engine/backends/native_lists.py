@@ -1,10 +1,9 @@
 """Sampling of a patch index's inverted lists by the native kernel (``csrc/lists.h``).
 
-A list's centroid tells roughly what its patches weigh. A pixel reads all of the lists that matter
-most to it and 2^-j of others, in random blocks of 16 patches, j = 0, 1, ..., and what it reads
-counts 2^j fold: every sum over patches is estimated without bias (Horvitz and Thompson, 1952;
-docs/theory.md). Pixels that are weighed together (16 with AVX-512) share what the nearest of them
-reads of a list.
+A list's centroid determines roughly what its patches weigh. A pixel reads random blocks of 16
+patches of a list with inclusion probability 2^-j, j = 0, 1, ..., and divides their sums by it:
+every sum over patches is estimated without bias (docs/theory.md, equation 13). Pixels that are
+weighed together (16 with AVX-512) read the blocks of the nearest of them.
 """
 
 from __future__ import annotations
@@ -15,27 +14,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from els.engine.backends.backend import ESTIMATE_LOGIT_ERROR
 from els.engine.backends.native_kernels import Kernels, instruction_sets, kernel_module
 from els.engine.state import PosteriorState, SamplingSums, only_where, summed
 from els.index.patches.lists import InvertedLists
 
-# Least inclusion probability is 2^-10: fewer blocks would say nothing of a list's spread.
+# Largest j: with fewer blocks the spread of a list would be unknown.
 COARSEST = 10
 # Radius that centroids are taken to have, in mean squared distances of their codes.
 _BLUR = 4.0
-# Codes of one list that a query reads at most, unless it is to read everything: of millions of
-# equal patches, such as black ones, some thousands tell the mass.
+# Codes of one list that a query reads at most, unless it is to read everything: some thousands
+# determine the mass of millions of equal patches, such as black ones.
 _MOST_READ = 8192
 # Parts of the lists with sums of their own, merged in order; fixed, whatever the number of threads.
 _PARTS = 64
-# Queries whose parts are merged at once: so few that torch uses one thread. Others would go on
-# spinning for a while, and take a core from the kernel.
+# Queries whose parts are merged at once: so few that torch uses one thread. Its other threads would
+# wait actively afterwards, and take a core from the kernel.
 _MERGED_QUERIES = 128
 # Memory for the ranks of all lists for a chunk of queries, in bytes.
 _RANK_BYTES = 32 << 20
-# Largest error of a logit, natural logarithm, by float32 sums.
-_LOGIT_ERROR = 0.02
-# Unit roundoff of a float32 sum of products, doubled twice for its terms.
+# Error of a float32 sum of products, as a share of its terms: four times the unit roundoff.
 _ROUNDING = 2.0**-22
 # Queries on the matrix unit are integers up to this, either way (`kLargestQuery` of the kernel).
 LARGEST_QUERY = 32512
@@ -60,7 +58,7 @@ def obstacle(
     ratio = (alpha / sigma) ** 2 / _LEVEL**2
     largest = math.sqrt(lists.largest_norm)
     rounding = ratio * largest * max(largest, largest_query) * _ROUNDING
-    if rounding < _LOGIT_ERROR and ratio * lists.misfit < _MISFIT:
+    if rounding < ESTIMATE_LOGIT_ERROR and ratio * lists.misfit < _MISFIT:
         return None
     return (
         f"with sigma={sigma:g}, alpha={alpha:g}: the index's codes do not tell weights well enough "
