@@ -181,7 +181,7 @@ def signature(kernel: str, *, precise: bool) -> dict[str, Any]:
     """Types of a kernel's run-time arguments."""
     real = "*fp64" if precise else "*fp32"
     tables = {"row_tables": ("*i32",) * 6, "column_tables": ("*i32",) * 6}
-    states = dict.fromkeys(("maximum", "mass", "centre", "tilt"), "*fp64")
+    states = dict.fromkeys(("reference", "mass", "centre", "logit_sum"), "*fp64")
 
     def integers(*names: str) -> dict[str, str]:
         return dict.fromkeys(names, "i32")

@@ -4,7 +4,7 @@ A posterior's answers are functions of sums over candidates c of a pixel p (docs
 logits ``l_c`` depend on the query. With the sums relative to a fixed reference m and
 ``w_c = exp(l_c - m)``, a loss L that depends on them has
 
-    dL/dl_c = w_c (dL/dmass + sum_channels dL/dcentre * k_c[p'] + dL/dtilt (1 + l_c - m)),
+    dL/dl_c = w_c (dL/dmass + sum_channels dL/dcentre * k_c[p'] + dL/dlogit_sum (1 + l_c - m)),
 
 and the logits are quadratic: ``dl_c/dx = (alpha k_c - x) / sigma^2`` over the patch around p. So a
 gradient takes one more pass over the candidates, whichever backend gave the answer. The pass is
@@ -239,8 +239,8 @@ def _adjoint(state: PosteriorState, gradients: Sequence[Tensor]) -> _Adjoint:
         found = torch.autograd.grad(
             made, sums, [gradient.to(of) for gradient, of in zip(gradients, made, strict=True)]
         )
-    of_tilt = found[2] if len(found) > 2 else torch.zeros_like(found[0])
-    return _Adjoint(found[0][0], found[1][0], of_tilt[0])
+    of_logit_sum = found[2] if len(found) > 2 else torch.zeros_like(found[0])
+    return _Adjoint(found[0][0], found[1][0], of_logit_sum[0])
 
 
 def _over_blocks(

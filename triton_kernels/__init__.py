@@ -1,5 +1,6 @@
 """GPU kernels in Triton: exact, truncated and top-k local posteriors, and the merge of states.
 
-One kernel family a file, each with its launcher. Nothing here knows of databases or machines: a
-launcher takes tensors, a plan of candidates (:mod:`els.triton_kernels.tiles`) and a configuration.
+One kernel family a file, each with its launcher. The kernels do not depend on databases or
+machines: a launcher takes tensors, a plan of candidates (:mod:`els.triton_kernels.tiles`) and a
+configuration.
 """

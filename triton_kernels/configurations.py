@@ -1,8 +1,9 @@
-"""How the kernels are launched: blocks, warps, stages, splits; a function of the question alone.
+"""Launch configurations of the kernels: blocks, warps, stages, splits.
 
-The choice is a table and not a tuner at run time: a configuration shows in the last bits of a
-result, and the same input must give the same bits. ``bench/gpu_check.py`` measures every entry of
-:data:`CANDIDATES`; what it finds best is written into :data:`SHIPPED`.
+They are a function of the query alone. The choice is a table and not a tuner at run time: the last
+bits of a result depend on the configuration, and the same input must give the same bits.
+``bench/gpu_check.py`` measures every entry of :data:`CANDIDATES`; what it finds best is written
+into :data:`SHIPPED`.
 """
 
 from __future__ import annotations

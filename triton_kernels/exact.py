@@ -3,7 +3,7 @@
 A program owns one tile of (query pixel, training pixel) pairs (:mod:`.tiles`) of one query and
 loops over training images. So the query's pixels stay in registers, every image is read at the
 same offsets, nothing in the loop depends on the displacement, and each pair has its accumulators
-in registers. What the tiles found is merged per query pixel afterwards (:mod:`.merge`).
+in registers. The states of tiles are merged per query pixel afterwards (:mod:`.merge`).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def exact_kernel(
     REAL: tl.constexpr = tl.float64 if PRECISE else tl.float32
     largest = tl.full([ROW_BLOCK, COLUMN_BLOCK], LOWEST_FLOAT64 if PRECISE else LOWEST, REAL)
     mass = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float32)
-    tilt = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float32)
+    logit_sum = tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float32)
     sums = ()
     for c in tl.static_range(C):
         sums = sums + (tl.zeros([ROW_BLOCK, COLUMN_BLOCK], tl.float32),)
@@ -93,7 +93,7 @@ def exact_kernel(
         highest = largest
         for j in tl.static_range(TOGETHER):
             image = images + tl.minimum(n + j, end - 1) * PIXELS
-            # An image past the end weighs nothing: it is far from everything.
+            # An image past the end has weight 0: its distances are large.
             b_bias = bias if j == 0 else tl.where(n + j < end, bias, LOWEST)
             b_clean = clean_values(tl.load(image + centre), C)
             distance = tile_distances(
@@ -118,7 +118,7 @@ def exact_kernel(
         shift = exponents(largest, highest, PRECISE)
         rescale = tl.exp2(shift)
         if ENTROPY:
-            tilt = rescale * (tilt + shift * mass)
+            logit_sum = rescale * (logit_sum + shift * mass)
         mass = rescale * mass
         rescaled = ()
         for c in tl.static_range(C):
@@ -128,7 +128,7 @@ def exact_kernel(
             weight = tl.exp2(excess)
             mass += weight
             if ENTROPY:
-                tilt += weight * excess
+                logit_sum += weight * excess
             added = ()
             for c in tl.static_range(C):
                 added = added + (rescaled[c] + weight * cleans[j][c],)
@@ -146,7 +146,7 @@ def exact_kernel(
     for c in tl.static_range(C):
         tl.store(p_out + (2 + c) * SIZE, sums[c] * channel_scale(c))
     if ENTROPY:
-        tl.store(p_out + (2 + C) * SIZE, tilt)
+        tl.store(p_out + (2 + C) * SIZE, logit_sum)
 
 
 def accumulate(
@@ -173,7 +173,7 @@ def accumulate(
     """
     configuration = configuration.for_windows(plan.row_chunks, plan.column_chunks)
     batch, channels, pixels = x.shape
-    fields = 2 + channels + (totals.tilt is not None)
+    fields = 2 + channels + (totals.logit_sum is not None)
     blocks = plan.row_block * plan.column_block
     per_split = images_per_split(plan.row_tiles * plan.column_tiles, len(images))
     splits = -(-len(images) // per_split)
@@ -207,7 +207,7 @@ def accumulate(
                 ROW_CHUNKS=plan.row_chunks,
                 COLUMN_CHUNKS=plan.column_chunks,
                 TOGETHER=configuration.together,
-                ENTROPY=totals.tilt is not None,
+                ENTROPY=totals.logit_sum is not None,
                 PRECISE=x.dtype == torch.float64,
                 STAGES=configuration.stages,
                 num_warps=configuration.warps,

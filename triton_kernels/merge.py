@@ -1,4 +1,4 @@
-"""The merge of partial states: what the tiles found, per query pixel, in float64.
+"""The merge of partial states of tiles, per query pixel, in float64.
 
 The rule is that of ``els.engine.state.merge``; here it takes the states of all pairs of a
 pixel, which lie scattered over tiles and splits, in a fixed order.
@@ -22,17 +22,17 @@ class Totals(NamedTuple):
     """States of queries, float64, to base 2; distances may be biased.
 
     Attributes:
-        maximum: the largest logit, ``[B, H * W]``.
-        mass: ``sum 2^(logit - maximum)``, ``[B, H * W]``.
-        centre: ``sum 2^(logit - maximum) * v``, v the bytes of the centre pixels,
+        reference: the largest logit, ``[B, H * W]``.
+        mass: ``sum 2^(logit - reference)``, ``[B, H * W]``.
+        centre: ``sum 2^(logit - reference) * v``, v the bytes of the centre pixels,
             ``[B, C, H * W]``.
-        tilt: ``sum 2^(logit - maximum) * (logit - maximum)``, ``[B, H * W]``, or None.
+        logit_sum: ``sum 2^(logit - reference) * (logit - reference)``, ``[B, H * W]``, or None.
     """
 
-    maximum: Tensor
+    reference: Tensor
     mass: Tensor
     centre: Tensor
-    tilt: Tensor | None
+    logit_sum: Tensor | None
 
     @classmethod
     def empty(cls, x: Tensor, *, entropy: bool) -> Self:
@@ -48,10 +48,10 @@ class Totals(NamedTuple):
     def of(self, queries: slice) -> Self:
         """Views of some queries."""
         return type(self)(
-            self.maximum[queries],
+            self.reference[queries],
             self.mass[queries],
             self.centre[queries],
-            None if self.tilt is None else self.tilt[queries],
+            None if self.logit_sum is None else self.logit_sum[queries],
         )
 
 
@@ -70,10 +70,10 @@ def merge_kernel(
     partial,  # [B, splits, tiles, fields, ROW_BLOCK * COLUMN_BLOCK]
     row_pairs,  # [H, K]: pairs of a query row, see AxisPlan.pairs_of
     column_pairs,  # [W, K]
-    maximum,  # [B, H * W], to base 2 and biased
+    reference,  # [B, H * W], to base 2 and biased
     mass,  # [B, H * W]
     centre,  # [B, C, H * W], sums of bytes
-    tilt,  # [B, H * W], to base 2
+    logit_sum,  # [B, H * W], to base 2
     splits,
     tiles,
     column_tiles,
@@ -108,7 +108,7 @@ def merge_kernel(
 
     largest = tl.full([PIXEL_BLOCK, LANES], LOWEST_FLOAT64, tl.float64)
     sum_mass = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
-    sum_tilt = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
+    sum_logits = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
     sums = ()
     for c in tl.static_range(C):
         sums = sums + (tl.zeros([PIXEL_BLOCK, LANES], tl.float64),)
@@ -129,9 +129,9 @@ def merge_kernel(
         new = tl.exp2(found - highest)
         b_mass = tl.load(p_pair + SIZE, mask=m_pair, other=0.0).to(tl.float64)
         if ENTROPY:
-            b_tilt = tl.load(p_pair + (2 + C) * SIZE, mask=m_pair, other=0.0).to(tl.float64)
-            sum_tilt = old * (sum_tilt + (largest - highest) * sum_mass) + new * (
-                b_tilt + (found - highest) * b_mass
+            b_logits = tl.load(p_pair + (2 + C) * SIZE, mask=m_pair, other=0.0).to(tl.float64)
+            sum_logits = old * (sum_logits + (largest - highest) * sum_mass) + new * (
+                b_logits + (found - highest) * b_mass
             )
         sum_mass = old * sum_mass + new * b_mass
         merged = ()
@@ -143,21 +143,23 @@ def merge_kernel(
 
     # All lanes together, and with what was there before.
     p_pixel = i_query * PIXELS + o_pixel
-    before = tl.load(maximum + p_pixel, mask=m_pixel, other=LOWEST_FLOAT64)
+    before = tl.load(reference + p_pixel, mask=m_pixel, other=LOWEST_FLOAT64)
     highest = tl.maximum(before, tl.max(largest, 1))
     old = tl.exp2(before - highest)
     new = tl.exp2(largest - highest[:, None])
     old_mass = tl.load(mass + p_pixel, mask=m_pixel, other=0.0)
     if ENTROPY:
-        moved = sum_tilt + (largest - highest[:, None]) * sum_mass
-        old_tilt = tl.load(tilt + p_pixel, mask=m_pixel, other=0.0) + (before - highest) * old_mass
-        tl.store(tilt + p_pixel, old * old_tilt + tl.sum(new * moved, 1), mask=m_pixel)
+        moved = sum_logits + (largest - highest[:, None]) * sum_mass
+        old_logits = (
+            tl.load(logit_sum + p_pixel, mask=m_pixel, other=0.0) + (before - highest) * old_mass
+        )
+        tl.store(logit_sum + p_pixel, old * old_logits + tl.sum(new * moved, 1), mask=m_pixel)
     tl.store(mass + p_pixel, old * old_mass + tl.sum(new * sum_mass, 1), mask=m_pixel)
     for c in tl.static_range(C):
         p_sum = centre + (i_query * C + c) * PIXELS + o_pixel
         old_sum = tl.load(p_sum, mask=m_pixel, other=0.0)
         tl.store(p_sum, old * old_sum + tl.sum(new * sums[c], 1), mask=m_pixel)
-    tl.store(maximum + p_pixel, highest, mask=m_pixel)
+    tl.store(reference + p_pixel, highest, mask=m_pixel)
 
 
 def pixel_block(lanes: int, x: Tensor) -> int:
@@ -172,8 +174,8 @@ def merge_partial(
 
     Args:
         totals: float64, of B queries.
-        partial: ``[B, splits, tiles, fields, row_block * column_block]``, fields being maximum,
-            mass, the centre's channels and, where the totals have one, the tilt.
+        partial: ``[B, splits, tiles, fields, row_block * column_block]``, fields being reference,
+            mass, the centre's channels and, where the totals have one, the logit_sum.
         plan: the tiles.
         first_row_tile: the first row of tiles in ``partial``.
         row_tiles: how many there are.
@@ -185,10 +187,10 @@ def merge_partial(
         partial,
         plan.row_pairs,
         plan.column_pairs,
-        totals.maximum,
+        totals.reference,
         totals.mass,
         totals.centre,
-        totals.mass if totals.tilt is None else totals.tilt,
+        totals.mass if totals.logit_sum is None else totals.logit_sum,
         partial.shape[1],
         partial.shape[2],
         plan.column_tiles,
@@ -203,7 +205,7 @@ def merge_partial(
         COLUMN_BLOCK=plan.column_block,
         PIXEL_BLOCK=block,
         LANES=lanes,
-        ENTROPY=totals.tilt is not None,
+        ENTROPY=totals.logit_sum is not None,
         num_warps=4,
         enable_fp_fusion=FP_FUSION,
     )

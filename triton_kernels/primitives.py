@@ -1,4 +1,4 @@
-"""The named pieces of which the kernels are made; each is one line of the mathematics.
+"""The parts of the kernels; each is one line of the mathematics.
 
 Distances are in units of log2: ``D = log2(e) / (2 sigma^2) * ||x_patch - alpha k_patch||^2``, so
 the logit to base 2 is -D. They are *biased*: every squared difference starts from minus what true
@@ -24,7 +24,7 @@ RESIDENT_CHUNKS = tl.constexpr(tiles.RESIDENT_CHUNKS)
 
 @triton.jit
 def exponents(logits, reference, PRECISE: tl.constexpr):
-    """``logits - reference`` as float32, of which a tilt can be summed.
+    """``logits - reference`` as float32, of which a logit_sum can be summed.
 
     ``PRECISE``: of float64 logits, whose differences may be beyond float32; those weigh nothing.
     """

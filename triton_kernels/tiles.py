@@ -1,10 +1,10 @@
-"""Which pairs of a query pixel and a training pixel a program weighs: tiles of packed diagonals.
+"""Tiles: the pairs of a query pixel and a training pixel that a program weighs.
 
-A machine's candidates are a product of two axes (docs/theory.md): query row p may meet training
-row q, query column likewise. Pairs with one displacement q - p form a *diagonal*, along which
-patch distances are window sums. A tile holds, for each axis, a fixed number of slots; a slot is a
-pair (q, p) whose pixelwise squared difference is formed, and pieces of diagonals, each with the
-halo that its windows need, are packed into them. So a tile is always full, whatever the
+A machine's candidates are a product of two axes (docs/theory.md): query row p is compared with
+training row q, and columns likewise. Pairs with one displacement q - p form a *diagonal*, along
+which patch distances are window sums. A tile holds, for each axis, a fixed number of slots; a slot
+is a pair (q, p) whose pixelwise squared difference is formed, and pieces of diagonals, each with
+the halo that its windows need, are packed into them. So a tile is always full, whatever the
 displacements are, and a window sum is a product with a banded 0/1 matrix.
 """
 

@@ -1,4 +1,4 @@
-"""Exact top-k by distance: which candidates of a block of images pass a pixel's threshold.
+"""Exact top-k by distance: the candidates of a block of images below a pixel's threshold.
 
 The engine streams blocks: what passes the k-th nearest so far is ranked in float64
 (:mod:`.truncated`) and the k best are kept, ties to the lower address. Blocks double in size, so

@@ -1,8 +1,8 @@
-"""Posteriors over given candidates: distances straight from the images, no patch ever stored.
+"""Posteriors over candidates by address: distances from the images, without storing patches.
 
-For what an index retrieved, and to rank what :mod:`.top_k` selected. A program owns a few query
-pixels, its lanes are their candidates; everything is float64, since the loads of scattered
-training pixels, not the arithmetic, take the time.
+For candidates that an index retrieved, and to rank those that :mod:`.top_k` selected. A program
+owns a few query pixels, its lanes are their candidates; everything is float64, since the loads of
+scattered training pixels, not the arithmetic, take the time.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def truncated_kernel(
     x,  # [B, C, H * W] float64, scaled: see exact.accumulate
     slopes,  # [B] float64
     addresses,  # [B, H * W, k]: image * H * W + pixel, -1 for none
-    maximum,  # [B, H * W]
+    reference,  # [B, H * W]
     mass,  # [B, H * W]
     centre,  # [B, C, H * W]
-    tilt,  # [B, H * W]
+    logit_sum,  # [B, H * W]
     logits,  # [B, H * W, k]
     k,
     WIDTH: tl.constexpr,
@@ -69,7 +69,7 @@ def truncated_kernel(
     outside = slope * 127.5
     largest = tl.full([PIXEL_BLOCK, LANES], LOWEST_FLOAT64, tl.float64)
     sum_mass = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
-    sum_tilt = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
+    sum_logits = tl.zeros([PIXEL_BLOCK, LANES], tl.float64)
     sums = ()
     for c in tl.static_range(C):
         sums = sums + (tl.zeros([PIXEL_BLOCK, LANES], tl.float64),)
@@ -103,7 +103,7 @@ def truncated_kernel(
         highest = tl.maximum(largest, logit)
         rescale = tl.exp2(largest - highest)
         weight = tl.where(m_candidate, tl.exp2(logit - highest), 0.0)
-        sum_tilt = rescale * (sum_tilt + (largest - highest) * sum_mass) + weight * (
+        sum_logits = rescale * (sum_logits + (largest - highest) * sum_mass) + weight * (
             logit - highest
         )
         sum_mass = rescale * sum_mass + weight
@@ -117,9 +117,9 @@ def truncated_kernel(
 
     highest = tl.max(largest, 1)
     scale = tl.exp2(largest - highest[:, None])
-    moved = sum_tilt + (largest - highest[:, None]) * sum_mass
-    tl.store(maximum + p_pixel, highest, mask=m_pixel)
-    tl.store(tilt + p_pixel, tl.sum(scale * moved, 1), mask=m_pixel)
+    moved = sum_logits + (largest - highest[:, None]) * sum_mass
+    tl.store(reference + p_pixel, highest, mask=m_pixel)
+    tl.store(logit_sum + p_pixel, tl.sum(scale * moved, 1), mask=m_pixel)
     tl.store(mass + p_pixel, tl.sum(scale * sum_mass, 1), mask=m_pixel)
     for c in tl.static_range(C):
         p_sum = centre + (i_query * C + c) * PIXELS + o_pixel
@@ -158,7 +158,7 @@ def truncated(
     width = pixels // height
     count = addresses.shape[-1]
     totals = Totals.empty(x, entropy=True)
-    assert totals.tilt is not None
+    assert totals.logit_sum is not None
     logits = torch.empty(addresses.shape, dtype=torch.float64, device=x.device)
     rows, columns, first = height, width, 0
     if patch_size is not None:
@@ -170,10 +170,10 @@ def truncated(
         x,
         slopes,
         addresses.contiguous(),
-        totals.maximum,
+        totals.reference,
         totals.mass,
         totals.centre,
-        totals.tilt,
+        totals.logit_sum,
         logits,
         count,
         WIDTH=width,

@@ -196,7 +196,7 @@ class TritonBackend(ListSampling):
         batches = {every: torch.nonzero(~is_coarse).flatten().tolist()}
         self._replace(totals, images, query, members, queries, torch.float32, batches)
         terms = self._plan(query, torch.float32)[1].terms
-        unsure = queries.distance_error(-totals.maximum, terms) > _MOST_ERROR
+        unsure = queries.distance_error(-totals.reference, terms) > _MOST_ERROR
         unsure = unsure & (totals.mass > 0) | is_coarse[:, None]
 
         def cost(rows: frozenset[int], columns: frozenset[int]) -> float:
@@ -283,14 +283,14 @@ class TritonBackend(ListSampling):
         """Natural logarithms and clean pixels, without the bias."""
         _, plan = self._plan(query, torch.float32)
         shape = query.x[:, 0].shape
-        reference = totals.maximum - queries.bias[:, None] * plan.terms
+        reference = totals.reference - queries.bias[:, None] * plan.terms
         centre = totals.centre / 127.5 - totals.mass.unsqueeze(1)
         reference = torch.where(totals.mass > 0, _LN2 * reference, -torch.inf)
         return PosteriorState(
             reference.reshape(shape),
             totals.mass.reshape(shape),
             centre.reshape(query.x.shape),
-            None if totals.tilt is None else (_LN2 * totals.tilt).reshape(shape),
+            None if totals.logit_sum is None else (_LN2 * totals.logit_sum).reshape(shape),
         )
 
     def _top(

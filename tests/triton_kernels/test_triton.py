@@ -326,11 +326,13 @@ def test_given_candidates(kind: str, boundary: str, count: int) -> None:
             clean = question.images[n, :, place // 6, place % 6] / 127.5 - 1
             mean = (weights[:, None] * clean).sum(0) / weights.sum()
             np.testing.assert_allclose(means[b, :, pixel].cpu(), mean, atol=1e-12)
-            evidence = np.log(2) * (totals.maximum + totals.mass.log2())[b, pixel].item()
+            evidence = np.log(2) * (totals.reference + totals.mass.log2())[b, pixel].item()
             assert evidence == pytest.approx(wanted.max() + np.log(weights.sum()), rel=1e-12)
             entropy = -(np.log(weights / weights.sum()) * weights / weights.sum()).sum()
-            mass, tilt = (values[b, pixel].item() for values in (totals.mass, totals.tilt))
-            assert np.log(mass) - np.log(2) * tilt / mass == pytest.approx(entropy, abs=1e-9)
+            mass, logit_sum = (
+                values[b, pixel].item() for values in (totals.mass, totals.logit_sum)
+            )
+            assert np.log(mass) - np.log(2) * logit_sum / mass == pytest.approx(entropy, abs=1e-9)
 
 
 def test_no_candidate_at_all() -> None:
@@ -384,9 +386,9 @@ def test_the_error_of_distances_is_as_predicted(kind: str, boundary: str, sigma:
         for dtype in (torch.float32, torch.float64)
     )
     terms = backend._plan(query, torch.float32)[1].terms
-    predicted = queries.distance_error(-exact_totals.maximum, terms)
-    known = -exact_totals.maximum < 1e4  # beyond, squares are cut
-    ratio = ((totals.maximum - exact_totals.maximum) / predicted)[known]
+    predicted = queries.distance_error(-exact_totals.reference, terms)
+    known = -exact_totals.reference < 1e4  # beyond, squares are cut
+    ratio = ((totals.reference - exact_totals.reference) / predicted)[known]
     assert known.any()
     assert ratio.square().mean().sqrt() < 1.0
     assert ratio.abs().max() < gpu._SAFETY / 2
