@@ -393,7 +393,7 @@ def exponentials_an_image(machine: Any, work: Any) -> float:
         machine.boundary,
         work.patch_size,
     )
-    configuration, plan = machine._backend._plan(query, torch.float32)
+    configuration, plan = machine.backend_object._plan(query, torch.float32)
     together = configuration.for_windows(plan.row_chunks, plan.column_chunks).together
     pairs = plan.row_tiles * plan.column_tiles * plan.row_block * plan.column_block
     return float(pairs * (1 + 1 / together))
@@ -456,7 +456,7 @@ def approximate(check: Check, machine: Any, name: str, works: list[Any]) -> None
     from els.triton_kernels.queries import Queries
     from els.triton_kernels.truncated import truncated
 
-    images = machine._backend._images._resident_images(machine.db.images)
+    images = machine.backend_object._images._resident_images(machine.db.images)
     side, most = check.scale.side, check.scale.k
     for work in works:
         patch_size = work.patch_size

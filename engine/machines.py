@@ -124,6 +124,11 @@ class ScoreMachine:
         return self._backend.name
 
     @property
+    def backend_object(self) -> Backend:
+        """The backend itself."""
+        return self._backend
+
+    @property
     def backend_name(self) -> BackendName:
         """The name that chooses this backend."""
         return cast(BackendName, self.backend.partition(" ")[0])

@@ -331,7 +331,9 @@ def test_states_of_parts_merge_to_the_whole(
     chosen = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     parts = [np.flatnonzero(chosen), np.flatnonzero(~chosen)]
     states = [
-        machine._backend.states(machine.db.images, query_of(question, machine, backend), [part])[0]
+        machine.backend_object.states(
+            machine.db.images, query_of(question, machine, backend), [part]
+        )[0]
         for part in parts
     ]
     whole = merge_all(states)
@@ -367,7 +369,9 @@ def test_weighed_candidates(
             addresses[b, *pixel, rng.permutation(count)[: len(chosen)]] = chosen
     machine = backend.machine(question.images, kind, boundary)
     query = query_of(question, machine, backend)
-    state, logits = machine._backend.weigh(machine.db.images, query, torch.from_numpy(addresses))
+    state, logits = machine.backend_object.weigh(
+        machine.db.images, query, torch.from_numpy(addresses)
+    )
     answer = on_cpu(finish(state, torch.float64))
     for b, truth in enumerate(expected):
         for pixel, of_pixel in truth.logits.items():
@@ -395,7 +399,7 @@ def test_no_candidate_to_weigh(backend: BackendUnderTest) -> None:
     machine = backend.machine(question.images, "ELS", "zeros")
     query = query_of(question, machine, backend)
     none = torch.full((1, 3, 3, 2), -1)
-    state, logits = machine._backend.weigh(machine.db.images, query, none)
+    state, logits = machine.backend_object.weigh(machine.db.images, query, none)
     assert torch.isneginf(logits).all()
     assert torch.isneginf(state.reference).all()
     assert (state.mass == 0).all()
@@ -410,7 +414,7 @@ def test_only_the_border(backend: BackendUnderTest, side: tuple[int, int], patch
     query = query_of(question, machine, backend)
     is_border = ~query.interior
     border = replace(query, pixels=is_border)
-    (state,) = machine._backend.states(machine.db.images, border, [np.arange(5)])
+    (state,) = machine.backend_object.states(machine.db.images, border, [np.arange(5)])
     mean = finish(state, torch.float64).mean[0].numpy()
     truth = question.expected("ELS", "zeros")[0].mean
     assert np.abs(mean - truth)[:, is_border].max(initial=0) <= 2 * backend.logit_error

@@ -157,7 +157,7 @@ def test_float64_kernels(kind: str, boundary: str, monkeypatch: pytest.MonkeyPat
         question.expected(kind, boundary),
         replace(FLOAT64, logit_error=1e-6, relative=1e-6),
     )
-    assert machine._backend._plan(query_for(question, machine), torch.float64)[0] == PRECISE
+    assert machine.backend_object._plan(query_for(question, machine), torch.float64)[0] == PRECISE
 
 
 @every_local_machine
@@ -195,7 +195,9 @@ def test_border_pixels_in_float64(sigma: float) -> None:
     query = query_for(question, machine)
     border = ~query.interior
     whole, part = (
-        machine._backend.states(question.images, replace(query, pixels=pixels), [np.arange(3)])[0]
+        machine.backend_object.states(
+            question.images, replace(query, pixels=pixels), [np.arange(3)]
+        )[0]
         for pixels in (None, border)
     )
     errors = (whole.mean - part.mean).abs()[:, 0, torch.from_numpy(border)]
@@ -242,7 +244,7 @@ def test_weighed_candidates_at_hardly_any_noise(sigma: float) -> None:
     answers = []
     for machine in machines:
         query = query_for(question, machine)
-        state, logits = machine._backend.weigh(question.images, query, addresses.cpu())
+        state, logits = machine.backend_object.weigh(question.images, query, addresses.cpu())
         answers.append((state.mean, state.logit_sum / state.mass, logits))
     for ours, expected in zip(*answers, strict=True):
         # A difference of x and a patch, known to 16 digits, has fewer where the two are near.
@@ -378,7 +380,7 @@ def test_the_error_of_distances_is_as_predicted(kind: str, boundary: str, sigma:
     question = make_question((3, 9, 8), 1, 5, alpha=[0.9] * 4, sigma=[sigma] * 4, seed=15)
     machine = TRITON.machine(question.images, kind, boundary)
     query = query_for(question, machine)
-    backend = machine._backend
+    backend = machine.backend_object
     queries = Queries.of(query.x, query.alpha, query.sigma)
     everywhere = frozenset(range(9)), frozenset(range(8))
     totals, exact_totals = (
@@ -432,7 +434,7 @@ def test_states_of_groups_of_images() -> None:
     machine = TRITON.machine(question.images, "ELS", "zeros")
     query = replace(query_for(question, machine), entropy=True)
     groups = [np.array([0, 2, 3]), np.array([], dtype=np.int64), np.array([1, 4, 5])]
-    states = machine._backend.states(question.images, query, groups)
+    states = machine.backend_object.states(question.images, query, groups)
     assert (states[1].mass == 0).all()
     whole = finish(merge_all(states), torch.float64)
     assert_matches(whole, question, question.expected("ELS", "zeros"), TRITON)
