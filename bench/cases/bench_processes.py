@@ -32,7 +32,17 @@ SETTINGS = {
     "2 processes, samples dealt out": (2, 1, 1),
     "2 processes, database sharded": (2, 2, 1),
 }
-IMAGES, SAMPLES, STEPS, PATCH_SIZE, BATCH, ROUNDS = 512, 8, 4, 5, 4, 3
+# Training images of the database.
+IMAGES = 512
+# Samples of a run.
+SAMPLES = 8
+# Steps of a sample.
+STEPS = 4
+PATCH_SIZE = 5
+# Samples at once.
+BATCH = 4
+# Runs of each setting.
+ROUNDS = 3
 
 WORKER = """
 import json, sys, time

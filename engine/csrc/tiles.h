@@ -16,15 +16,22 @@ namespace els {
 
 // Whether the processor has the unit and the system lets this process use it.
 inline bool can_use_tiles() {
-  constexpr unsigned kTileBit = 1u << 24, kByteBit = 1u << 25;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  // AMX-TILE and AMX-INT8 in EDX of CPUID leaf 7 (Intel's manual, volume 2).
+  constexpr unsigned kTileBit = 1u << 24;
+  constexpr unsigned kByteBit = 1u << 25;
+  // ARCH_REQ_XCOMP_PERM and XTILEDATA of Linux (asm/prctl.h; Documentation/arch/x86/xstate.rst).
+  constexpr long kRequestPermission = 0x1023;
+  constexpr long kTileData = 18;
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   if ((d & kTileBit) == 0 || (d & kByteBit) == 0) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-constexpr int kTileRows = 16, kTileBytes = 64;  // at most; bytes of a row
+// Rows of a tile, at most.
+constexpr int kTileRows = 16;
+// Bytes of a row, at most.
+constexpr int kTileBytes = 64;
 
 // A query's 16 bits as two signed bytes: 256 high + low, up to kLargestQuery either way.
 constexpr double kLargestQuery = 32512.0;
