@@ -170,7 +170,7 @@ class ScoreMachine:
         share: float = 1 / 128,
         seed: int | Sequence[int] = 0,
     ) -> LocalPosterior:
-        """Local posterior of every pixel's clean value (docs/theory.md).
+        """Local posterior of every pixel's clean value (docs/theory.md, equations 1 to 3).
 
         With ``mode="exact"`` autograd can follow the mean, the log evidence and the effective
         patches to x, alpha and sigma, once: a backward pass takes a few times as long as a
@@ -235,7 +235,10 @@ class ScoreMachine:
         patch_size: int | None = None,
         labels: int | Tensor | None = None,
     ) -> Tensor:
-        """The score ``(alpha * mean - x) / sigma^2``, ``[B, C, H, W]``; see :meth:`posterior`."""
+        """The score ``(alpha * mean - x) / sigma^2``, ``[B, C, H, W]`` (docs/theory.md, (4)).
+
+        Arguments and errors are those of :meth:`posterior`.
+        """
         noise = self._noise(x, alpha, sigma, patch_size, labels)
         return (-noise / _per_image(sigma, noise)).to(x.dtype)
 
@@ -248,7 +251,10 @@ class ScoreMachine:
         patch_size: int | None = None,
         labels: int | Tensor | None = None,
     ) -> Tensor:
-        """The predicted noise ``(x - alpha * mean) / sigma``, ``[B, C, H, W]``."""
+        """The noise ``(x - alpha * mean) / sigma``, ``[B, C, H, W]`` (docs/theory.md, (5)).
+
+        Arguments and errors are those of :meth:`posterior`.
+        """
         return self._noise(x, alpha, sigma, patch_size, labels).to(x.dtype)
 
     def _noise(
@@ -278,10 +284,10 @@ class ScoreMachine:
     ) -> Tensor:
         """The divergence of the score, ``sum_i d score_i / d x_i``, of each image.
 
-        It is what the likelihood of a probability-flow ODE integrates (arXiv 2011.13456, equations
-        39 and 40). Exact at any size without probes: the Jacobian of the mean has ``alpha /
-        sigma^2`` times the posterior variances of the pixels on its diagonal. It takes about twice
-        as long as a posterior of the torch backend.
+        See docs/theory.md, equation 9; the likelihood of a probability-flow ODE integrates it
+        (arXiv 2011.13456, equations 39 and 40). Exact at any size without probes: the Jacobian of
+        the mean has ``alpha / sigma^2`` times the posterior variances of the pixels on its
+        diagonal. It takes about twice as long as a posterior of the torch backend.
 
         Args:
             x: see :meth:`posterior`; so are alpha, sigma, patch_size and labels.

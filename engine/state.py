@@ -54,9 +54,10 @@ class SamplingSums:
 
 @dataclass(frozen=True)
 class PosteriorState:
-    """Partial posterior of every pixel over some set of candidates; all sums are float64.
+    """Partial posterior of every pixel over some set of candidates (docs/theory.md, equation 6).
 
-    With ``logit = -||x_patch - alpha * k_patch||^2 / (2 sigma^2)`` (natural logarithm):
+    All sums are float64. With ``logit = -||x_patch - alpha * k_patch||^2 / (2 sigma^2)`` (natural
+    logarithm):
 
     Attributes:
         reference: reference logit m, at or near the largest, ``[B, H, W]``; ``-inf`` for no
@@ -158,7 +159,7 @@ def rescaled(state: PosteriorState, reference: Tensor) -> PosteriorState:
 
 
 def merge(first: PosteriorState, second: PosteriorState) -> PosteriorState:
-    """Combine the states of two disjoint candidate sets exactly (log-sum-exp).
+    """Combine the states of two disjoint candidate sets exactly (docs/theory.md, equation 7).
 
     Fields that one of them lacks are left out.
     """

@@ -104,7 +104,7 @@ def nearest(
 
 
 def truncated(problem: Problem, k: int) -> Estimate:
-    """The head as the whole posterior, with a bound of what it leaves out; the border exact.
+    """The head as the whole posterior, with a bound (docs/theory.md, (11)); the border exact.
 
     If the index has found nothing for a pixel, everything is computed.
     """

@@ -34,6 +34,7 @@ from els.engine.approximate.costs import (
     SHARE_OF_SMALL_CODES,
 )
 from els.engine.approximate.estimate import Array, Estimate, Mask, Problem, Situation
+from els.engine.backends.backend import ListQuery
 from els.engine.result import Uncertainty
 from els.engine.state import PosteriorState
 from els.index.patches.index import DEFAULT_EFFORT
@@ -118,18 +119,19 @@ def sampled(problem: Problem, share: float | Array, pixels: Mask) -> Estimate:
     if len(problem.members) < len(problem.db):
         allowed = np.zeros(len(problem.db), dtype=np.uint8)
         allowed[problem.members] = 1
+    query = ListQuery(
+        lists,
+        y,
+        rest,
+        alpha=problem.alpha,
+        sigma=problem.sigma,
+        share=share,
+        seed=problem.list_seed,
+        allowed=allowed,
+        pixels=pixels.size,
+    )
     try:
-        state = problem.backend.sample_lists(
-            lists,
-            y,
-            rest,
-            alpha=problem.alpha,
-            sigma=problem.sigma,
-            share=share,
-            seed=problem.list_seed,
-            allowed=allowed,
-            pixels=pixels.size,
-        )
+        state = problem.backend.sample_lists(query)
     except IndexError as error:
         raise index.damaged(str(error)) from error
     sums = state.sampling
@@ -208,7 +210,7 @@ def effective_blocks(state: PosteriorState) -> Tensor:
 
 
 def standard_error(state: PosteriorState) -> Tensor:
-    """The standard error of each channel's mean, ``[1, C, 1, Q]``."""
+    """The standard error of each channel's mean, ``[1, C, 1, Q]`` (docs/theory.md, (13))."""
     assert state.sampling is not None
     channels = state.centre.shape[1]
     of_mass, crossed, squared = torch.split(state.sampling.squares, [1, channels, channels], dim=1)

@@ -91,7 +91,7 @@ def grown(problem: Problem, subset: Subset, sizes: Array) -> Subset:
 
 
 def extrapolated(problem: Problem, head: Head | None, subset: Subset) -> Estimate:
-    """Head and scaled subset as one state, with the error from leaving out each group in turn."""
+    """Head and scaled subset as one state, with the jackknife's error (docs/theory.md, (12))."""
     groups = subset.groups if head is None else _without(problem, head, subset)
     apart = moved(empty(problem.query), "cpu") if head is None else head.state
     total, sizes = len(problem.order), subset.sizes

@@ -46,6 +46,34 @@ class Costs:
     border_image: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class ListQuery:
+    """Q pixels of one noisy image, and the lists to sample for them.
+
+    Attributes:
+        lists: of an index.
+        y: noisy patches over alpha in the codes' components, float32 ``[Q, D]``.
+        rest: their squared distances from what components can say, float64 ``[Q]``.
+        alpha: signal scale, > 0.
+        sigma: noise standard deviation, > 0.
+        share: of all codes, that a pixel reads at least, > 0, or of each pixel, ``[Q]``; 1 or more
+            for everything.
+        seed: of the blocks that are read, 0 to 2^64 - 1.
+        allowed: by image, 1 for those whose patches count, uint8 ``[N]``; None for all.
+        pixels: of an image.
+    """
+
+    lists: InvertedLists
+    y: npt.NDArray[np.float32]
+    rest: npt.NDArray[np.float64]
+    alpha: float
+    sigma: float
+    share: float | npt.NDArray[np.float64]
+    seed: int
+    allowed: npt.NDArray[np.uint8] | None = None
+    pixels: int = 1
+
+
 class Backend(Protocol):
     """Computes partial posterior states; trusts its inputs, which the machine has validated."""
 
@@ -103,37 +131,16 @@ class Backend(Protocol):
     def lists_obstacle(self, lists: InvertedLists, alpha: float, sigma: float) -> str | None:
         """Why :meth:`sample_lists` cannot serve this noise here; None where it can."""
 
-    def sample_lists(
-        self,
-        lists: InvertedLists,
-        y: npt.NDArray[np.float32],
-        rest: npt.NDArray[np.float64],
-        *,
-        alpha: float,
-        sigma: float,
-        share: float | npt.NDArray[np.float64],
-        seed: int,
-        allowed: npt.NDArray[np.uint8] | None,
-        pixels: int,
-    ) -> PosteriorState:
+    def sample_lists(self, query: ListQuery) -> PosteriorState:
         """The state of Q pixels, estimated from a sample of inverted lists' codes (docs/theory.md).
 
         Args:
-            lists: of an index, for which there is no :meth:`lists_obstacle`.
-            y: noisy patches over alpha in the codes' components, float32 ``[Q, D]``.
-            rest: their squared distances from what components can say, float64 ``[Q]``.
-            alpha: signal scale, > 0.
-            sigma: noise standard deviation, > 0.
-            share: of all codes, that a pixel reads at least, > 0, or of each pixel, ``[Q]``; 1 or
-                more for everything.
-            seed: of the blocks that are read, 0 to 2^64 - 1.
-            allowed: by image, 1 for those whose patches count, uint8 ``[N]``; None for all.
-            pixels: of an image.
+            query: of lists for which there is no :meth:`lists_obstacle`.
 
         Returns:
             A state with ``B = 1, H = 1, W = Q`` and with ``sampling``. Pixels for which nothing was
             read, or whose sums float32 cannot hold, have no candidates.
 
         Raises:
-            IndexError: the lists name an image that ``allowed`` does not have.
+            IndexError: the lists name an image that ``query.allowed`` does not have.
         """

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from els.engine.backends.backend import ESTIMATE_LOGIT_ERROR
+from els.engine.backends.backend import ESTIMATE_LOGIT_ERROR, ListQuery
 from els.engine.backends.native_kernels import Kernels, instruction_sets, kernel_module
 from els.engine.state import PosteriorState, SamplingSums, only_where, summed
 from els.index.patches.lists import InvertedLists
@@ -98,21 +98,10 @@ class ListSampling:
             )
         return obstacle(lists, alpha, sigma)
 
-    def sample_lists(
-        self,
-        lists: InvertedLists,
-        y: npt.NDArray[np.float32],
-        rest: npt.NDArray[np.float64],
-        *,
-        alpha: float,
-        sigma: float,
-        share: float | npt.NDArray[np.float64],
-        seed: int,
-        allowed: npt.NDArray[np.uint8] | None = None,
-        pixels: int = 1,
-    ) -> PosteriorState:
+    def sample_lists(self, query: ListQuery) -> PosteriorState:
         """See :class:`els.engine.backends.backend.Backend`."""
-        shares = np.broadcast_to(np.asarray(share, dtype=np.float64), len(y))
+        lists, y, rest, alpha, sigma = query.lists, query.y, query.rest, query.alpha, query.sigma
+        shares = np.broadcast_to(np.asarray(query.share, dtype=np.float64), len(y))
         chunk = max(64, _RANK_BYTES // (2 * len(lists.sizes)) // 64 * 64)
         ratio = (alpha / sigma) ** 2 / _LEVEL**2
         noise = None
@@ -143,15 +132,15 @@ class ListSampling:
                     zero=lists.zero,
                     residual=lists.residual,
                     noise=noise,
-                    allowed=allowed,
-                    pixels=pixels,
+                    allowed=query.allowed,
+                    pixels=query.pixels,
                     y=np.ascontiguousarray(y[some]),
                     precision=precision,
                     blur=precision / (1 + _BLUR * ratio * lists.component_spread),
                     budget=shares[some] * float(count),
                     most_read=count if everything else _MOST_READ,
                     coarsest=COARSEST,
-                    seed=seed,
+                    seed=query.seed,
                     tiles=tiles,
                     threads=self.threads,
                     results=results,

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.backends.backend import Backend, Costs, Images, Members
+from els.engine.backends.backend import Backend, Costs, Images, ListQuery, Members
 from els.engine.kinds import Kind
 from els.engine.mesh import ProcessMesh
 from els.engine.query import PosteriorQuery
@@ -77,31 +76,9 @@ class ShardedBackend:
         """See :class:`els.engine.backends.backend.Backend`."""
         return self._inner.lists_obstacle(lists, alpha, sigma)
 
-    def sample_lists(
-        self,
-        lists: InvertedLists,
-        y: npt.NDArray[np.float32],
-        rest: npt.NDArray[np.float64],
-        *,
-        alpha: float,
-        sigma: float,
-        share: float | npt.NDArray[np.float64],
-        seed: int,
-        allowed: npt.NDArray[np.uint8] | None,
-        pixels: int,
-    ) -> PosteriorState:
+    def sample_lists(self, query: ListQuery) -> PosteriorState:
         """See :class:`els.engine.backends.backend.Backend`; every rank samples all lists."""
-        return self._inner.sample_lists(
-            lists,
-            y,
-            rest,
-            alpha=alpha,
-            sigma=sigma,
-            share=share,
-            seed=seed,
-            allowed=allowed,
-            pixels=pixels,
-        )
+        return self._inner.sample_lists(query)
 
     def _shard(self, images: Images) -> tuple[Images, int]:
         """This rank's images, always as the same array, and the number of the first."""

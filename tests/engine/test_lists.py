@@ -13,6 +13,7 @@ from backends import INSTRUCTION_SETS
 
 from els.engine import ScoreMachine
 from els.engine.approximate.lists import effective_blocks, standard_error
+from els.engine.backends.backend import ListQuery
 from els.engine.backends.native import LIST_COSTS, NativeBackend
 from els.engine.backends.native_kernels import kernel_module
 from els.engine.backends.native_lists import obstacle
@@ -95,9 +96,8 @@ def sampled(
 ) -> Sums:
     backend = NativeBackend(threads, instruction_set)
     backend.tiles = tiles
-    state = backend.sample_lists(
-        lists, y, rest, alpha=ALPHA, sigma=sigma, share=share, seed=seed, **options
-    )
+    query = ListQuery(lists, y, rest, ALPHA, sigma, share, seed, **options)  # type: ignore[arg-type]
+    state = backend.sample_lists(query)
     return Sums.of(state)
 
 
