@@ -23,6 +23,16 @@ from els.index.patches.factory import (
     choose_factory,
     choose_lists,
 )
+from els.index.patches.faiss_library import (
+    by_chunks,
+    check_count,
+    check_threads,
+    chunk_rows,
+    faiss_module,
+    has_gpu,
+    one_thread,
+    silent,
+)
 from els.index.patches.files import (
     FORMAT,
     INDEX,
@@ -33,16 +43,6 @@ from els.index.patches.files import (
     write_index,
 )
 from els.index.patches.index import PatchIndex, open_index
-from els.index.patches.library import (
-    by_chunks,
-    check_count,
-    check_threads,
-    chunk_rows,
-    faiss_module,
-    has_gpu,
-    one_thread,
-    silent,
-)
 from els.index.patches.lists import (
     can_read,
     transforms,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from els.index.database import DatabaseError, PatchDatabase
+from els.index.patches.faiss_library import faiss_module
 from els.index.patches.layout import LayoutError, check_layout
-from els.index.patches.library import faiss_module
 from els.index.patches.lists import (
     TABLES,
 )

@@ -27,6 +27,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from els.index.database import DatabaseError, PatchDatabase
+from els.index.patches.faiss_library import (
+    by_chunks,
+    check_count,
+    check_threads,
+    faiss_module,
+    has_gpu,
+    one_thread,
+)
 from els.index.patches.files import (
     INDEX,
     MANIFEST,
@@ -35,14 +43,6 @@ from els.index.patches.files import (
     read_index,
     read_manifest,
     readable,
-)
-from els.index.patches.library import (
-    by_chunks,
-    check_count,
-    check_threads,
-    faiss_module,
-    has_gpu,
-    one_thread,
 )
 from els.index.patches.lists import (
     NORMS,

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from els.cli import app as cli
 from els.index import DatabaseError, PatchDatabase, PatchIndex, choose_factory, decode
-from els.index.patches import factory, library, rows
+from els.index.patches import factory, faiss_library, rows
 from els.index.patches.layout import LayoutError, check_layout
 from els.storage.files import DiskFullError
 from els.storage.manifests import sealed
@@ -83,7 +83,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of a few images, blocks of one, several chunks in each."""
-    monkeypatch.setattr(library, "_CHUNK_NUMBERS", 700)
+    monkeypatch.setattr(faiss_library, "_CHUNK_NUMBERS", 700)
     monkeypatch.setattr(rows, "BUILD_CHUNK_PATCHES", 300)
     monkeypatch.setattr(rows, "_BLOCK_BYTES", 1)
 
