@@ -102,7 +102,7 @@ def differentiable(
 
 
 def variances(images: Images, query: PosteriorQuery, members: Sequence[Members]) -> Tensor:
-    """Posterior variances of the clean pixels (docs/theory.md, (8)), float64 ``[B, C, H, W]``.
+    """Posterior variances (docs/theory.md, (8)), float64 ``[B, C, H, W]``, on the query's device.
 
     Args:
         images: the whole database, uint8 ``[N, C, H, W]``.
