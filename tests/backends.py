@@ -88,10 +88,11 @@ DIFFERENCE_ERROR = 3 * 2.0**-24
 def triton_backend(threads: int) -> Backend:
     """On the GPU as shipped; interpreted with few large tiles: every operation costs alike."""
     from els.engine.backends.triton import TritonBackend
-    from els.triton_kernels.configurations import Configuration
+    from els.triton_kernels.configurations import SHIPPED, Configuration, Configurations
 
-    large = Configuration(64, 32, together=2, warps=4, stages=1)
-    return TritonBackend(configuration=None if torch.cuda.is_available() else large)
+    large = Configuration(64, 1024, warps=4, stages=1)
+    interpreted = Configurations(large, large, replace(large, rows=16), large)
+    return TritonBackend(configurations=SHIPPED if torch.cuda.is_available() else interpreted)
 
 
 # Two float16 hold 22 bits of a distance, where a float32 has 24.

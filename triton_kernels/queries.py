@@ -1,94 +1,195 @@
-"""Queries as the kernels take them: scaled so that a squared difference is a logit to base 2."""
+"""The query rows that keys of :mod:`.bank` are multiplied with, in float16 parts or in float64.
+
+A row's coordinates are ``u = 127.5 x / alpha - 0.5`` (x in the units of bytes, less 128), cut into
+the nearest whole numbers and one or two float16 *fractions*. Products of whole parts are whole
+numbers: their sums are exact. The row's constant is the whole number that brings the scores of
+candidates at the distance that true noise makes near zero, so that adding the fractions rounds
+little. Rows of large u (alpha near 0) are scaled by a power of two.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
 
-_LOG2E = 1.0 / math.log(2.0)
-_MIDDLE = 127.5  # clean value -1 is byte 0, +1 is byte 255
+from els.triton_kernels.bank import CONSTANT, NORM_BASE, Layout
+from els.triton_kernels.pixel_groups import PixelGroups
+
+_LOG2E = 1 / math.log(2.0)
+# Bytes for each unit of a clean pixel, and the byte of the pixel 0.
+_BYTES_PER_UNIT = 127.5
+# Largest error of a logit to base 2: where the parts' rounding makes more, there is one part more.
+MOST_ERROR = 3e-5
+# Largest coordinate of a row: float16 holds whole numbers up to it.
+_LARGEST = 2048.0
+# Root-mean-square rounding of a number up to 0.5 to float16.
+_HALF_ROUNDING = 2.0**-12 / math.sqrt(12)
+# Rounding of a sum in float32 by a matrix unit, which may cut what a processor would round.
+_SUM_ROUNDING = 2.0**-23
+# Largest of a key's coordinates.
+_LARGEST_BYTE = 128.0
+# Logits up to this are known to a bit, or so, in float32.
+_MOST_LOGIT = 2.0**22
+# Whole numbers up to this are exact in float32.
+_EXACT = 2.0**24
 
 
 @dataclass(frozen=True, eq=False)
-class Queries:
-    """Noisy images, scaled; float64, on the device that computes.
-
-    With ``scale = sqrt(log2(e) / 2) / sigma`` and v the byte of a clean pixel,
-    ``(x - slope * v)^2`` is the pixel's share of minus the logit to base 2.
+class Rows:
+    """Rows of G groups, M each, as the kernels read them.
 
     Attributes:
-        x: ``scale * (x + alpha)``, ``[B, C, H * W]``.
-        slope: ``scale * alpha / 127.5``, ``[B]``.
-        bias: what a pixel's distance is counted from, ``[B]``; see :mod:`.primitives`.
-        size: root-mean-square of ``x``, ``[B]``: by it a float32 is rounded.
+        coordinates: float16 ``[parts, G, M, K]``; or, for distances in float64, ``[G, M, D]``.
+        slopes: what a score is multiplied with to be a logit to base 2, float32 ``[G, M]``; or what
+            a byte of a key is multiplied with, float64.
+        constant: what is added to it then, float64 ``[G, M]``.
+        images: whose row it is, int64 ``[G, M]``.
+        pixels: likewise.
+        fractions: root-mean-square of the fractions' sums, in units of scores, float64 ``[G, M]``;
+            None for rows in float64.
+        rounding: of scores, for a distance of 1 byte, likewise.
     """
 
-    x: Tensor
-    slope: Tensor
-    bias: Tensor
-    size: Tensor
+    coordinates: Tensor
+    slopes: Tensor
+    constant: Tensor
+    images: Tensor
+    pixels: Tensor
+    fractions: Tensor | None = None
+    rounding: Tensor | None = None
 
-    @classmethod
-    def of(cls, x: Tensor, alpha: Tensor, sigma: Tensor) -> Self:
-        """Scale a batch.
+    @property
+    def parts(self) -> int:
+        """Float16 parts of a row; 0 for float64."""
+        return 0 if self.fractions is None else len(self.coordinates)
 
-        Args:
-            x: noisy images ``[B, C, H, W]``.
-            alpha: signal scale, float64 ``[B]``, on any device.
-            sigma: noise standard deviation, likewise.
+    def scores(self, logits: Tensor) -> Tensor:
+        """Scores of logits to base 2, ``[..., G, M]``, float64; logits themselves with no parts."""
+        return logits if self.parts == 0 else (logits - self.constant) / self.slopes
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Logits to base 2 of scores ``[..., G, M]``, float64."""
+        scores = scores.to(torch.float64)
+        return scores if self.parts == 0 else self.slopes * scores + self.constant
+
+    def errors(self, scores: Tensor) -> Tensor:
+        """Root-mean-square errors of the logits of scores, ``[..., G, M]``, in float64.
+
+        Of differences of the logits of candidates as near as that, in units of log2. Not a number
+        where the score is not known at all.
         """
-        scale = (math.sqrt(0.5 * _LOG2E) / sigma).to(x.device)
-        alpha = alpha.to(x.device)
-        flat = x.to(torch.float64).contiguous().flatten(2)
-        power = (scale[:, None, None] * flat).square().sum(1).mean(1)
-        # What noise adds to a pixel's distance, or all of it where the noise is far above x.
-        bias = power.clamp(max=0.5 * _LOG2E * x.shape[1])
-        scaled = scale[:, None, None] * (flat + alpha[:, None, None])
-        return cls(
-            x=scaled,
-            slope=scale * alpha / _MIDDLE,
-            bias=bias.to(torch.float32).to(torch.float64),
-            size=scaled.square().mean((1, 2)).sqrt(),
+        scores = scores.to(torch.float64)
+        if self.fractions is None or self.rounding is None:
+            return torch.zeros_like(scores)
+        slopes = self.slopes.to(torch.float64)
+        # Two patches as far from the noisy one are sqrt(2) times as far from each other.
+        apart = (-2 * self.logits(scores) / slopes).clamp(min=0).mul(2).sqrt()
+        return slopes * (_SUM_ROUNDING * (self.fractions + scores.abs()) + self.rounding * apart)
+
+
+def parts_needed(coordinates: int, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """In how many float16 parts rows must be cut, 2 or 3, int64 like ``alpha``.
+
+    So that candidates at the distance that true noise makes err by no more than `MOST_ERROR`.
+
+    Args:
+        coordinates: D.
+        alpha: signal scale, any shape.
+        sigma: noise standard deviation, likewise.
+    """
+    slope = _LOG2E * (alpha / (_BYTES_PER_UNIT * sigma)).square()
+    apart = math.sqrt(2 * coordinates) * _BYTES_PER_UNIT * sigma / alpha
+    return torch.where(slope * _HALF_ROUNDING * apart > MOST_ERROR, 3, 2)
+
+
+def rows_of(
+    x: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    groups: PixelGroups,
+    layout: Layout,
+    which: Tensor,
+    parts: int,
+) -> Rows:
+    """Rows of some pixels of a batch.
+
+    Args:
+        x: noisy images, float64 ``[B, C, H, W]``.
+        alpha: signal scale, float64 ``[B]``, on the device of ``x``.
+        sigma: noise standard deviation, likewise.
+        groups: of pixels, likewise.
+        layout: of the keys.
+        which: the rows of each group, ``image * R + r`` for its r-th pixel, int64 ``[G, M]``.
+        parts: float16 parts, 2 or 3; 0 for float64.
+    """
+    length = groups.queries.shape[1]
+    # Kernels read plain rows, and what follows has the strides of ``which``.
+    which = which.contiguous()
+    images, places = which // length, which % length
+    group = torch.arange(len(which), device=which.device).unsqueeze(1)
+    pixels, windows = groups.queries[group, places], groups.query_windows[group, places]
+    addresses = windows.to(torch.int64)
+    is_inside = addresses >= 0
+    flat = x.flatten(2).movedim(1, 2)
+    flat = torch.nn.functional.pad(flat, (0, 4 - x.shape[1])).flatten(1)
+    values = flat[images.unsqueeze(-1), addresses.clamp(min=0)]
+    alpha, sigma = alpha[images], sigma[images]
+    if parts == 0:
+        scale = math.sqrt(0.5 * _LOG2E) / sigma
+        # Keys are 0 at the byte 128, which is half a byte above the pixel 0.
+        middle = (0.5 / _BYTES_PER_UNIT) * alpha.unsqueeze(-1)
+        scaled = torch.where(is_inside, scale.unsqueeze(-1) * (values - middle), 0.0)
+        return Rows(
+            scaled, scale * alpha / _BYTES_PER_UNIT, torch.zeros_like(scale), images, pixels
         )
+    bytes_of_x = torch.where(is_inside, _BYTES_PER_UNIT * values / alpha.unsqueeze(-1) - 0.5, 0.0)
+    slopes = _LOG2E * (alpha / (_BYTES_PER_UNIT * sigma)).square()
+    farthest = (bytes_of_x.square() + _LARGEST_BYTE**2).sum(-1)
+    # Others become rows of zeros, of which nothing is known.
+    is_held = slopes * farthest < _MOST_LOGIT
+    slopes = torch.where(is_held, slopes, 1.0)
+    bytes_of_x = torch.where(is_held.unsqueeze(-1), bytes_of_x, 0.0)
+    largest = bytes_of_x.abs().amax(-1)
+    power = torch.exp2(-(largest / _LARGEST).log2().ceil().clamp(min=0))
+    scaled = power.unsqueeze(-1) * bytes_of_x
+    halves = [scaled.round().to(torch.float16)]
+    for _ in range(1, parts):
+        halves.append((scaled - sum(halves, torch.zeros_like(scaled))).to(torch.float16))
 
-    def rows(self, which: Tensor | slice) -> Self:
-        """Some of the queries."""
-        return type(self)(self.x[which], self.slope[which], self.bias[which], self.size[which])
-
-    def arguments(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``x`` and ``scales`` (slope, bias) of the kernels, in float32 or float64."""
-        scales = torch.stack([self.slope, self.bias], dim=1)
-        return self.x.to(dtype).contiguous(), scales.to(dtype).contiguous()
-
-    def distance_error(self, biased: Tensor, terms: Tensor) -> Tensor:
-        """Root-mean-square error of float32 kernels' distances, to base 2, ``[B, H * W]``.
-
-        Two float16 hold 22 bits of what is summed, and ``x`` is rounded to 24, which shows in
-        proportion to a difference and, at little noise, in its square. In interpreted runs
-        (C = 1, 3; P = 1 to 9; sigma = 0.02 to 4) errors were 0.15 to 1 of this; tensor cores cut
-        their sums where the interpreter rounds them, for which the first term leaves room.
-
-        Args:
-            biased: distances less ``bias * terms``, ``[B, H * W]``.
-            terms: pixels of a window, ``[H * W]``.
-        """
-        bias = self.bias[:, None]
-        rounded_x = self._rounding[:, None]
-        distance = (biased + bias * terms).clamp(min=0)
-        rounded_sums = biased.abs() + terms.sqrt() * bias
-        rounded_squares = rounded_x * distance.sqrt() + self.x.shape[1] * terms * rounded_x**2
-        return 2.0**-22 * rounded_sums + rounded_squares
-
-    @property
-    def least_error(self) -> Tensor:
-        """What :meth:`distance_error` is at least, for any distance and any window, ``[B]``."""
-        return 2.0**-22 * self.bias + self.x.shape[1] * self._rounding**2
-
-    @property
-    def _rounding(self) -> Tensor:
-        """Root-mean-square error of a difference of ``x`` and a training pixel, ``[B]``."""
-        return 2.0**-24 * 1.5 * self.size
+    # Half the squared norm, and what of it true noise makes, in units of scores.
+    power = power.unsqueeze(-1)
+    stored = sum(halves, torch.zeros_like(scaled))
+    norm = 0.5 * layout.cut(stored.square()).sum(-1) / power
+    noise = torch.where(is_held, (_BYTES_PER_UNIT * sigma / alpha).square(), 0.0).unsqueeze(-1)
+    noise = 0.5 * power * noise * layout.cut(is_inside.to(torch.float64)).sum(-1)
+    constant = (torch.minimum(norm, noise) - norm).round()
+    low = (constant + CONSTANT.value // 2).remainder(CONSTANT.value) - CONSTANT.value // 2
+    high = ((constant - low) / CONSTANT.value).clamp(-_LARGEST, _LARGEST)
+    extras = torch.stack(
+        [(-0.5 * power).expand_as(low), (-0.5 * NORM_BASE.value * power).expand_as(low), high, low],
+        dim=-1,
+    ).to(torch.float16)
+    coordinates = torch.stack(
+        [
+            layout.arranged(half, extras if i == 0 else torch.zeros_like(extras))
+            for i, half in enumerate(halves)
+        ]
+    )
+    slopes = (slopes / power.squeeze(-1)).to(torch.float32)
+    constant = (CONSTANT.value * high + low).sum(-1)
+    # Where sums of whole parts are not exact, they round too.
+    bound = _LARGEST_BYTE * halves[0].to(torch.float64).abs().sum(-1)
+    inexact = torch.where(bound > _EXACT, bound, 0.0) / 2
+    fractions = _LARGEST_BYTE * halves[1].to(torch.float64).square().sum(-1).sqrt() + inexact
+    return Rows(
+        coordinates,
+        slopes,
+        -slopes * (constant + norm.sum(-1)),
+        images,
+        pixels,
+        fractions=torch.where(is_held, fractions, torch.nan),
+        rounding=torch.full_like(fractions, _HALF_ROUNDING * (1.0 if parts == 2 else 2.0**-12)),
+    )

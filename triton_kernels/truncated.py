@@ -1,22 +1,45 @@
 """Posteriors over candidates by address: distances from the images, without storing patches.
 
-For candidates that an index retrieved, and to rank those that :mod:`.top_k` selected. A program
+For candidates that an index retrieved, and to rank those that :mod:`.attention` selected. A program
 owns a few query pixels, its lanes are their candidates; everything is float64, since the loads of
 scattered training pixels, not the arithmetic, take the time.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from els.triton_kernels.attention import LOWEST_FLOAT64
 from els.triton_kernels.configurations import FP_FUSION
-from els.triton_kernels.merge import Totals, pixel_block
-from els.triton_kernels.primitives import LOWEST_FLOAT64, channel_scale, clean_values
 
+# Candidates of a pixel that are weighed at a time.
 _MOST_LANES = 128
+# Of all pixels of a program; every operation of an interpreted one takes as long.
+_LANES_ON_GPU = 128
+_LANES_INTERPRETED = 16384
+
+
+class Totals(NamedTuple):
+    """States of queries, float64, to base 2.
+
+    Attributes:
+        reference: the largest logit, ``[B, H * W]``.
+        mass: ``sum 2^(logit - reference)``, ``[B, H * W]``.
+        centre: ``sum 2^(logit - reference) * v``, v the bytes of the centre pixels,
+            ``[B, C, H * W]``.
+        logit_sum: ``sum 2^(logit - reference) * (logit - reference)``, ``[B, H * W]``.
+    """
+
+    reference: Tensor
+    mass: Tensor
+    centre: Tensor
+    logit_sum: Tensor
 
 
 @triton.jit
@@ -35,11 +58,17 @@ def window_places(
     return place, inside
 
 
+@triton.jit
+def byte_of(packed, c: tl.constexpr):
+    """Channel c of packed pixels, float64."""
+    return ((packed >> (8 * c)) & 0xFF).to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["k"])
 def truncated_kernel(
     images,  # [n, H * W] of C packed bytes
-    x,  # [B, C, H * W] float64, scaled: see exact.accumulate
-    slopes,  # [B] float64
+    x,  # [B, C, H * W] float64: scale * (x + alpha), scale = sqrt(log2(e) / 2) / sigma
+    slopes,  # [B] float64: scale * alpha / 127.5
     addresses,  # [B, H * W, k]: image * H * W + pixel, -1 for none
     reference,  # [B, H * W]
     mass,  # [B, H * W]
@@ -91,11 +120,11 @@ def truncated_kernel(
             clean_place, clean_inside = window_places(
                 b_place // WIDTH, b_place % WIDTH, down, right, WIDTH, HEIGHT, CIRCULAR
             )
-            b_clean = clean_values(tl.load(p_image + clean_place), C)
+            b_clean = tl.load(p_image + clean_place)
             for c in tl.static_range(C):
                 b_query = tl.load(p_x + c * PIXELS + query_place, mask=m_pixel, other=0.0)
                 b_query = tl.where(query_inside, b_query, outside)
-                scaled = (slope * channel_scale(c)) * b_clean[c].to(tl.float64)
+                scaled = slope * byte_of(b_clean, c)
                 difference = b_query[:, None] - tl.where(clean_inside, scaled, outside)
                 distance += difference * difference
         logit = tl.where(m_candidate, -distance, LOWEST_FLOAT64)
@@ -107,11 +136,10 @@ def truncated_kernel(
             logit - highest
         )
         sum_mass = rescale * sum_mass + weight
-        b_clean = clean_values(tl.load(p_image + b_place), C)
+        b_clean = tl.load(p_image + b_place)
         added = ()
         for c in tl.static_range(C):
-            value = b_clean[c].to(tl.float64) * channel_scale(c)
-            added = added + (rescale * sums[c] + weight * value,)
+            added = added + (rescale * sums[c] + weight * byte_of(b_clean, c),)
         sums = added
         largest = highest
 
@@ -129,10 +157,10 @@ def truncated_kernel(
 def truncated(
     images: Tensor,
     x: Tensor,
-    slopes: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
     addresses: Tensor,
     *,
-    height: int,
     patch_size: int | None,
     circular: bool,
 ) -> tuple[Totals, Tensor]:
@@ -140,40 +168,38 @@ def truncated(
 
     Args:
         images: pixels of C bytes, channel 0 lowest, int32 ``[n, H * W]``.
-        x: ``scale * (x + alpha)`` with ``scale = sqrt(log2(e) / 2) / sigma``, float64
-            ``[B, C, H * W]``.
-        slopes: ``scale * alpha / 127.5``, float64 ``[B]``.
+        x: noisy images, float64 ``[B, C, H, W]``.
+        alpha: signal scale, float64 ``[B]``, on the same device.
+        sigma: noise standard deviation, likewise.
         addresses: ``image * H * W + pixel`` of the candidates' centres, int64 ``[B, H * W, k]``,
             -1 for none.
-        height: of the images.
         patch_size: odd side of the patch; None to compare whole images, cyclically.
         circular: both patches are read cyclically, else both read 0 outside (which for a patch
             that lies inside, as those of circular ELS do, is the same).
 
     Returns:
-        The states, to base 2 and not biased, and logits to base 2, float64 ``[B, H * W, k]``,
-        ``-inf`` where there is no candidate.
+        The states, to base 2, and logits to base 2, float64 ``[B, H * W, k]``, ``-inf`` where there
+        is no candidate.
     """
-    batch, channels, pixels = x.shape
-    width = pixels // height
+    batch, channels, height, width = x.shape
+    pixels = height * width
     count = addresses.shape[-1]
-    totals = Totals.empty(x, entropy=True)
-    assert totals.logit_sum is not None
+    scale = math.sqrt(0.5 / math.log(2.0)) / sigma
+    noisy = scale[:, None, None] * (x.flatten(2) + alpha[:, None, None])
+    of_pixels = torch.empty_like(noisy[:, 0])
+    totals = Totals(of_pixels, *map(torch.empty_like, (of_pixels, noisy, of_pixels)))
     logits = torch.empty(addresses.shape, dtype=torch.float64, device=x.device)
     rows, columns, first = height, width, 0
     if patch_size is not None:
         rows, columns, first = patch_size, patch_size, -(patch_size // 2)
     lanes = max(16, min(_MOST_LANES, triton.next_power_of_2(count)))
-    block = pixel_block(lanes, x)
+    block = max(1, (_LANES_ON_GPU if x.is_cuda else _LANES_INTERPRETED) // lanes)
     truncated_kernel[(triton.cdiv(pixels, block), batch)](
         images,
-        x,
-        slopes,
+        noisy,
+        scale * alpha / 127.5,
         addresses.contiguous(),
-        totals.reference,
-        totals.mass,
-        totals.centre,
-        totals.logit_sum,
+        *totals,
         logits,
         count,
         WIDTH=width,

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from els.bench.tables.gpu import ahead_of_time_table, ceilings_table, gpu_table
+from els.bench.tables.gpu import ahead_of_time_table, gpu_table
 from els.bench.tables.indices import index_fit_table, index_growth_table, index_units_table
 from els.bench.tables.networks import networks_settings_table, networks_table
 from els.bench.tables.processes import (
@@ -140,7 +140,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling": sampling_table,
     "memory": memory_table,
     "ahead-of-time": ahead_of_time_table,
-    "ceilings": ceilings_table,
     "gpu": gpu_table,
     "growth": growth_table,
     "growth-indexed": partial(speed_up_table, "growth-indexed-cpu"),

@@ -8,84 +8,43 @@ from els.bench.tables.results import RESULTS, Result, load, table
 
 # 132 multiprocessors, four warps of 32 threads a cycle, at 1.755 GHz.
 _H100_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
+# The same, with four matrix units of 512 float16 multiply-adds a cycle.
+_H100_PRODUCTS = 132 * 4 * 512 * 1.755e9
+# Columns of a product of weights and values.
+_VALUES = 8
+# Of the compilers whose outcomes are kept.
+_VERSIONS = ("3.6", "3.9")
 
 
 def ahead_of_time_table() -> str:
-    """What the assembler says of the exact kernel as it is shipped."""
-    result = load("ahead-of-time")
+    """What the assembler says of the exact kernel as it is shipped, and what that allows."""
+    versions = [load(f"ahead-of-time-{version}") for version in _VERSIONS]
     rows = []
-    for case in result["cases"]:
+    for case, *others in zip(*(result["cases"] for result in versions), strict=True):
         constants = case["constants"]
-        chosen = case["kernel"] == "exact" and case["target"] == "sm_90" and case["shipped"]
-        if not chosen or constants["C"] != 3 or constants["ENTROPY"]:
+        chosen = case["kernel"] == "attention" and case["target"] == "sm_90" and case["shipped"]
+        if not chosen or constants["C"] != 3 or constants["PARTS"] == 0 or constants["BM"] < 64:
             continue
-        pairs = constants["ROW_BLOCK"] * constants["COLUMN_BLOCK"] * constants["TOGETHER"]
-        instructions = case["instructions"]
+        products = constants["PARTS"] * constants["COLUMNS"] + 2 * _VALUES
+        each = [str(figures["instructions"]) for figures in (case, *others)]
+        fewest = min(figures["instructions"] for figures in (case, *others))
         rows.append(
             [
-                f"{constants['ROW_BLOCK']} x {constants['COLUMN_BLOCK']}",
-                f"{constants['ROW_CHUNKS']} x {constants['COLUMN_CHUNKS']}",
-                "float64" if case["precise"] else "2 x float16",
-                str(case["registers"]),
-                str(case["spills"]),
-                str(case["shared"]),
-                "" if instructions is None else f"{32 * case['warps'] * instructions / pairs:.0f}",
+                str(case["patch_size"]),
+                str(constants["PARTS"]) + (", entropy" if constants["ENTROPY"] else ""),
+                f"{constants['BM']} x {constants['BN']}",
+                str(products),
+                " / ".join(str(figures["registers"]) for figures in (case, *others)),
+                " / ".join(str(figures["spills"]) for figures in (case, *others)),
+                " / ".join(each),
+                f"{_H100_INSTRUCTIONS / fewest / 1e12:.2f}",
+                f"{_H100_PRODUCTS / products / 1e12:.2f}",
             ]
         )
-    header = ["pairs", "slots", "products", "registers", "spills", "shared", "instructions a pair"]
-    return table(header, rows) + f"\nTriton {result['triton']}, sm_90, C = 3.\n"
-
-
-def ceilings_table() -> str:
-    """Pairs per second at which an H100 would issue the exact kernel's instructions."""
-    from els.triton_kernels.configurations import SHIPPED, cheapest
-    from els.triton_kernels.tiles import diagonals
-
-    cases = [
-        case
-        for case in load("ahead-of-time")["cases"]
-        if case["kernel"] == "exact" and case["target"] == "sm_90" and not case["precise"]
-    ]
-    rows = []
-    for boundary in ("circular", "zeros"):
-        cells = []
-        for size in (3, 5, 9, 17):
-            circular = boundary == "circular"
-            _, plan = cheapest(
-                SHIPPED,
-                equivariant=True,
-                circular=circular,
-                height=32,
-                width=32,
-                patch_size=size,
-            )
-            axis = diagonals(equivariant=True, circular=circular, length=32, patch_size=size)
-            wanted = {
-                "C": 3,
-                "ENTROPY": False,
-                "ROW_BLOCK": plan.row_block,
-                "COLUMN_BLOCK": plan.column_block,
-            }
-            # What counts is how many blocks of slots there are, not whether of rows or columns.
-            chunks = plan.rows.chunks * plan.columns.chunks
-            found = [
-                case
-                for case in cases
-                if wanted.items() <= case["constants"].items()
-                and case["constants"]["ROW_CHUNKS"] * case["constants"]["COLUMN_CHUNKS"] == chunks
-            ]
-            if not found:
-                cells.append(f"not compiled for {chunks} blocks of slots")
-                continue
-            case = found[0]
-            block = plan.row_block * plan.column_block
-            slots = plan.rows.tiles * plan.columns.tiles * block
-            pairs = sum(diagonal.length for diagonal in axis) ** 2
-            each = 32 * case["warps"] * case["instructions"] / block / case["constants"]["TOGETHER"]
-            rate = _H100_INSTRUCTIONS / each * pairs / slots
-            cells.append(f"{rate / 1e9:.0f} ({100 * pairs / slots:.0f} % full)")
-        rows.append([boundary, *cells])
-    return table(["boundary", *(f"P = {size}" for size in (3, 5, 9, 17))], rows)
+    header = ["P", "parts", "tile", "multiply-adds", "registers", "spills", "instructions"]
+    header += ["1e12 pairs/s by issue", "by products"]
+    compilers = " / ".join(result["triton"] for result in versions)
+    return table(header, rows) + f"\nTriton {compilers}, sm_90, C = 3; a pair.\n"
 
 
 def gpu_table() -> str:
@@ -105,7 +64,7 @@ def gpu_table() -> str:
             f"{row['seconds_per_image_step']:.4f}",
             f"{row['pairs_per_second'] / 1e9:.0f}",
             f"{100 * row['share_of_exp']:.0f} %",
-            f"{100 * row['share_of_fma']:.0f} %",
+            f"{100 * row['share_of_matrix']:.0f} %",
         ]
         for row in result["rows"]
         if row["what"] == "exact"
@@ -114,7 +73,7 @@ def gpu_table() -> str:
     header += ["s per image-step", "1e9 pairs/s"]
     failed = f" The run failed: {result['failure']}." if result["failure"] else ""
     return (
-        table([*header, "of exp ceiling", "of fma ceiling"], rows)
+        table([*header, "of exp ceiling", "of matrix ceiling"], rows)
         + f"\n{result['device']}, torch {result['versions']['torch']}, Triton "
         + f"{result['versions']['triton']}; commit {result['commit'][:10]}, {result['date']}."
         + f"{failed}\n"

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,21 +23,26 @@ from els.engine.backends.native import LIST_COSTS
 from els.engine.backends.native_lists import ListSampling
 from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
-from els.engine.state import PosteriorState, TopPatches, best, empty, moved
+from els.engine.state import PosteriorState, TopPatches, best, empty, moved, summed, where
 
 if TYPE_CHECKING:
-    from els.triton_kernels.configurations import Configuration
-    from els.triton_kernels.merge import Totals
-    from els.triton_kernels.queries import Queries
-    from els.triton_kernels.tiles import DevicePlan
+    from els.triton_kernels.attention import Attention
+    from els.triton_kernels.configurations import Configurations
+    from els.triton_kernels.pixel_groups import PixelGroups
+    from els.triton_kernels.queries import Rows
+    from els.triton_kernels.truncated import Totals
 
 _LN2 = math.log(2.0)
-# Bytes of packed images for one launch; fixed, so that results do not depend on where they lie.
-_BLOCK_BYTES = 64 << 20
+# Bytes of the bank of a block of images, near what the second-level caches of GPUs hold; fixed, so
+# that results do not depend on where images lie.
+_BANK_BYTES = 64 << 20
+# Bytes of packed images that are uploaded at a time where all of them stay on the device.
+_UPLOAD_BYTES = 64 << 20
+# Bytes of the rows of a batch while they are made, and for each coordinate of a row.
+_ROW_BYTES = 1 << 30
+_BYTES_PER_COORDINATE = 64
 # Share of the GPU's free memory that images may stay in.
 _RESIDENT_SHARE = 0.6
-# Largest error of a float32 distance (to base 2); pixels with a larger one are computed in float64.
-_MOST_ERROR = 3e-5
 # The oldest Triton that the kernels are tested with; and on AMD, where float64 products are newer.
 _OLDEST_TRITON = (3, 6)
 _OLDEST_TRITON_AMD = (3, 8)
@@ -48,8 +54,8 @@ _SAFETY = 8.0
 _EQUAL = 1e-13
 # Logit of an empty place among the nearest: finite, below every other.
 _FAR = -1e300
-# Number of tile plans that stay on the device.
-_PLANS_KEPT = 64
+# Number of machines whose groups of pixels stay on the device.
+_GROUPS_KEPT = 16
 # Candidates of one pixel that a selection has room for, in units of how many are wanted.
 _ROOM = 4
 _LEAST_ROOM = 256
@@ -70,7 +76,7 @@ class TritonBackend(ListSampling):
             kernels are interpreted.
         resident_bytes: device memory that packed images may stay in; None for most of what is
             free when they are first needed.
-        configuration: of the exact kernel; None for the shipped one.
+        configurations: of the kernels' launches; None for the shipped ones.
 
     Raises:
         RuntimeError: if Triton is not installed or too old, or the device is not there, too old,
@@ -82,7 +88,7 @@ class TritonBackend(ListSampling):
         device: str | None = None,
         *,
         resident_bytes: int | None = None,
-        configuration: Configuration | None = None,
+        configurations: Configurations | None = None,
     ) -> None:
         try:
             import triton
@@ -111,9 +117,9 @@ class TritonBackend(ListSampling):
         self.threads = available_cores()
         # Buffers and streams are not copied; a copy makes its own.
         self._made = partial(
-            TritonBackend, device, resident_bytes=resident_bytes, configuration=configuration
+            TritonBackend, device, resident_bytes=resident_bytes, configurations=configurations
         )
-        self._choices = SHIPPED if configuration is None else (configuration,)
+        self._configurations = configurations or SHIPPED
         self._images = _DeviceImages(self.device, resident_bytes)
 
     def __reduce__(self) -> tuple[partial[TritonBackend], tuple[()]]:
@@ -139,273 +145,347 @@ class TritonBackend(ListSampling):
         self, images: Images, query: PosteriorQuery, addresses: Tensor
     ) -> tuple[PosteriorState, Tensor]:
         """See :class:`els.engine.backends.backend.Backend`."""
+        pixels = query.x[0, 0].numel()
         with self._on_device():
-            state, logits = self._weighed(images, query, addresses.to(self.device))
-            return moved(state, "cpu"), logits.cpu()
+            flat = addresses.to(self.device).reshape(len(addresses), pixels, -1)
+            # Only the images of the addresses are uploaded.
+            numbers, which = torch.unique(flat.clamp(min=0) // pixels, return_inverse=True)
+            local = torch.where(flat < 0, -1, which * pixels + flat % pixels)
+            totals, logits = _truncated(
+                self._images.some(images, numbers.cpu().numpy()), query, local
+            )
+            shape = query.x[:, 0].shape
+            state = PosteriorState(
+                torch.where(totals.mass > 0, _LN2 * totals.reference, -torch.inf).reshape(shape),
+                totals.mass.reshape(shape),
+                (totals.centre / 127.5 - totals.mass.unsqueeze(1)).reshape(query.x.shape),
+                (_LN2 * totals.logit_sum).reshape(shape),
+            )
+            return moved(state, "cpu"), (_LN2 * logits).reshape(addresses.shape).cpu()
 
     def _local_state(
         self, images: Images, query: PosteriorQuery, members: Members
     ) -> PosteriorState:
-        """The state of a machine that compares patches."""
-        from els.triton_kernels.queries import Queries
+        """The state of a machine that compares patches, on the CPU."""
+        from els.triton_kernels.queries import MOST_ERROR
 
         if len(members) == 0:
             return empty(query)
-        queries = Queries.of(query.x, query.alpha, query.sigma)
-        state = self._natural(query, queries, self._totals(images, query, members, queries))
+        wanted = np.ones(query.x[:, 0].shape, dtype=np.bool_)
+        if query.pixels is not None:
+            wanted &= query.pixels
+        state, errors = self._attended(images, query, members, wanted)
+        # Where a float16 cannot hold a row, the error is not a number.
+        is_unsure = wanted & ~(errors.numpy() <= MOST_ERROR)
+        if is_unsure.any():
+            precise, _ = self._attended(images, query, members, is_unsure, is_precise=True)
+            state = where(torch.from_numpy(is_unsure), precise, state)
         if query.top:
             # Both compute the heaviest logit; where it is large, their roundings differ by more
             # than weights may.
-            top = self._top(images, query, members, queries)
+            is_precise = not np.isfinite(errors.numpy()[wanted]).all()
+            top = self._top(images, query, members, wanted, is_precise)
             state = replace(state, reference=top.logits[..., 0], top=top)
         return state
 
-    def _weighed(
-        self, images: Images, query: PosteriorQuery, addresses: Tensor
+    def _attended(
+        self,
+        images: Images,
+        query: PosteriorQuery,
+        members: Members,
+        wanted: npt.NDArray[np.bool_],
+        *,
+        is_precise: bool = False,
     ) -> tuple[PosteriorState, Tensor]:
-        from els.triton_kernels.queries import Queries
-        from els.triton_kernels.truncated import truncated
+        """States of the wanted pixels, and errors of their logits to base 2, on the CPU.
 
-        queries = Queries.of(query.x, query.alpha, query.sigma)
-        pixels = queries.x.shape[2]
-        flat = addresses.reshape(len(addresses), pixels, -1)
-        # Only the images of the addresses are uploaded.
-        numbers, which = torch.unique(flat.clamp(min=0) // pixels, return_inverse=True)
-        local = torch.where(flat < 0, -1, which * pixels + flat % pixels)
-        totals, logits = truncated(
-            self._images.some(images, numbers.cpu().numpy()),
-            queries.x,
-            queries.slope,
-            local,
-            height=query.x.shape[2],
-            patch_size=query.patch_size,
-            circular=query.boundary == "circular",
-        )
-        unbiased = replace(queries, bias=torch.zeros_like(queries.bias))
-        return self._natural(query, unbiased, totals), (_LN2 * logits).reshape(addresses.shape)
+        Args:
+            images: the whole database.
+            query: what to compute.
+            members: ascending image numbers, at least one.
+            wanted: pixels, ``[B, H, W]``; of others nothing is known.
+            is_precise: whether distances are summed in float64.
+        """
+        found = empty(replace(query, top=0))
+        state = moved(found, "cpu")
+        errors = torch.full_like(state.mass, torch.nan)
+        for batch, parts in self._batches(query, is_precise=is_precise):
+            part = _images_of(query, batch)
+            block_images = self._block_images(query, members)
+            attentions = list(
+                self._attentions(part, wanted[batch], parts, block_images, detailed=query.entropy)
+            )
+            for block in self._images.blocks(images, members, block_images):
+                for attention in attentions:
+                    attention.add(block, entropy=query.entropy)
+            fields = torch.full(
+                (4 + query.x.shape[1], *part.x.shape[:1], part.x[0, 0].numel()),
+                torch.nan,
+                dtype=torch.float64,
+                device=self.device,
+            )
+            for attention in attentions:
+                fields[:, attention.rows.images, attention.rows.pixels] = _merged(attention)
+            # The only time that a step waits for the device.
+            on_cpu = fields.cpu().reshape(len(fields), *part.x[:, 0].shape)
+            state.reference[batch], state.mass[batch], errors[batch] = on_cpu[:3]
+            if state.logit_sum is not None:
+                state.logit_sum[batch] = on_cpu[3]
+            state.centre[batch] = on_cpu[4:].movedim(0, 1)
+        return state, errors
 
-    def _totals(
-        self, images: Images, query: PosteriorQuery, members: Members, queries: Queries
-    ) -> Totals:
-        """The biased states; of the pixels that float32 does not know well enough, in float64."""
-        from els.triton_kernels.merge import Totals
-
-        every = frozenset(range(query.x.shape[2])), frozenset(range(query.x.shape[3]))
-        totals = Totals.empty(queries.x, entropy=query.entropy)
-        is_coarse = queries.least_error > _MOST_ERROR
-        batches = {every: torch.nonzero(~is_coarse).flatten().tolist()}
-        self._replace(totals, images, query, members, queries, torch.float32, batches)
-        terms = self._plan(query, torch.float32)[1].terms
-        unsure = queries.distance_error(-totals.reference, terms) > _MOST_ERROR
-        unsure = unsure & (totals.mass > 0) | is_coarse[:, None]
-
-        def cost(rows: frozenset[int], columns: frozenset[int]) -> float:
-            plans = self._plans(query, torch.float64, rows, columns)
-            return sum(plan.cost for _, plan in plans)
-
-        # The rows and columns in which images have such pixels, or all where that costs less.
-        batches = {}
-        for image, pixels in enumerate(unsure.reshape(query.x[:, 0].shape).cpu().numpy()):
-            if pixels.any():
-                rows, columns = (
-                    frozenset(np.flatnonzero(pixels.any(axis)).tolist()) for axis in (1, 0)
-                )
-                rectangle = min((rows, columns), every, key=lambda pair: cost(*pair))
-                batches.setdefault(rectangle, []).append(image)
-        self._replace(totals, images, query, members, queries, torch.float64, batches)
-        return totals
-
-    def _replace(
+    def _attentions(
         self,
-        totals: Totals,
-        images: Images,
         query: PosteriorQuery,
-        members: Members,
-        queries: Queries,
-        dtype: torch.dtype,
-        batches: dict[tuple[frozenset[int], frozenset[int]], list[int]],
-    ) -> None:
-        """Compute some rows and columns of some images of the batch anew, in place."""
-        for (rows, columns), batch in batches.items():
-            if not batch:
+        wanted: npt.NDArray[np.bool_],
+        parts: int,
+        block_images: int,
+        *,
+        detailed: bool,
+    ) -> Iterator[Attention]:
+        """The rows of the wanted pixels, for each shape of groups that has some.
+
+        Args:
+            query: of some images.
+            wanted: pixels of them, ``[B, H, W]``.
+            parts: of a row, see :func:`els.triton_kernels.queries.rows_of`.
+            block_images: images of the largest block.
+            detailed: whether the entropy or the heaviest candidates are wanted.
+        """
+        from els.triton_kernels.attention import Attention
+        from els.triton_kernels.bank import Layout
+        from els.triton_kernels.queries import rows_of
+
+        x = query.x.to(torch.float64)
+        alpha, sigma = query.alpha.to(self.device), query.sigma.to(self.device)
+        for groups, pixels in self._groups(query):
+            is_wanted = np.moveaxis(wanted.reshape(len(x), -1)[:, pixels], 1, 0)
+            is_wanted = is_wanted.reshape(len(pixels), -1)
+            most = int(is_wanted.sum(1).max())
+            if not most:
                 continue
-            which = torch.tensor(batch, device=self.device)
-            found = self._accumulated(
-                images, query, members, queries.rows(which), dtype, rows, columns
+            configuration = self._configurations.chosen(
+                most,
+                block_images * groups.candidates.shape[1],
+                parts=parts,
+                detailed=detailed,
             )
-            known = found.mass > 0
-            for whole, part in zip(totals, found, strict=True):
-                if whole is not None and part is not None:
-                    of_pixel = known if part.ndim == 2 else known.unsqueeze(1)
-                    whole[which] = torch.where(of_pixel, part, whole[which])
-
-    def _accumulated(
-        self,
-        images: Images,
-        query: PosteriorQuery,
-        members: Members,
-        queries: Queries,
-        dtype: torch.dtype,
-        rows: frozenset[int],
-        columns: frozenset[int],
-    ) -> Totals:
-        """The biased states of the pixels that are in some rows and some columns."""
-        from els.triton_kernels.exact import accumulate
-        from els.triton_kernels.merge import Totals
-
-        plans = self._plans(query, dtype, rows, columns)
-        totals = Totals.empty(queries.x, entropy=query.entropy)
-        x, scales = queries.arguments(dtype)
-        for block in self._images.blocks(images, members):
-            for configuration, plan in plans:
-                accumulate(totals, block, x, scales, plan, configuration)
-        return totals
-
-    def _plans(
-        self,
-        query: PosteriorQuery,
-        dtype: torch.dtype,
-        rows: frozenset[int],
-        columns: frozenset[int],
-    ) -> list[tuple[Configuration, DevicePlan]]:
-        """The tiles of some rows and columns, of which only the border may be wanted."""
-        parts = [(rows, columns)]
-        if query.border_only:
-            # The ends of the rows with all columns, then middle rows with the ends of the columns.
-            radius = query.patch_size // 2
-            middle_rows, middle_columns = (
-                frozenset(range(radius, length - radius)) for length in query.x.shape[2:]
+            # Groups with fewer take others beside; after the last one, it is repeated.
+            order = np.argsort(~is_wanted, axis=1, kind="stable")
+            count = configuration.padded_rows(most)
+            which = order.take(np.minimum(np.arange(count), order.shape[1] - 1), axis=1)
+            rows = rows_of(
+                x,
+                alpha,
+                sigma,
+                groups,
+                Layout.of(groups.candidate_windows.shape[2]),
+                torch.from_numpy(which).to(self.device),
+                parts,
             )
-            parts = [(rows - middle_rows, columns), (rows & middle_rows, columns - middle_columns)]
-        return [self._plan(query, dtype, *part) for part in parts if all(part)]
+            yield Attention.of(groups, rows, x.shape[1], block_images, configuration)
 
-    def _natural(self, query: PosteriorQuery, queries: Queries, totals: Totals) -> PosteriorState:
-        """Natural logarithms and clean pixels, without the bias."""
-        _, plan = self._plan(query, torch.float32)
-        shape = query.x[:, 0].shape
-        reference = totals.reference - queries.bias[:, None] * plan.terms
-        centre = totals.centre / 127.5 - totals.mass.unsqueeze(1)
-        reference = torch.where(totals.mass > 0, _LN2 * reference, -torch.inf)
-        return PosteriorState(
-            reference.reshape(shape),
-            totals.mass.reshape(shape),
-            centre.reshape(query.x.shape),
-            None if totals.logit_sum is None else (_LN2 * totals.logit_sum).reshape(shape),
+    def _batches(
+        self, query: PosteriorQuery, *, is_precise: bool = False
+    ) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+        """Images of a batch that are computed together, and the parts of their rows."""
+        from els.triton_kernels.queries import parts_needed
+
+        coordinates = int(query.kind.mask(query.patch_size).sum()) * query.x.shape[1]
+        at_once = max(
+            1, _ROW_BYTES // (_BYTES_PER_COORDINATE * coordinates * query.x[0, 0].numel())
         )
+        parts = parts_needed(coordinates, query.alpha, query.sigma).numpy()
+        for each in (0,) if is_precise else (2, 3):
+            batch = np.flatnonzero((parts == each) | is_precise)
+            for first in range(0, len(batch), at_once):
+                yield batch[first : first + at_once], each
 
     def _top(
-        self, images: Images, query: PosteriorQuery, members: Members, queries: Queries
+        self,
+        images: Images,
+        query: PosteriorQuery,
+        members: Members,
+        wanted: npt.NDArray[np.bool_],
+        is_precise: bool,
     ) -> TopPatches:
         """The heaviest candidates, for as many queries at a time as memory allows."""
-        shape = query.x[:, 0].shape
-        room = max(
-            _LEAST_ROOM, _ROOM * query.top, 2 * self._plan(query, torch.float32)[1].candidates
-        )
-        at_once = max(1, _SELECTION_BYTES // (32 * room * shape[1] * shape[2]))
+        batch, height, width = wanted.shape
+        most = max(groups.candidates.shape[1] for groups, _ in self._groups(query))
+        room = max(_LEAST_ROOM, _ROOM * query.top, 2 * most)
+        at_once = max(1, _SELECTION_BYTES // (32 * room * height * width))
         parts = [
-            self._top_of(images, query, members, queries.rows(slice(first, first + at_once)), room)
-            for first in range(0, shape[0], at_once)
+            self._top_of(
+                images,
+                _images_of(query, np.arange(first, min(first + at_once, batch))),
+                members,
+                wanted[first : first + at_once],
+                room,
+                is_precise,
+            )
+            for first in range(0, batch, at_once)
         ]
+        shape = (batch, height, width, query.top)
         return TopPatches(
-            torch.cat([part.logits for part in parts]).reshape(*shape, query.top),
-            torch.cat([part.addresses for part in parts]).reshape(*shape, query.top),
+            torch.cat([part.logits for part in parts]).reshape(shape),
+            torch.cat([part.addresses for part in parts]).reshape(shape),
         )
 
     def _top_of(
-        self, images: Images, query: PosteriorQuery, members: Members, queries: Queries, room: int
+        self,
+        images: Images,
+        query: PosteriorQuery,
+        members: Members,
+        wanted: npt.NDArray[np.bool_],
+        room: int,
+        is_precise: bool,
     ) -> TopPatches:
-        """Stream blocks that double, and keep the nearest; see triton_kernels.top_k."""
-        from els.triton_kernels.top_k import select
-        from els.triton_kernels.truncated import truncated
+        """Stream blocks that double, and keep the nearest.
 
-        height = query.x.shape[2]
-        pixels = queries.x.shape[2]
+        What is above a row's threshold in float32 scores, less their error, is ranked in float64.
+        """
+        batch, pixels = len(wanted), wanted[0].size
         numbers = torch.tensor(members, device=self.device)
-        is_coarse = bool((queries.least_error > _MOST_ERROR).any())
-        dtype = torch.float64 if is_coarse else torch.float32
+        block_images = self._block_images(query, members)
+
+        def attentions(parts: int) -> list[Attention]:
+            return list(self._attentions(query, wanted, parts, block_images, detailed=True))
+
+        chosen = attentions(0 if is_precise else 3)
         nearest = TopPatches(
-            queries.x.new_full((len(queries.x), pixels, query.top), -torch.inf),
-            numbers.new_full((len(queries.x), pixels, query.top), -1),
+            query.x.new_full((batch, pixels, query.top), -torch.inf, dtype=torch.float64),
+            numbers.new_full((batch, pixels, query.top), -1),
         )
-        start, size = 0, max(1, room // self._plan(query, dtype)[1].candidates)
+        start = 0
+        size = max(1, room // max(each.groups.candidates.shape[1] for each in chosen))
         while start < len(members):
-            configuration, plan = self._plan(query, dtype)
-            stop = min(start + size, len(members), start + self._images.most(images))
+            stop = min(start + size, len(members), start + block_images)
             block = self._images.block(images, members[start:stop])
-            x, scales = queries.arguments(dtype)
-            threshold = self._threshold(queries, nearest.logits[..., -1], plan, dtype)
-            counts, found = select(block, x, scales, threshold, plan, configuration, room)
-            if int(counts.max()) > room:
+            found = numbers.new_full((batch, pixels, room), -1)
+            most = 0
+            for each in chosen:
+                kth = nearest.logits[each.rows.images, each.rows.pixels, -1].clamp(min=_FAR)
+                counts, addresses = each.select(block, _threshold(each.rows, kth), room)
+                found[each.rows.images, each.rows.pixels] = addresses
+                most = max(most, int(counts.max()))
+            if most > room:
                 # Many equal distances, as of blank patches: float64 distinguishes them from nearer
                 # ones, and keeps none that equals an earlier one.
-                if dtype == torch.float64:
+                if is_precise:
                     size = (stop - start) // 2
-                dtype = torch.float64
+                else:
+                    chosen, is_precise = attentions(0), True
                 continue
-            _, logits = truncated(
-                block,
-                queries.x,
-                queries.slope,
-                found,
-                height=height,
-                patch_size=query.patch_size,
-                circular=query.boundary == "circular",
-            )
-            local = found.to(torch.int64)
-            addresses = numbers[start + local.clamp(min=0) // pixels] * pixels + local % pixels
-            addresses = torch.where(local < 0, -1, addresses)
+            found = found[..., : max(1, most)]
+            _, logits = _truncated(block, query, found)
+            addresses = numbers[start + found.clamp(min=0) // pixels] * pixels + found % pixels
+            addresses = torch.where(found < 0, -1, addresses)
             nearest = best(
                 torch.cat([nearest.logits, logits], dim=-1),
                 torch.cat([nearest.addresses, addresses], dim=-1),
                 query.top,
             )
             start, size = stop, stop
-        return TopPatches(_LN2 * nearest.logits, nearest.addresses)
+        return TopPatches(_LN2 * nearest.logits.cpu(), nearest.addresses.cpu())
 
-    def _threshold(
-        self, queries: Queries, kth: Tensor, plan: DevicePlan, dtype: torch.dtype
-    ) -> Tensor:
-        """Biased distances below which a candidate may be among the nearest."""
-        kth = kth.clamp(min=_FAR)
-        biased = -kth - queries.bias[:, None] * plan.terms
-        if dtype == torch.float64:
-            return biased + _EQUAL * kth
-        slack = _SAFETY * queries.distance_error(biased, plan.terms)
-        return (biased + slack).to(dtype)
-
-    def _plan(
-        self,
-        query: PosteriorQuery,
-        dtype: torch.dtype,
-        rows: frozenset[int] | None = None,
-        columns: frozenset[int] | None = None,
-    ) -> tuple[Configuration, DevicePlan]:
-        """The tiles of some rows and columns of a query, None for all."""
-        from els.triton_kernels.configurations import PRECISE
-
-        return _device_plan(
-            (PRECISE,) if dtype == torch.float64 else self._choices,
+    def _groups(
+        self, query: PosteriorQuery
+    ) -> tuple[tuple[PixelGroups, npt.NDArray[np.int64]], ...]:
+        """Groups of pixels on the device, and the pixels on the CPU."""
+        return _device_groups(
             self.device,
-            equivariant=query.kind.is_equivariant,
-            circular=query.boundary == "circular",
-            height=query.x.shape[2],
-            width=query.x.shape[3],
-            patch_size=query.patch_size,
-            wanted_rows=rows,
-            wanted_columns=columns,
+            query.kind,
+            query.patch_size,
+            is_circular=query.boundary == "circular",
+            shape=tuple(query.x.shape[1:]),
         )
 
+    def _block_images(self, query: PosteriorQuery, members: Members) -> int:
+        """How many images a block has: as many as its bank has room for."""
+        from els.triton_kernels.bank import key_bytes
 
-@lru_cache(_PLANS_KEPT)
-def _device_plan(
-    choices: tuple[Configuration, ...], device: torch.device, **machine: Any
-) -> tuple[Configuration, DevicePlan]:
-    """The cheapest choice and its tiles, on the device; see :func:`.configurations.cheapest`."""
-    from els.triton_kernels.configurations import cheapest
-    from els.triton_kernels.tiles import DevicePlan
+        largest = max(key_bytes(groups) for groups, _ in self._groups(query))
+        return min(len(members), max(1, _BANK_BYTES // largest))
 
-    configuration, plan = cheapest(choices, **machine)
-    return configuration, DevicePlan.of(plan, device)
+
+@lru_cache(_GROUPS_KEPT)
+def _device_groups(
+    device: torch.device,
+    kind: Kind,
+    patch_size: int,
+    *,
+    is_circular: bool,
+    shape: tuple[int, int, int],
+) -> tuple[tuple[PixelGroups, npt.NDArray[np.int64]], ...]:
+    """The groups of a machine's pixels, on a device, and those pixels on the CPU."""
+    from els.triton_kernels.pixel_groups import pixel_groups
+
+    channels, height, width = shape
+    groups = pixel_groups(
+        height,
+        width,
+        channels,
+        kind.mask(patch_size),
+        equivariant=kind.is_equivariant,
+        circular=is_circular,
+    )
+    return tuple((each.to(device), each.queries.numpy()) for each in groups)
+
+
+def _images_of(query: PosteriorQuery, batch: npt.NDArray[np.int64]) -> PosteriorQuery:
+    """The query of some images of the batch."""
+    if len(batch) == len(query.x):
+        return query
+    which = torch.from_numpy(batch)
+    x = query.x[which.to(query.x.device)]
+    return replace(query, x=x, alpha=query.alpha[which], sigma=query.sigma[which])
+
+
+def _merged(attention: Attention) -> Tensor:
+    """Reference, mass, error to base 2, logit_sum and centre of all rows, ``[4 + C, G, M]``."""
+    scores, *centre, mass, logit_sum = attention.states
+    is_known = mass > 0
+    state = summed(
+        PosteriorState(
+            torch.where(is_known, _LN2 * attention.rows.logits(scores), -torch.inf),
+            mass,
+            # Values are bytes less 128.
+            torch.stack(centre, dim=1) / 127.5 + (128 / 127.5 - 1) * mass.unsqueeze(1),
+            _LN2 * logit_sum,
+        )
+    )
+    assert state.logit_sum is not None
+    errors = attention.rows.errors(scores.amax(0))
+    found = torch.stack([state.reference[0], state.mass[0], errors, state.logit_sum[0]])
+    return torch.cat([found, state.centre[0]])
+
+
+def _threshold(rows: Rows, kth: Tensor) -> Tensor:
+    """Scores above which a candidate may be among the nearest.
+
+    Args:
+        rows: of the queries.
+        kth: logits of the k-th nearest until now, to base 2, ``[G, M]``.
+    """
+    if rows.parts == 0:
+        return kth - _EQUAL * kth
+    scores = rows.scores(kth)
+    return scores - _SAFETY * rows.errors(scores) / rows.slopes
+
+
+def _truncated(block: Tensor, query: PosteriorQuery, addresses: Tensor) -> tuple[Totals, Tensor]:
+    """States and logits to base 2 of candidates of a block, ``[B, H * W, k]``."""
+    from els.triton_kernels.truncated import truncated
+
+    return truncated(
+        block,
+        query.x.to(torch.float64),
+        query.alpha.to(block.device),
+        query.sigma.to(block.device),
+        addresses,
+        patch_size=query.patch_size if query.kind.is_local else None,
+        circular=query.boundary == "circular",
+    )
 
 
 def _require_version(version: str, oldest: tuple[int, int], why: str) -> None:
@@ -484,22 +564,17 @@ class _DeviceImages:
         self._resident: Tensor | None = None
         self._staging = [_Staging(device), _Staging(device)]
 
-    def blocks(self, images: Images, members: Members) -> Iterator[Tensor]:
-        """The members' images in their order, a fixed number at a time.
+    def blocks(self, images: Images, members: Members, count: int) -> Iterator[Tensor]:
+        """The members' images in their order, so many at a time.
 
         The next block is uploaded when the caller comes back for it: its kernels are in the
         device's queue by then, so that copying and computing overlap.
         """
-        most = self.most(images)
-        for first in range(0, len(members), most):
-            yield self.block(images, members[first : first + most])
-
-    def most(self, images: Images) -> int:
-        """How many images a block may hold."""
-        return max(1, _BLOCK_BYTES // self._bytes_each(images))
+        for first in range(0, len(members), count):
+            yield self.block(images, members[first : first + count])
 
     def block(self, images: Images, members: Members) -> Tensor:
-        """The images of some members, at most as many as a block may hold."""
+        """The images of some members."""
         resident = self._resident_images(images)
         if resident is None:
             return self._uploaded(images, members)
@@ -509,10 +584,8 @@ class _DeviceImages:
         return resident[torch.tensor(members, device=self._device)]
 
     def some(self, images: Images, members: Members) -> Tensor:
-        """Any number of images."""
-        most = self.most(images)
-        starts = range(0, len(members), most)
-        return torch.cat([self.block(images, members[start : start + most]) for start in starts])
+        """The images of some members, of which an upload holds only so many."""
+        return torch.cat(list(self.blocks(images, members, self._upload(images))))
 
     def _resident_images(self, images: Images) -> Tensor | None:
         """All images, if they fit; uploaded when a database is first used."""
@@ -525,8 +598,8 @@ class _DeviceImages:
                     device=self._device,
                 )
                 everything = np.arange(len(images), dtype=np.int64)
-                for first in range(0, len(images), self.most(images)):
-                    part = slice(first, first + self.most(images))
+                for first in range(0, len(images), self._upload(images)):
+                    part = slice(first, first + self._upload(images))
                     self._resident[part] = self._uploaded(images, everything[part])
         return self._resident
 
@@ -540,6 +613,10 @@ class _DeviceImages:
     def _uploaded(self, images: Images, members: Members) -> Tensor:
         self._staging.reverse()
         return _packed(self._staging[0].upload(images, members))
+
+    def _upload(self, images: Images) -> int:
+        """How many images are uploaded at a time."""
+        return max(1, _UPLOAD_BYTES // self._bytes_each(images))
 
     @staticmethod
     def _bytes_each(images: Images) -> int:

@@ -1,4 +1,4 @@
-"""The Triton kernels: tiles, shipped configurations, given candidates, streams, compilation.
+"""The Triton kernels: configurations, float64, given candidates, streams, top-k, compilation.
 
 What every backend must answer is in test_conformance.py. Without a GPU all of this is interpreted.
 """
@@ -17,12 +17,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from backends import FLOAT64, TRITON, triton_backend
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from questions import (
     LOCAL_MACHINES,
@@ -45,10 +42,9 @@ from els.index import PatchDatabase
 if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from els.triton_kernels import exact
-from els.triton_kernels.configurations import CANDIDATES, PRECISE, SHIPPED
-from els.triton_kernels.queries import Queries
-from els.triton_kernels.tiles import AxisPlan, plan_axis
+from els.triton_kernels import queries
+from els.triton_kernels.attention import attention_kernel
+from els.triton_kernels.configurations import CANDIDATES, SHIPPED
 from els.triton_kernels.truncated import truncated
 
 pytestmark = pytest.mark.triton
@@ -60,93 +56,31 @@ def machine_with(backend: TritonBackend, images: NDArray[np.uint8], kind: str, b
     return ScoreMachine(PatchDatabase.from_arrays(images), kind, boundary, backend)
 
 
-@settings(max_examples=60)
-@given(
-    kind=st.sampled_from(["LS", "ELS"]),
-    boundary=st.sampled_from(["zeros", "circular"]),
-    length=st.integers(1, 24),
-    radius=st.integers(0, 9),
-    block=st.sampled_from([4, 8, 16]),
-    chunks=st.integers(1, 4),
-    wanted=st.none() | st.frozensets(st.integers(0, 23)),
-)
-def test_tiles_hold_every_wanted_pair_once_with_its_window(
-    kind: str,
-    boundary: str,
-    length: int,
-    radius: int,
-    block: int,
-    chunks: int,
-    wanted: frozenset[int] | None,
-) -> None:
-    patch_size = 2 * min(radius, (length - 1) // 2) + 1
-    plan = plan_axis(
-        equivariant=kind == "ELS",
-        circular=boundary == "circular",
-        length=length,
-        patch_size=patch_size,
-        block=block,
-        chunks=chunks,
-        wanted=wanted,
-    )
-    if plan is None:
-        assert block * chunks < patch_size
-        return
-    expected = {
-        (y, row)
-        for y in range(length)
-        if wanted is None or y in wanted
-        for row, _ in oracle.candidates(kind, boundary, length, length, patch_size, y, y)
-    }
-    found = [
-        (int(plan.pair_query[tile, i]), int(plan.pair_training[tile, i]))
-        for tile in range(plan.tiles)
-        for i in range(block)
-        if plan.pair_query[tile, i] >= 0
-    ]
-    assert sorted(found) == sorted(expected)
-    assert_windows(plan, boundary, length, patch_size)
-    listed = [divmod(int(pair), block) for pairs in plan.pairs_of for pair in pairs if pair >= 0]
-    assert len(listed) == len(set(listed)) == len(expected)
-
-
-def assert_windows(plan: AxisPlan, boundary: str, length: int, patch_size: int) -> None:
-    radius = patch_size // 2
-    for tile in range(plan.tiles):
-        for i, p in enumerate(plan.pair_query[tile]):
-            if p < 0:
-                continue
-            q = plan.pair_training[tile, i]
-            window = slice(plan.first[tile, i], plan.last[tile, i])
-            offsets = np.arange(-radius, radius + 1)
-            if boundary == "zeros":
-                offsets = offsets[(q + offsets >= 0) & (q + offsets < length)]
-            assert plan.training[tile, window].tolist() == ((q + offsets) % length).tolist()
-            assert plan.query[tile, window].tolist() == ((p + offsets) % length).tolist()
-            assert plan.terms[p] == len(offsets)
-
-
-@pytest.mark.parametrize("configuration", CANDIDATES, ids=str)
+@pytest.mark.parametrize("configuration", [SHIPPED.plain, *CANDIDATES], ids=str)
 @pytest.mark.parametrize(
     ("kind", "boundary", "patch_size"),
-    [("ELS", "zeros", 3), ("LS", "circular", 9)],
-    ids=["short-windows", "long-windows"],
+    [("ELS", "zeros", 3), ("ELS", "circular", 9)],
+    ids=["resident-rows", "long-rows"],
 )
 def test_every_configuration(configuration, kind: str, boundary: str, patch_size: int) -> None:
     question = make_question(
         (3, 10, 9), 3, patch_size, alpha=[0.8], sigma=[0.6 * patch_size], seed=7
     )
     machine = machine_with(
-        TritonBackend(configuration=configuration), question.images, kind, boundary
+        TritonBackend(configurations=replace(SHIPPED, plain=configuration)),
+        question.images,
+        kind,
+        boundary,
     )
-    answer = question.ask(machine, torch.float32)
-    assert_matches(answer, question, question.expected(kind, boundary), TRITON)
+    for entropy in (False, True):
+        answer = question.ask(machine, torch.float32, entropy=entropy)
+        assert_matches(answer, question, question.expected(kind, boundary), TRITON)
 
 
 @every_local_machine
 def test_float64_kernels(kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take over where float32 does not know a distance; here, everywhere."""
-    monkeypatch.setattr(gpu, "_MOST_ERROR", 0.0)
+    monkeypatch.setattr(queries, "MOST_ERROR", 0.0)
     question = make_question((2, 7, 6), 5, 3, alpha=[0.8] * 2, sigma=[0.1] * 2, seed=8)
     machine = machine_with(TritonBackend(), question.images, kind, boundary)
     answer = question.ask(machine, torch.float64)
@@ -157,7 +91,6 @@ def test_float64_kernels(kind: str, boundary: str, monkeypatch: pytest.MonkeyPat
         question.expected(kind, boundary),
         replace(FLOAT64, logit_error=1e-6, relative=1e-6),
     )
-    assert machine.backend_object._plan(query_for(question, machine), torch.float64)[0] == PRECISE
 
 
 @every_local_machine
@@ -169,22 +102,20 @@ def test_few_unsure_pixels_are_computed_alone(
     question.x[1, 0, 6, 7] = 40.0
     asked = []
 
-    def spy(totals, images, x, scales, plan, configuration) -> None:
-        covered = (
-            len(x),
-            *((pairs >= 0).any(1).sum() for pairs in (plan.row_pairs, plan.column_pairs)),
-        )
-        if x.dtype == torch.float64:
-            asked.append(tuple(map(int, covered)))
-        accumulate(totals, images, x, scales, plan, configuration)
+    def spy(backend, query, wanted, parts, *arguments, **options):
+        if parts == 0:
+            asked.append(np.argwhere(wanted))
+        return attentions(backend, query, wanted, parts, *arguments, **options)
 
-    accumulate = exact.accumulate
-    monkeypatch.setattr(exact, "accumulate", spy)
+    attentions = TritonBackend._attentions
+    monkeypatch.setattr(TritonBackend, "_attentions", spy)
     answer = question.ask(
         machine_with(triton_backend(1), question.images, kind, boundary), torch.float32
     )
     assert_matches(answer, question, question.expected(kind, boundary), TRITON)
-    assert asked == [(1, 3, 3)]
+    (pixels,) = asked
+    assert pixels.min(0).tolist() == [1, 5, 6]
+    assert pixels.max(0).tolist() == [1, 7, 8]
 
 
 @pytest.mark.parametrize("sigma", [0.02, 1e-6])
@@ -256,7 +187,8 @@ def test_where_the_images_are_shows_in_no_bit(
     kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     question = make_question((3, 6, 7), 11, 3, alpha=[0.7], sigma=[1.0], seed=9)
-    monkeypatch.setattr(gpu, "_BLOCK_BYTES", 4 * 4 * 6 * 7)
+    monkeypatch.setattr(gpu, "_UPLOAD_BYTES", 4 * 4 * 6 * 7)
+    monkeypatch.setattr(gpu, "_BANK_BYTES", 4 * 80 * 6 * 7)
     answers = []
     for resident_bytes in (None, 0):
         backend = triton_backend(1)
@@ -269,13 +201,27 @@ def test_where_the_images_are_shows_in_no_bit(
     assert_matches(answers[0], question, question.expected(kind, boundary), TRITON)
 
 
-def test_tiles_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     question = make_question((1, 7, 8), 3, 3, alpha=[0.7] * 3, sigma=[1.0] * 3, seed=10)
-    monkeypatch.setattr(exact, "_QUERY_BYTES", 1)
-    monkeypatch.setattr(exact, "_BATCH_BYTES", 1)
-    machine = machine_with(TritonBackend(configuration=SHIPPED[1]), question.images, "ELS", "zeros")
+    monkeypatch.setattr(gpu, "_ROW_BYTES", 1)
+    machine = machine_with(triton_backend(1), question.images, "ELS", "zeros")
     answer = question.ask(machine, torch.float32)
     assert_matches(answer, question, question.expected("ELS", "zeros"), TRITON)
+
+
+def test_noise_of_two_kinds_in_one_batch() -> None:
+    """Little noise needs a third part; each image gets the bits that it gets alone."""
+    question = make_question((1, 7, 8), 3, 3, alpha=[0.7] * 2, sigma=[0.04, 1.0], seed=25)
+    machine = machine_with(triton_backend(1), question.images, "ELS", "circular")
+    both = question.ask(machine, torch.float32)
+    for b in range(2):
+        alone = machine.posterior(
+            torch.from_numpy(question.x[b : b + 1]),
+            alpha=question.alpha[b],
+            sigma=question.sigma[b],
+            patch_size=3,
+        )
+        assert torch.equal(alone.mean[0], both.mean[b])
 
 
 def test_repeated_calls_give_the_same_bits() -> None:
@@ -299,17 +245,12 @@ def test_given_candidates(kind: str, boundary: str, count: int) -> None:
             chosen = rng.permutation(list(logits))[: max(1, count - 1)]
             addresses[b, y * 6 + x, rng.permutation(count)[: len(chosen)]] = chosen
     device = triton_backend(1).device
-    queries = Queries.of(
-        torch.from_numpy(question.x).to(device),
-        torch.from_numpy(question.alpha),
-        torch.from_numpy(question.sigma),
-    )
     totals, logits = truncated(
         gpu._packed(torch.from_numpy(question.images).to(device)),
-        queries.x,
-        queries.slope,
+        torch.from_numpy(question.x).double().to(device),
+        torch.from_numpy(question.alpha).to(device),
+        torch.from_numpy(question.sigma).to(device),
         torch.from_numpy(addresses).to(device),
-        height=5,
         patch_size=None if kind in ("IS", "ES") else 3,
         circular=boundary == "circular",
     )
@@ -338,13 +279,13 @@ def test_given_candidates(kind: str, boundary: str, count: int) -> None:
 
 
 def test_no_candidate_at_all() -> None:
-    x = torch.zeros(1, 1, 4, device=triton_backend(1).device, dtype=torch.float64)
+    x = torch.zeros(1, 1, 2, 2, device=triton_backend(1).device, dtype=torch.float64)
     totals, logits = truncated(
         torch.zeros(1, 4, dtype=torch.int32, device=x.device),
         x,
         x.new_ones(1),
+        x.new_ones(1),
         torch.full((1, 4, 3), -1, device=x.device),
-        height=2,
         patch_size=1,
         circular=False,
     )
@@ -376,22 +317,20 @@ def test_top_k_among_thousands_of_equal_patches(
 
 @every_local_machine
 @pytest.mark.parametrize("sigma", [0.03, 0.3, 3.0])
-def test_the_error_of_distances_is_as_predicted(kind: str, boundary: str, sigma: float) -> None:
+def test_the_error_of_logits_is_as_predicted(kind: str, boundary: str, sigma: float) -> None:
+    """Of one image, so that references are logits of the same candidate."""
     question = make_question((3, 9, 8), 1, 5, alpha=[0.9] * 4, sigma=[sigma] * 4, seed=15)
     machine = TRITON.machine(question.images, kind, boundary)
     query = query_for(question, machine)
-    backend = machine.backend_object
-    queries = Queries.of(query.x, query.alpha, query.sigma)
-    everywhere = frozenset(range(9)), frozenset(range(8))
-    totals, exact_totals = (
-        backend._accumulated(question.images, query, np.arange(1), queries, dtype, *everywhere)
-        for dtype in (torch.float32, torch.float64)
+    everything = np.ones((4, 9, 8), dtype=np.bool_)
+    (rough, predicted), (precise, _) = (
+        machine.backend_object._attended(
+            question.images, query, np.arange(1), everything, is_precise=is_precise
+        )
+        for is_precise in (False, True)
     )
-    terms = backend._plan(query, torch.float32)[1].terms
-    predicted = queries.distance_error(-exact_totals.reference, terms)
-    known = -exact_totals.reference < 1e4  # beyond, squares are cut
-    ratio = ((totals.reference - exact_totals.reference) / predicted)[known]
-    assert known.any()
+    ratio = (rough.reference - precise.reference) / (np.log(2) * predicted)
+    assert torch.isfinite(ratio).all()
     assert ratio.square().mean().sqrt() < 1.0
     assert ratio.abs().max() < gpu._SAFETY / 2
 
@@ -420,7 +359,7 @@ def test_half_precision_is_rounded_once() -> None:
 
 def test_a_larger_database_after_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """One backend for both; the larger has larger images, and more of them a block."""
-    monkeypatch.setattr(gpu, "_BLOCK_BYTES", 8 * 4 * 6 * 7)
+    monkeypatch.setattr(gpu, "_UPLOAD_BYTES", 8 * 4 * 6 * 7)
     backend = triton_backend(1)
     for shape, count in (((1, 4, 4), 2), ((3, 6, 7), 9), ((2, 3, 3), 4)):
         question = make_question(shape, count, 3, alpha=[0.7], sigma=[1.0], seed=21)
@@ -472,7 +411,7 @@ def test_everything_runs_on_the_backends_device(
         launches.append(kernel)
         plain_run(kernel, *arguments, **options)
 
-    kernel_type = type(exact.exact_kernel)
+    kernel_type = type(attention_kernel)
     plain_run = kernel_type.run
     monkeypatch.setattr(kernel_type, "run", run)
     question = make_question((1, 5, 5), 3, 3, alpha=[0.7], sigma=[1.0], seed=23)
