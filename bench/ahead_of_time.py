@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,8 +33,17 @@ if TYPE_CHECKING:
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 PATCH_SIZES = (3, 5, 7, 9, 17)
-# Issued for a pair of a pixel and a candidate, by patch size: C = 3, two parts, sm_90.
-MOST_INSTRUCTIONS = {3: 9.0, 5: 9.5, 9: 13.0}
+# Those for which sums slide.
+LONG_PATCHES = (11, 17)
+# Issued for a pair of a pixel and a candidate, by kernel and patch size: C = 3, two parts, sm_90. A
+# step of the sliding kernel is a pair, too.
+MOST_INSTRUCTIONS = {
+    ("attention", 3): 9.0,
+    ("attention", 5): 9.5,
+    ("attention", 9): 13.0,
+    ("sliding", 11): 21.0,
+    ("sliding", 17): 23.0,
+}
 _SIDE = 32
 # Bytes: shorter backward branches are loops over a few values.
 _LONG = 256
@@ -46,7 +56,7 @@ class Case:
     """One kernel as it is launched.
 
     Attributes:
-        kernel: attention, select, bank or truncated.
+        kernel: attention, sliding, select, bank or truncated.
         label: what distinguishes the case.
         target: one of :data:`TARGETS`.
         constants: compile-time arguments.
@@ -66,11 +76,11 @@ class Case:
     @property
     def most_instructions(self) -> float | None:
         """How many its loop may have for a pair, where that is checked."""
-        is_checked = self.kernel == "attention" and self.shipped and self.target == "sm_90"
         wanted = {"PARTS": 2, "C": 3, "ENTROPY": False, "BM": 64}
+        is_checked = self.shipped and self.target == "sm_90"
         if not is_checked or not wanted.items() <= self.constants.items():
             return None
-        return MOST_INSTRUCTIONS.get(self.patch_size)
+        return MOST_INSTRUCTIONS.get((self.kernel, self.patch_size))
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ def cases(*, targets: list[str], channels: list[int]) -> Iterator[Case]:
                 yield _attention(target, c, patch_size, 0, SHIPPED.precise)
                 yield from _detailed(target, c, patch_size, 0, SHIPPED.precise)
                 yield _bank(target, c, patch_size)
+            for patch_size, parts, entropy in product(LONG_PATCHES, (2, 3), (False, True)):
+                yield _sliding(target, c, patch_size, parts, entropy=entropy)
             for window, circular in ((5, False), (5, True), (_SIDE, True)):
                 yield _truncated(target, c, window, circular=circular)
         for parts in (2, 3):
@@ -155,11 +167,22 @@ def _weighing(
     return label, dict(constants(channels * patch_size**2, parts, configuration))
 
 
+def _sliding(target: str, channels: int, patch_size: int, parts: int, *, entropy: bool) -> Case:
+    """The kernel of exact posteriors over long patches."""
+    from els.triton_kernels.configurations import SHIPPED
+    from els.triton_kernels.sliding import constants
+
+    sized = constants(_SIDE, _SIDE, channels, patch_size, parts, SHIPPED.sliding)
+    label = f"P = {patch_size}, C = {channels}, {parts} parts" + (", entropy" if entropy else "")
+    sized |= {"ENTROPY": entropy}
+    return Case("sliding", label, target, sized, SHIPPED.sliding.warps, True, patch_size)
+
+
 def _bank(target: str, channels: int, patch_size: int) -> Case:
-    from els.triton_kernels.bank import KEYS_PER_PROGRAM, constants
+    from els.triton_kernels.bank import KEYS_PER_PROGRAM, Layout, constants
     from els.triton_kernels.configurations import SHIPPED
 
-    sized = constants(channels * patch_size**2)
+    sized = constants(Layout.of(channels * patch_size**2))
     sized |= {"C": channels, "TILE": SHIPPED.plain.keys, "BLOCK": KEYS_PER_PROGRAM}
     return Case("bank", f"P = {patch_size}, C = {channels}", target, sized, 4, True)
 
@@ -207,6 +230,17 @@ def signature(kernel: str, *, precise: bool) -> dict[str, str]:
                 "found": "*i32",
                 **integers("per_program", "count", "padded", "room"),
             }
+        case "sliding":
+            return {
+                "rows": "*fp16",
+                "slopes": "*fp32",
+                "keys": "*fp16",
+                "values": "*fp16",
+                "states": "*fp64",
+                "lowest": "*fp32",
+                **integers("count", "padded", "per_program", "queries", "row_count"),
+                **integers("first", "last"),
+            }
         case "bank":
             return {
                 "images": "*u8",
@@ -230,11 +264,12 @@ def signature(kernel: str, *, precise: bool) -> dict[str, str]:
 
 def kernels() -> dict[str, Any]:
     """The kernels by their names."""
-    from els.triton_kernels import attention, bank, truncated
+    from els.triton_kernels import attention, bank, sliding, truncated
 
     return {
         "attention": attention.attention_kernel,
         "select": attention.select_kernel,
+        "sliding": sliding.sliding_kernel,
         "bank": bank.bank_kernel,
         "truncated": truncated.truncated_kernel,
     }
@@ -291,9 +326,10 @@ def compiled(case: Case) -> Outcome:
 
 
 def _executed(sass: str, constants: dict[str, Any]) -> Counter[str]:
-    """Instructions of one round of the loop over keys, by name.
+    """Instructions of one round of the loop over keys, or of a step down the rows, by name.
 
-    Loops are long backward branches: one, or one inside the other, over the chunks of a row.
+    Loops are long backward branches: one, or one inside the other, over the chunks of a row or down
+    the rows.
     """
     lines = [
         (int(address, 16), text)
@@ -306,6 +342,8 @@ def _executed(sass: str, constants: dict[str, Any]) -> Counter[str]:
             first = int(target[1], 16)
             loops.append(Counter(_name(line) for place, line in lines if first <= place <= address))
     outer, *inner = sorted(loops, key=Counter.total, reverse=True)
+    if "RESIDENT" not in constants:
+        return inner[0]
     # The assembler unrolls short loops.
     if not constants["RESIDENT"] and inner:
         for name, count in inner[0].items():
@@ -330,7 +368,8 @@ def objections(case: Case, outcome: Outcome) -> Iterator[str]:
         return
     if outcome.instructions > most:
         yield f"{outcome.instructions} instructions a pair, more than {most}"
-    if "STS" in outcome.names:
+    # A step down the rows reads and writes the states of its pixels.
+    if "STS" in outcome.names and case.kernel == "attention":
         yield "writes to shared memory in its loop"
     if f"HGMMA.64x{case.constants['BN']}x16" not in outcome.names:
         yield "has no matrix product as wide as its tile"

@@ -410,7 +410,8 @@ class Attention:
         return constants(coordinates, self.rows.parts, self.configuration)
 
     def _bank(self, images: Tensor) -> Bank:
-        return bank_of(images, self.groups, self._channels, self.configuration.keys)
+        layout = Layout.of(self.groups.candidate_windows.shape[2])
+        return bank_of(images, self.groups, layout, self._channels, self.configuration.keys)
 
 
 def constants(coordinates: int, parts: int, configuration: Configuration) -> dict[str, int]:
@@ -423,22 +424,31 @@ def constants(coordinates: int, parts: int, configuration: Configuration) -> dic
     """
     layout = Layout.of(coordinates)
     resident = parts * layout.columns <= _RESIDENT_COLUMNS
-    chunk = _CHUNK
-    # A rest of a resident row is a power of two; other rows have none.
-    while layout.columns % chunk and not (resident and _is_power(layout.columns % chunk)):
-        chunk //= 2
     return {
         "D": layout.coordinates,
         "SEGMENT": layout.segment,
         "WIDTH": layout.width,
         "COLUMNS": layout.columns,
-        "CHUNK": chunk,
+        "CHUNK": chunk_of(layout.columns, with_rest=resident),
         "PARTS": parts,
         "RESIDENT": resident and parts > 0,
         "BM": configuration.rows,
         "BN": configuration.keys,
         "STAGES": configuration.stages,
     }
+
+
+def chunk_of(columns: int, *, with_rest: bool = True) -> int:
+    """How many columns a product takes: a power of two.
+
+    Args:
+        columns: of a row, a multiple of 16.
+        with_rest: whether a rest may be left that is a power of two, too.
+    """
+    chunk = _CHUNK
+    while columns % chunk and not (with_rest and _is_power(columns % chunk)):
+        chunk //= 2
+    return chunk
 
 
 def _is_power(number: int) -> bool:

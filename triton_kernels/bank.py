@@ -143,8 +143,10 @@ def bank_kernel(
         norm = tl.sum(b_column * b_column, 1)[:, None]
         b_column = tl.where(o_column == SEGMENT, norm % NORM_BASE, b_column)
         b_column = tl.where(o_column == SEGMENT + 1, norm // NORM_BASE, b_column)
-        b_column = tl.where(o_column == SEGMENT + 2, CONSTANT, b_column)
-        b_column = tl.where(o_column == SEGMENT + 3, 1, b_column)
+        # What lies outside altogether adds nothing.
+        known = (tl.max(b_address, 1) >= 0).to(tl.int32)[:, None]
+        b_column = tl.where(o_column == SEGMENT + 2, CONSTANT * known, b_column)
+        b_column = tl.where(o_column == SEGMENT + 3, known, b_column)
         p_key = keys + o_row * (SEGMENTS * WIDTH) + i * WIDTH + o_column
         tl.store(p_key, b_column.to(tl.float16), mask=m_key & (o_column < WIDTH))
     o_value = tl.arange(0, 8)[None, :]
@@ -157,23 +159,22 @@ def bank_kernel(
     tl.store(values + o_tile + o_value * TILE, b_value.to(tl.float16), mask=m_key)
 
 
-def key_bytes(groups: PixelGroups) -> int:
+def key_bytes(groups: PixelGroups, layout: Layout) -> int:
     """Bytes that the bank has for each image."""
-    count, candidates, coordinates = groups.candidate_windows.shape
-    return count * candidates * 2 * (Layout.of(coordinates).columns + VALUES)
+    return groups.candidates.numel() * 2 * (layout.columns + VALUES)
 
 
-def bank_of(images: Tensor, groups: PixelGroups, channels: int, tile: int) -> Bank:
+def bank_of(images: Tensor, groups: PixelGroups, layout: Layout, channels: int, tile: int) -> Bank:
     """The bank of a block of images.
 
     Args:
         images: pixels of 4 bytes, channel 0 lowest, int32 ``[n, H * W]``.
         groups: whose candidates, on the same device.
+        layout: of the keys.
         channels: C.
         tile: keys of a tile; L is a multiple of it.
     """
-    group_count, candidates, coordinates = groups.candidate_windows.shape
-    layout = Layout.of(coordinates)
+    group_count, candidates = groups.candidates.shape
     count = len(images) * candidates
     padded = -(-count // tile) * tile
     keys, values = (
@@ -191,7 +192,7 @@ def bank_of(images: Tensor, groups: PixelGroups, channels: int, tile: int) -> Ba
         count,
         padded,
         4 * images.shape[1],
-        **constants(coordinates),
+        **constants(layout),
         C=channels,
         TILE=tile,
         BLOCK=triton.next_power_of_2(block),
@@ -201,11 +202,10 @@ def bank_of(images: Tensor, groups: PixelGroups, channels: int, tile: int) -> Ba
     return Bank(keys, values, count)
 
 
-def constants(coordinates: int) -> dict[str, int]:
-    """The kernel's compile-time constants that follow from the patch's D coordinates."""
-    layout = Layout.of(coordinates)
+def constants(layout: Layout) -> dict[str, int]:
+    """The kernel's compile-time constants that follow from the layout of keys."""
     return {
-        "D": coordinates,
+        "D": layout.coordinates,
         "SEGMENTS": layout.segments,
         "SEGMENT": layout.segment,
         "WIDTH": layout.width,

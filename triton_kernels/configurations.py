@@ -65,12 +65,14 @@ class Configurations:
         plain: for exact means.
         detailed: where the entropy or the heaviest candidates are wanted, which fills registers.
         few_rows: where a group has no more rows than the smallest product, as at corners.
+        sliding: for long patches.
         precise: for distances in float64.
     """
 
     plain: Configuration
     detailed: Configuration
     few_rows: Configuration
+    sliding: Configuration
     precise: Configuration
 
     def chosen(self, rows: int, keys: int, *, parts: int, detailed: bool) -> Configuration:
@@ -93,6 +95,7 @@ SHIPPED = Configurations(
     plain=Configuration(64, 128, warps=4, stages=2),
     detailed=Configuration(64, 64, warps=4, stages=2),
     few_rows=Configuration(16, 64, warps=1, stages=2),
+    sliding=Configuration(64, 64, warps=4, stages=2),
     precise=Configuration(32, 64, warps=4, stages=1),
 )
 # What bench/gpu_check.py measures instead of SHIPPED.plain.

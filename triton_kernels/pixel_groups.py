@@ -60,13 +60,7 @@ def pixel_groups(
     """
 
     def groups(queries: NDArray[np.int64], candidates: NDArray[np.int64]) -> PixelGroups:
-        windows = [
-            _addresses(pixels, height, width, channels, window, circular)
-            for pixels in (queries, candidates)
-        ]
-        # Kernels read plain rows.
-        tables = map(np.ascontiguousarray, (queries, candidates, *windows))
-        return PixelGroups(*map(torch.from_numpy, tables))
+        return _groups(queries, candidates, (channels, height, width), window, circular=circular)
 
     numbers = np.arange(height * width).reshape(height, width)
     if not equivariant:
@@ -85,6 +79,48 @@ def pixel_groups(
         yield groups(pixels, pixels)
 
 
+def row_groups(
+    height: int, width: int, channels: int, patch_size: int, *, circular: bool
+) -> PixelGroups:
+    """Windows of a single row, a group for each row of an image.
+
+    Candidates are all that lie inside, queries too unless windows continue at the opposite edge. A
+    candidate has two windows: its own, and the one ``patch_size`` rows above, if there is one.
+
+    Args:
+        height: of the images.
+        width: of the images.
+        channels: of the images, 1 to 4.
+        patch_size: odd length of the windows.
+        circular: whether windows continue at the opposite edge.
+    """
+    radius = patch_size // 2
+    numbers = np.arange(height * width).reshape(height, width)
+    inside = numbers[:, radius : width - radius]
+    window = np.ones((1, patch_size), dtype=np.bool_)
+    queries = numbers if circular else inside
+    groups = _groups(queries, inside, (channels, height, width), window, circular=circular)
+    above = torch.full_like(groups.candidate_windows, -1)
+    above[patch_size:] = groups.candidate_windows[: height - patch_size]
+    windows = torch.cat([groups.candidate_windows, above], dim=-1)
+    return replace(groups, candidate_windows=windows.contiguous())
+
+
+def _groups(
+    queries: NDArray[np.int64],
+    candidates: NDArray[np.int64],
+    shape: tuple[int, int, int],
+    window: NDArray[np.bool_],
+    *,
+    circular: bool,
+) -> PixelGroups:
+    """Groups of these pixels of images of a shape, with their windows."""
+    windows = [_addresses(pixels, shape, window, circular) for pixels in (queries, candidates)]
+    # Kernels read plain rows.
+    tables = map(np.ascontiguousarray, (queries, candidates, *windows))
+    return PixelGroups(*map(torch.from_numpy, tables))
+
+
 def _edges_and_inside(length: int, radius: int) -> list[NDArray[np.int64]]:
     """Coordinates of an axis in groups ``[G, R]``: each of the edges' alone, those inside."""
     inside = np.arange(radius, length - radius).reshape(1, -1)
@@ -94,18 +130,17 @@ def _edges_and_inside(length: int, radius: int) -> list[NDArray[np.int64]]:
 
 def _addresses(
     pixels: NDArray[np.int64],
-    height: int,
-    width: int,
-    channels: int,
+    shape: tuple[int, int, int],
     window: NDArray[np.bool_],
     circular: bool,
 ) -> NDArray[np.int32]:
     """The coordinates' addresses of windows around pixels, ``[G, R]`` to ``[G, R, D]``."""
-    down, right = (np.argwhere(window) - len(window) // 2).T
+    channels, height, width = shape
+    down, right = (np.argwhere(window) - np.array(window.shape) // 2).T
     y, x = pixels[..., None] // width + down, pixels[..., None] % width + right
     is_outside = (y < 0) | (y >= height) | (x < 0) | (x >= width)
     places = (y % height) * width + x % width
-    addresses = 4 * places[..., None] + np.arange(channels)
+    addresses: NDArray[np.int32] = (4 * places[..., None] + np.arange(channels)).astype(np.int32)
     if not circular:
         addresses[is_outside] = -1
-    return addresses.reshape(*pixels.shape, -1).astype(np.int32)
+    return addresses.reshape(*pixels.shape, -1)

@@ -152,7 +152,8 @@ def rows_of(
     is_held = slopes * farthest < _MOST_LOGIT
     slopes = torch.where(is_held, slopes, 1.0)
     bytes_of_x = torch.where(is_held.unsqueeze(-1), bytes_of_x, 0.0)
-    largest = bytes_of_x.abs().amax(-1)
+    # One power for an image, so that its rows may be added.
+    largest = (_BYTES_PER_UNIT * flat.abs().amax(1)[images] / alpha + 0.5).where(is_held, 1.0)
     power = torch.exp2(-(largest / _LARGEST).log2().ceil().clamp(min=0))
     scaled = power.unsqueeze(-1) * bytes_of_x
     halves = [scaled.round().to(torch.float16)]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast, final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from els.triton_kernels.configurations import Configurations
     from els.triton_kernels.pixel_groups import PixelGroups
     from els.triton_kernels.queries import Rows
+    from els.triton_kernels.sliding import Sliding
     from els.triton_kernels.truncated import Totals
+
+# Scores by matrix products, of windows of a row that slide or of whole patches; or distances by
+# squared differences in float64.
+_Method: TypeAlias = Literal["sliding", "products", "differences"]
 
 _LN2 = math.log(2.0)
 # Bytes of the bank of a block of images, near what the second-level caches of GPUs hold; fixed, so
@@ -174,19 +179,38 @@ class TritonBackend(ListSampling):
         wanted = np.ones(query.x[:, 0].shape, dtype=np.bool_)
         if query.pixels is not None:
             wanted &= query.pixels
-        state, errors = self._attended(images, query, members, wanted)
-        # Where a float16 cannot hold a row, the error is not a number.
-        is_unsure = wanted & ~(errors.numpy() <= MOST_ERROR)
-        if is_unsure.any():
-            precise, _ = self._attended(images, query, members, is_unsure, is_precise=True)
-            state = where(torch.from_numpy(is_unsure), precise, state)
+        state = moved(empty(replace(query, top=0)), "cpu")
+        is_unsure, is_held = wanted, True
+        for method in self._methods(query):
+            found, errors = self._attended(images, query, members, is_unsure, method)
+            state = where(torch.from_numpy(is_unsure), found, state)
+            if method != "differences":
+                # Of rows that float16 cannot hold, nothing is known.
+                is_held = bool(np.isfinite(errors.numpy()[is_unsure]).all())
+            is_unsure = is_unsure & ~(errors.numpy() <= MOST_ERROR)
+            if not is_unsure.any():
+                break
         if query.top:
             # Both compute the heaviest logit; where it is large, their roundings differ by more
             # than weights may.
-            is_precise = not np.isfinite(errors.numpy()[wanted]).all()
-            top = self._top(images, query, members, wanted, is_precise)
+            top = self._top(images, query, members, wanted, is_held=is_held)
             state = replace(state, reference=top.logits[..., 0], top=top)
         return state
+
+    def _methods(self, query: PosteriorQuery) -> list[_Method]:
+        """How states are computed: each serves the pixels that the one before knows too roughly."""
+        can_slide = any(self._slides(query, groups) for groups, _ in self._groups(query))
+        methods: list[_Method] = ["sliding", "products", "differences"]
+        return methods[0 if can_slide else 1 :]
+
+    @staticmethod
+    def _slides(query: PosteriorQuery, groups: PixelGroups) -> bool:
+        """Whether a set of groups is one of all pixels of a rectangle, with long square patches."""
+        from els.triton_kernels.bank import Layout
+
+        is_rectangle = query.kind.is_equivariant and len(groups.queries) == 1
+        is_long = Layout.of(groups.candidate_windows.shape[2]).segments > 1
+        return is_rectangle and is_long and query.kind.window is None
 
     def _attended(
         self,
@@ -194,8 +218,7 @@ class TritonBackend(ListSampling):
         query: PosteriorQuery,
         members: Members,
         wanted: npt.NDArray[np.bool_],
-        *,
-        is_precise: bool = False,
+        method: _Method,
     ) -> tuple[PosteriorState, Tensor]:
         """States of the wanted pixels, and errors of their logits to base 2, on the CPU.
 
@@ -204,16 +227,17 @@ class TritonBackend(ListSampling):
             query: what to compute.
             members: ascending image numbers, at least one.
             wanted: pixels, ``[B, H, W]``; of others nothing is known.
-            is_precise: whether distances are summed in float64.
+            method: how.
         """
-        found = empty(replace(query, top=0))
-        state = moved(found, "cpu")
+        state = moved(empty(replace(query, top=0)), "cpu")
         errors = torch.full_like(state.mass, torch.nan)
-        for batch, parts in self._batches(query, is_precise=is_precise):
+        block_images = self._block_images(query, members, method)
+        for batch, parts in self._batches(query, method):
             part = _images_of(query, batch)
-            block_images = self._block_images(query, members)
             attentions = list(
-                self._attentions(part, wanted[batch], parts, block_images, detailed=query.entropy)
+                self._attentions(
+                    part, wanted[batch], parts, block_images, method, detailed=query.entropy
+                )
             )
             for block in self._images.blocks(images, members, block_images):
                 for attention in attentions:
@@ -225,7 +249,8 @@ class TritonBackend(ListSampling):
                 device=self.device,
             )
             for attention in attentions:
-                fields[:, attention.rows.images, attention.rows.pixels] = _merged(attention)
+                rows, found = _merged(attention)
+                fields[:, rows.images, rows.pixels] = found
             # The only time that a step waits for the device.
             on_cpu = fields.cpu().reshape(len(fields), *part.x[:, 0].shape)
             state.reference[batch], state.mass[batch], errors[batch] = on_cpu[:3]
@@ -240,9 +265,10 @@ class TritonBackend(ListSampling):
         wanted: npt.NDArray[np.bool_],
         parts: int,
         block_images: int,
+        method: _Method,
         *,
         detailed: bool,
-    ) -> Iterator[Attention]:
+    ) -> Iterator[Attention | Sliding]:
         """The rows of the wanted pixels, for each shape of groups that has some.
 
         Args:
@@ -250,6 +276,7 @@ class TritonBackend(ListSampling):
             wanted: pixels of them, ``[B, H, W]``.
             parts: of a row, see :func:`els.triton_kernels.queries.rows_of`.
             block_images: images of the largest block.
+            method: how states are computed.
             detailed: whether the entropy or the heaviest candidates are wanted.
         """
         from els.triton_kernels.attention import Attention
@@ -263,6 +290,9 @@ class TritonBackend(ListSampling):
             is_wanted = is_wanted.reshape(len(pixels), -1)
             most = int(is_wanted.sum(1).max())
             if not most:
+                continue
+            if method == "sliding" and self._slides(query, groups):
+                yield self._sliding(query, parts, block_images)
                 continue
             configuration = self._configurations.chosen(
                 most,
@@ -285,8 +315,37 @@ class TritonBackend(ListSampling):
             )
             yield Attention.of(groups, rows, x.shape[1], block_images, configuration)
 
+    def _sliding(self, query: PosteriorQuery, parts: int, block_images: int) -> Sliding:
+        """The rows of all pixels whose patches may be anywhere."""
+        from els.triton_kernels.queries import rows_of
+        from els.triton_kernels.sliding import Sliding, row_layout
+
+        groups = self._row_groups(query)
+        batch, channels, height, _ = query.x.shape
+        count = batch * groups.queries.shape[1]
+        layout = row_layout(channels * query.patch_size)
+        radius = query.patch_size // 2
+        return Sliding.of(
+            groups,
+            rows_of(
+                query.x.to(torch.float64),
+                query.alpha.to(self.device),
+                query.sigma.to(self.device),
+                groups,
+                replace(layout, coordinates=layout.segment),
+                torch.arange(count, device=self.device).repeat(height, 1),
+                parts,
+            ),
+            radius=radius,
+            first=0 if query.boundary == "circular" else radius,
+            batch=batch,
+            channels=channels,
+            block_images=block_images,
+            configuration=self._configurations.sliding,
+        )
+
     def _batches(
-        self, query: PosteriorQuery, *, is_precise: bool = False
+        self, query: PosteriorQuery, method: _Method
     ) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
         """Images of a batch that are computed together, and the parts of their rows."""
         from els.triton_kernels.queries import parts_needed
@@ -296,8 +355,9 @@ class TritonBackend(ListSampling):
             1, _ROW_BYTES // (_BYTES_PER_COORDINATE * coordinates * query.x[0, 0].numel())
         )
         parts = parts_needed(coordinates, query.alpha, query.sigma).numpy()
-        for each in (0,) if is_precise else (2, 3):
-            batch = np.flatnonzero((parts == each) | is_precise)
+        parts[:] = parts if method != "differences" else 0
+        for each in np.unique(parts).tolist():
+            batch = np.flatnonzero(parts == each)
             for first in range(0, len(batch), at_once):
                 yield batch[first : first + at_once], each
 
@@ -307,7 +367,8 @@ class TritonBackend(ListSampling):
         query: PosteriorQuery,
         members: Members,
         wanted: npt.NDArray[np.bool_],
-        is_precise: bool,
+        *,
+        is_held: bool,
     ) -> TopPatches:
         """The heaviest candidates, for as many queries at a time as memory allows."""
         batch, height, width = wanted.shape
@@ -321,7 +382,7 @@ class TritonBackend(ListSampling):
                 members,
                 wanted[first : first + at_once],
                 room,
-                is_precise,
+                is_held=is_held,
             )
             for first in range(0, batch, at_once)
         ]
@@ -338,7 +399,8 @@ class TritonBackend(ListSampling):
         members: Members,
         wanted: npt.NDArray[np.bool_],
         room: int,
-        is_precise: bool,
+        *,
+        is_held: bool,
     ) -> TopPatches:
         """Stream blocks that double, and keep the nearest.
 
@@ -346,12 +408,13 @@ class TritonBackend(ListSampling):
         """
         batch, pixels = len(wanted), wanted[0].size
         numbers = torch.tensor(members, device=self.device)
-        block_images = self._block_images(query, members)
+        block_images = self._block_images(query, members, "products")
 
         def attentions(parts: int) -> list[Attention]:
-            return list(self._attentions(query, wanted, parts, block_images, detailed=True))
+            found = self._attentions(query, wanted, parts, block_images, "products", detailed=True)
+            return cast(list[Attention], list(found))
 
-        chosen = attentions(0 if is_precise else 3)
+        chosen = attentions(3 if is_held else 0)
         nearest = TopPatches(
             query.x.new_full((batch, pixels, query.top), -torch.inf, dtype=torch.float64),
             numbers.new_full((batch, pixels, query.top), -1),
@@ -371,10 +434,10 @@ class TritonBackend(ListSampling):
             if most > room:
                 # Many equal distances, as of blank patches: float64 distinguishes them from nearer
                 # ones, and keeps none that equals an earlier one.
-                if is_precise:
+                if not is_held:
                     size = (stop - start) // 2
                 else:
-                    chosen, is_precise = attentions(0), True
+                    chosen, is_held = attentions(0), False
                 continue
             found = found[..., : max(1, most)]
             _, logits = _truncated(block, query, found)
@@ -400,12 +463,29 @@ class TritonBackend(ListSampling):
             shape=tuple(query.x.shape[1:]),
         )
 
-    def _block_images(self, query: PosteriorQuery, members: Members) -> int:
-        """How many images a block has: as many as its bank has room for."""
-        from els.triton_kernels.bank import key_bytes
+    def _row_groups(self, query: PosteriorQuery) -> PixelGroups:
+        """Windows of single rows, on the device."""
+        return _device_row_groups(
+            self.device,
+            query.patch_size,
+            is_circular=query.boundary == "circular",
+            shape=tuple(query.x.shape[1:]),
+        )
 
-        largest = max(key_bytes(groups) for groups, _ in self._groups(query))
-        return min(len(members), max(1, _BANK_BYTES // largest))
+    def _block_images(self, query: PosteriorQuery, members: Members, method: _Method) -> int:
+        """How many images a block has: as many as its bank has room for."""
+        from els.triton_kernels.bank import Layout, key_bytes
+        from els.triton_kernels.sliding import row_layout
+
+        banks = [
+            key_bytes(groups, Layout.of(groups.candidate_windows.shape[2]))
+            for groups, _ in self._groups(query)
+            if method != "sliding" or not self._slides(query, groups)
+        ]
+        if method == "sliding":
+            layout = row_layout(query.x.shape[1] * query.patch_size)
+            banks.append(key_bytes(self._row_groups(query), layout))
+        return min(len(members), max(1, _BANK_BYTES // max(banks)))
 
 
 @lru_cache(_GROUPS_KEPT)
@@ -432,6 +512,17 @@ def _device_groups(
     return tuple((each.to(device), each.queries.numpy()) for each in groups)
 
 
+@lru_cache(_GROUPS_KEPT)
+def _device_row_groups(
+    device: torch.device, patch_size: int, *, is_circular: bool, shape: tuple[int, int, int]
+) -> PixelGroups:
+    """Windows of the single rows of a machine's pixels, on a device."""
+    from els.triton_kernels.pixel_groups import row_groups
+
+    channels, height, width = shape
+    return row_groups(height, width, channels, patch_size, circular=is_circular).to(device)
+
+
 def _images_of(query: PosteriorQuery, batch: npt.NDArray[np.int64]) -> PosteriorQuery:
     """The query of some images of the batch."""
     if len(batch) == len(query.x):
@@ -441,13 +532,17 @@ def _images_of(query: PosteriorQuery, batch: npt.NDArray[np.int64]) -> Posterior
     return replace(query, x=x, alpha=query.alpha[which], sigma=query.sigma[which])
 
 
-def _merged(attention: Attention) -> Tensor:
-    """Reference, mass, error to base 2, logit_sum and centre of all rows, ``[4 + C, G, M]``."""
+def _merged(attention: Attention | Sliding) -> tuple[Rows, Tensor]:
+    """All rows, and their reference, mass, error to base 2, logit_sum and centre.
+
+    The latter are ``[4 + C, G, M]``.
+    """
+    rows = attention.rows
     scores, *centre, mass, logit_sum = attention.states
     is_known = mass > 0
     state = summed(
         PosteriorState(
-            torch.where(is_known, _LN2 * attention.rows.logits(scores), -torch.inf),
+            torch.where(is_known, _LN2 * rows.logits(scores), -torch.inf),
             mass,
             # Values are bytes less 128.
             torch.stack(centre, dim=1) / 127.5 + (128 / 127.5 - 1) * mass.unsqueeze(1),
@@ -455,9 +550,9 @@ def _merged(attention: Attention) -> Tensor:
         )
     )
     assert state.logit_sum is not None
-    errors = attention.rows.errors(scores.amax(0))
+    errors = rows.errors(scores.amax(0))
     found = torch.stack([state.reference[0], state.mass[0], errors, state.logit_sum[0]])
-    return torch.cat([found, state.centre[0]])
+    return rows, torch.cat([found, state.centre[0]])
 
 
 def _threshold(rows: Rows, kth: Tensor) -> Tensor:

@@ -77,6 +77,67 @@ def test_every_configuration(configuration, kind: str, boundary: str, patch_size
         assert_matches(answer, question, question.expected(kind, boundary), TRITON)
 
 
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+@pytest.mark.parametrize(
+    ("shape", "patch_size"),
+    [((3, 13, 12), 11), ((4, 12, 15), 9), ((1, 19, 18), 17), ((3, 11, 13), 11), ((2, 13, 13), 13)],
+    ids=["C3", "C4", "C1", "P=H", "P=H=W"],
+)
+def test_long_patches_slide(
+    boundary: str,
+    shape: tuple[int, int, int],
+    patch_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Noisy training images need no other method for pixels whose patches may be anywhere."""
+    monkeypatch.setattr(gpu, "_BANK_BYTES", 1 << 16)
+    question = make_question(shape, 4, patch_size, alpha=[0.6, 0.4], sigma=[0.9, 1.4], seed=26)
+    question.x[:] = near_images(question)
+    machine = machine_with(triton_backend(1), question.images, "ELS", boundary)
+    asked = methods_asked(monkeypatch)
+    answer = question.ask(machine, torch.float32)
+    assert_matches(answer, question, question.expected("ELS", boundary), TRITON)
+    interior = query_for(question, machine).interior
+    assert asked[0][0] == "sliding"
+    # Where patches are as high as images, rows off the middle have no candidate near them.
+    if patch_size < shape[1]:
+        assert not any(pixels[:, interior].any() for _, pixels in asked[1:])
+
+
+def near_images(question) -> NDArray[np.float64]:
+    """The first training images at the question's noise."""
+    alpha, sigma = (values[:, None, None, None] for values in (question.alpha, question.sigma))
+    noise = np.random.default_rng(27).standard_normal(question.x.shape)
+    return alpha * (question.images[: len(alpha)] / 127.5 - 1) + sigma * noise
+
+
+def methods_asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, NDArray[np.bool_]]]:
+    """What a backend will be asked by, and for which pixels."""
+    asked = []
+    attended = TritonBackend._attended
+
+    def spy(backend, images, query, members, wanted, method):
+        asked.append((method, wanted))
+        return attended(backend, images, query, members, wanted, method)
+
+    monkeypatch.setattr(TritonBackend, "_attended", spy)
+    return asked
+
+
+def test_sums_that_slide_beyond_what_is_exact_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Black images and white ones, of which a third matters: the others' sums are not exact."""
+    shape = (4, 16, 16)
+    question = make_question(shape, 3, 15, alpha=[0.8], sigma=[1.0], seed=28)
+    question.images[0], question.images[1] = 0, 255
+    question.images[1, :, 8:] = 0
+    question.x[:] = near_images(question)
+    machine = machine_with(triton_backend(1), question.images, "ELS", "circular")
+    asked = methods_asked(monkeypatch)
+    answer = question.ask(machine, torch.float32)
+    assert_matches(answer, question, question.expected("ELS", "circular"), TRITON)
+    assert [method for method, _ in asked][:2] == ["sliding", "products"]
+
+
 @every_local_machine
 def test_float64_kernels(kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take over where float32 does not know a distance; here, everywhere."""
@@ -99,21 +160,15 @@ def test_few_unsure_pixels_are_computed_alone(
 ) -> None:
     """One pixel of one image is far off, and so are the windows that contain it."""
     question = make_question((1, 12, 12), 3, 3, alpha=[0.9] * 2, sigma=[0.5] * 2, seed=18)
+    question.x[:] = near_images(question)
     question.x[1, 0, 6, 7] = 40.0
-    asked = []
-
-    def spy(backend, query, wanted, parts, *arguments, **options):
-        if parts == 0:
-            asked.append(np.argwhere(wanted))
-        return attentions(backend, query, wanted, parts, *arguments, **options)
-
-    attentions = TritonBackend._attentions
-    monkeypatch.setattr(TritonBackend, "_attentions", spy)
+    asked = methods_asked(monkeypatch)
     answer = question.ask(
         machine_with(triton_backend(1), question.images, kind, boundary), torch.float32
     )
     assert_matches(answer, question, question.expected(kind, boundary), TRITON)
-    (pixels,) = asked
+    assert [method for method, _ in asked] == ["products", "differences"]
+    pixels = np.argwhere(asked[1][1])
     assert pixels.min(0).tolist() == [1, 5, 6]
     assert pixels.max(0).tolist() == [1, 7, 8]
 
@@ -324,10 +379,8 @@ def test_the_error_of_logits_is_as_predicted(kind: str, boundary: str, sigma: fl
     query = query_for(question, machine)
     everything = np.ones((4, 9, 8), dtype=np.bool_)
     (rough, predicted), (precise, _) = (
-        machine.backend_object._attended(
-            question.images, query, np.arange(1), everything, is_precise=is_precise
-        )
-        for is_precise in (False, True)
+        machine.backend_object._attended(question.images, query, np.arange(1), everything, method)
+        for method in ("products", "differences")
     )
     ratio = (rough.reference - precise.reference) / (np.log(2) * predicted)
     assert torch.isfinite(ratio).all()
