@@ -1,10 +1,11 @@
 """Every Triton kernel, compiled without a GPU, and a gate on what the compiler made.
 
-``python -m els.bench.ahead_of_time`` compiles for sm_80, sm_90 and gfx942, reads registers, spills,
-shared memory and the instructions of the loop over keys from the sm_90 code, and prints a table. It
-exits with 1 if something does not compile that should, or a shipped launch spills, or the loop of
-exact posteriors has more instructions a pair than :data:`MOST_INSTRUCTIONS`, writes to shared
-memory, or has narrower matrix products than its tile.
+``python -m els.bench.ahead_of_time`` compiles for sm_80, sm_89, sm_90 and gfx942, reads registers,
+spills, shared memory and the instructions of the loop over keys from the sm_90 code, and prints a
+table. It exits with 1 if something does not compile that should, or a shipped launch spills or
+needs more shared memory than there is, or the loop of exact posteriors has more instructions a pair
+than :data:`MOST_INSTRUCTIONS`, writes to shared memory, or has narrower matrix products than its
+tile.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ from rich.table import Table
 if TYPE_CHECKING:
     from els.triton_kernels.configurations import Configuration
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_90": ("cuda", 90, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# Bytes of shared memory that a program may have, from the makers' manuals.
+SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 PATCH_SIZES = (3, 5, 7, 9, 17)
 # Those for which sums slide.
 LONG_PATCHES = (11, 17)
@@ -42,7 +50,7 @@ MOST_INSTRUCTIONS = {
     ("attention", 5): 9.5,
     ("attention", 9): 13.0,
     ("sliding", 11): 21.0,
-    ("sliding", 17): 23.0,
+    ("sliding", 17): 22.0,
 }
 _SIDE = 32
 # Bytes: shorter backward branches are loops over a few values.
@@ -76,8 +84,8 @@ class Case:
     @property
     def most_instructions(self) -> float | None:
         """How many its loop may have for a pair, where that is checked."""
-        wanted = {"PARTS": 2, "C": 3, "ENTROPY": False, "BM": 64}
-        is_checked = self.shipped and self.target == "sm_90"
+        wanted = {"PARTS": 2, "C": 3, "ENTROPY": False}
+        is_checked = self.shipped and self.target == "sm_90" and self.constants.get("BM", 0) >= 64
         if not is_checked or not wanted.items() <= self.constants.items():
             return None
         return MOST_INSTRUCTIONS.get((self.kernel, self.patch_size))
@@ -85,7 +93,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of compiling a case; figures are of sm_90 only.
+    """The result of compiling a case; figures but ``shared`` are of sm_90 only.
 
     Attributes:
         error: why it did not compile, or None.
@@ -111,19 +119,22 @@ def cases(*, targets: list[str], channels: list[int]) -> Iterator[Case]:
     for target in targets:
         for c in channels:
             for patch_size in PATCH_SIZES:
-                for parts in (2, 3):
-                    yield _attention(target, c, patch_size, parts, SHIPPED.plain)
-                    yield from _detailed(target, c, patch_size, parts, SHIPPED.detailed)
-                yield _attention(target, c, patch_size, 0, SHIPPED.precise)
-                yield from _detailed(target, c, patch_size, 0, SHIPPED.precise)
+                for parts in (2, 3, 0):
+                    plain, detailed = SHIPPED.plain, SHIPPED.detailed
+                    if parts == 0:
+                        plain = detailed = SHIPPED.precise
+                    yield _attention(target, c, patch_size, parts, plain)
+                    yield _attention(target, c, patch_size, parts, detailed, entropy=True)
+                    if parts != 3:
+                        yield _select(target, c, patch_size, parts, detailed)
                 yield _bank(target, c, patch_size)
             for patch_size, parts, entropy in product(LONG_PATCHES, (2, 3), (False, True)):
                 yield _sliding(target, c, patch_size, parts, entropy=entropy)
             for window, circular in ((5, False), (5, True), (_SIDE, True)):
                 yield _truncated(target, c, window, circular=circular)
-        for parts in (2, 3):
-            yield _attention(target, 3, 5, parts, SHIPPED.few_rows)
-            yield from _detailed(target, 3, 5, parts, SHIPPED.few_rows)
+        for parts, entropy in product((2, 3), (False, True)):
+            yield _attention(target, 3, 5, parts, SHIPPED.few_rows, entropy=entropy)
+        yield _select(target, 3, 5, 2, SHIPPED.few_rows)
     for configuration in CANDIDATES if "sm_90" in targets else ():
         for patch_size in PATCH_SIZES:
             yield _attention("sm_90", 3, patch_size, 2, configuration, shipped=False)
@@ -140,42 +151,48 @@ def _attention(
     shipped: bool = True,
 ) -> Case:
     """The kernel of exact posteriors."""
-    label, sized = _weighing(channels, patch_size, parts, configuration)
+    label, sized = _weighing(target, channels, patch_size, parts, configuration)
     sized |= {"C": channels, "ENTROPY": entropy}
     label += ", entropy" if entropy else ""
     return Case("attention", label, target, sized, configuration.warps, shipped, patch_size)
 
 
-def _detailed(
+def _select(
     target: str, channels: int, patch_size: int, parts: int, configuration: Configuration
-) -> Iterator[Case]:
-    """The same with the entropy, and the kernel that selects candidates."""
-    yield _attention(target, channels, patch_size, parts, configuration, entropy=True)
-    label, sized = _weighing(channels, patch_size, parts, configuration)
-    yield Case("select", label, target, sized, configuration.warps, True, patch_size)
+) -> Case:
+    """The kernel that selects candidates."""
+    label, sized = _weighing(target, channels, patch_size, parts, configuration)
+    return Case("select", label, target, sized, configuration.warps, True, patch_size)
 
 
 def _weighing(
-    channels: int, patch_size: int, parts: int, configuration: Configuration
+    target: str, channels: int, patch_size: int, parts: int, configuration: Configuration
 ) -> tuple[str, dict[str, Any]]:
     """Label and constants that both have."""
     from els.triton_kernels.attention import constants
+    from els.triton_kernels.bank import Layout
 
+    coordinates = channels * patch_size**2
+    columns = Layout.of(coordinates).columns
+    configuration = configuration.weighing(columns, parts, SHARED[target])
     label = f"P = {patch_size}, C = {channels}, {configuration.rows} x {configuration.keys}, "
     label += f"{configuration.stages} stages, "
     label += f"{parts} parts" if parts else "float64"
-    return label, dict(constants(channels * patch_size**2, parts, configuration))
+    return label, dict(constants(coordinates, parts, configuration))
 
 
 def _sliding(target: str, channels: int, patch_size: int, parts: int, *, entropy: bool) -> Case:
     """The kernel of exact posteriors over long patches."""
     from els.triton_kernels.configurations import SHIPPED
-    from els.triton_kernels.sliding import constants
+    from els.triton_kernels.sliding import constants, row_layout
 
-    sized = constants(_SIDE, _SIDE, channels, patch_size, parts, SHIPPED.sliding)
+    configuration = SHIPPED.sliding_detailed if entropy else SHIPPED.sliding
+    columns = row_layout(channels * patch_size).columns
+    configuration = configuration.fitting(columns, parts, SHARED[target])
+    sized = constants(_SIDE, _SIDE, channels, patch_size, parts, configuration)
     label = f"P = {patch_size}, C = {channels}, {parts} parts" + (", entropy" if entropy else "")
     sized |= {"ENTROPY": entropy}
-    return Case("sliding", label, target, sized, SHIPPED.sliding.warps, True, patch_size)
+    return Case("sliding", label, target, sized, configuration.warps, True, patch_size)
 
 
 def _bank(target: str, channels: int, patch_size: int) -> Case:
@@ -304,7 +321,7 @@ def compiled(case: Case) -> Outcome:
     except Exception as error:
         return Outcome(error=f"{type(error).__name__}: {error}".splitlines()[0][:200])
     if case.target != "sm_90":
-        return Outcome()
+        return Outcome(shared=code.metadata.shared)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -361,6 +378,8 @@ def objections(case: Case, outcome: Outcome) -> Iterator[str]:
     """What is wrong with a compiled case."""
     if not case.shipped:
         return
+    if (outcome.shared or 0) > SHARED[case.target]:
+        yield f"needs {outcome.shared} bytes of shared memory"
     if outcome.spills:
         yield f"spills {outcome.spills} bytes"
     most = case.most_instructions

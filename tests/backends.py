@@ -91,7 +91,7 @@ def triton_backend(threads: int) -> Backend:
     from els.triton_kernels.configurations import SHIPPED, Configuration, Configurations
 
     large = Configuration(64, 1024, warps=4, stages=1)
-    interpreted = Configurations(large, large, replace(large, rows=16), large, large)
+    interpreted = Configurations(large, large, replace(large, rows=16), large, large, large)
     return TritonBackend(configurations=SHIPPED if torch.cuda.is_available() else interpreted)
 
 

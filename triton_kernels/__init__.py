@@ -1,6 +1,5 @@
-"""GPU kernels in Triton: exact, truncated and top-k local posteriors, and the merge of states.
+"""GPU kernels in Triton: exact, truncated and top-k local posteriors.
 
-One kernel family a file, each with its launcher. The kernels do not depend on databases or
-machines: a launcher takes tensors, a plan of candidates (:mod:`els.triton_kernels.tiles`) and a
-configuration.
+A kernel family a file, each with its launcher. The kernels do not depend on databases or machines: a
+launcher takes tensors, groups of pixels (:mod:`els.triton_kernels.pixel_groups`) and a configuration.
 """

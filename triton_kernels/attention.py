@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from els.triton_kernels.bank import Bank, Layout, bank_of
-from els.triton_kernels.configurations import FP_FUSION, Configuration
+from els.triton_kernels.configurations import CHUNK, FP_FUSION, Configuration
 from els.triton_kernels.pixel_groups import PixelGroups
 from els.triton_kernels.queries import Rows
 
@@ -28,10 +28,6 @@ LOWEST_FLOAT64 = tl.constexpr(-1e300)
 # Weights are at most 2^14 in a product, so that half precision reaches 2^-38 of the largest.
 WEIGHT_BITS = tl.constexpr(14)
 WEIGHT_UNIT = tl.constexpr(2.0**-14)
-# Columns of all parts of a row that a program keeps; more are loaded for every tile of keys.
-_RESIDENT_COLUMNS = 512
-# Columns of one product.
-_CHUNK = 64
 
 
 @triton.jit
@@ -423,15 +419,14 @@ def constants(coordinates: int, parts: int, configuration: Configuration) -> dic
         configuration: of the launch.
     """
     layout = Layout.of(coordinates)
-    resident = parts * layout.columns <= _RESIDENT_COLUMNS
     return {
         "D": layout.coordinates,
         "SEGMENT": layout.segment,
         "WIDTH": layout.width,
         "COLUMNS": layout.columns,
-        "CHUNK": chunk_of(layout.columns, with_rest=resident),
+        "CHUNK": chunk_of(layout.columns, with_rest=configuration.resident),
         "PARTS": parts,
-        "RESIDENT": resident and parts > 0,
+        "RESIDENT": configuration.resident,
         "BM": configuration.rows,
         "BN": configuration.keys,
         "STAGES": configuration.stages,
@@ -445,7 +440,7 @@ def chunk_of(columns: int, *, with_rest: bool = True) -> int:
         columns: of a row, a multiple of 16.
         with_rest: whether a rest may be left that is a power of two, too.
     """
-    chunk = _CHUNK
+    chunk = CHUNK
     while columns % chunk and not (with_rest and _is_power(columns % chunk)):
         chunk //= 2
     return chunk

@@ -40,6 +40,8 @@ _SEGMENT = 64
 VALUES = 8
 # Keys that a program of the bank's kernel makes.
 KEYS_PER_PROGRAM = 32
+# The same where they are interpreted, and every operation takes as long.
+_INTERPRETED_KEYS = 1024
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def bank_of(images: Tensor, groups: PixelGroups, layout: Layout, channels: int, 
         images.new_empty((group_count, *shape), dtype=torch.float16)
         for shape in ((padded, layout.columns), (padded // tile, VALUES, tile))
     )
-    block = KEYS_PER_PROGRAM if images.is_cuda else padded
+    block = KEYS_PER_PROGRAM if images.is_cuda else _INTERPRETED_KEYS
     bank_kernel[(triton.cdiv(padded, block), group_count)](
         images.view(torch.uint8),
         groups.candidate_windows,
@@ -195,7 +197,7 @@ def bank_of(images: Tensor, groups: PixelGroups, layout: Layout, channels: int, 
         **constants(layout),
         C=channels,
         TILE=tile,
-        BLOCK=triton.next_power_of_2(block),
+        BLOCK=block,
         num_warps=4,
         enable_fp_fusion=FP_FUSION,
     )

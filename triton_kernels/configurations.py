@@ -16,7 +16,18 @@ FP_FUSION = True
 # Programs of a launch, if there are so many tiles: some for each multiprocessor of the largest GPU.
 _PROGRAMS = 2048
 # Tiles of keys that a program weighs at least, so that loading its rows is little beside them.
-_LEAST_TILES = 8
+_LEAST_TILES = 4
+# Columns of values, and bytes of each number.
+_VALUES = 8
+_BYTES = 2
+# Shared memory for sums across warps; compiled kernels take up to 7 KiB.
+_SCRATCH_BYTES = 8 << 10
+# Columns of all parts of a row that a program keeps; more would fill its registers.
+_RESIDENT_COLUMNS = 512
+# Columns of one product.
+CHUNK = 64
+# Keys of a tile that is not made smaller where shared memory is short, but has fewer in flight.
+_FEW_KEYS = 32
 # Rows or columns of the smallest matrix product.
 _LEAST_SIDE = 16
 
@@ -30,12 +41,60 @@ class Configuration:
         keys: in a tile, likewise.
         warps: per program.
         stages: tiles of keys in flight.
+        resident: whether a program keeps its rows, or loads them for every tile of keys.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    resident: bool = False
+
+    def shared_bytes(self, columns: int, parts: int) -> int:
+        """Shared memory of a launch.
+
+        Args:
+            columns: of a row and of a key, or of the chunk of them that is loaded at a time.
+            parts: float16 parts of a row.
+        """
+        rows, keys = parts * self.rows * columns, self.keys * (columns + _VALUES)
+        numbers = (1 if self.resident else self.stages) * rows + self.stages * keys
+        return _BYTES * numbers + _SCRATCH_BYTES
+
+    def fitting(self, columns: int, parts: int, shared: int) -> Configuration:
+        """The same with smaller tiles, or fewer in flight, if it needs more shared memory.
+
+        Args:
+            columns: see :meth:`shared_bytes`.
+            parts: likewise.
+            shared: bytes of shared memory that a program may have.
+        """
+        fitting = self
+        while fitting.shared_bytes(columns, parts) > shared:
+            if fitting.keys > _FEW_KEYS:
+                fitting = replace(fitting, keys=fitting.keys // 2)
+            elif fitting.stages > 1:
+                fitting = replace(fitting, stages=1)
+            elif fitting.rows > _LEAST_SIDE:
+                fitting = replace(fitting, rows=fitting.rows // 2)
+            else:
+                break
+        return fitting
+
+    def weighing(self, columns: int, parts: int, shared: int) -> Configuration:
+        """A launch of the kernels that multiply whole rows: whether it keeps them, and fits.
+
+        Args:
+            columns: of a row and of a key.
+            parts: float16 parts of a row, 0 for float64.
+            shared: bytes of shared memory that a program may have.
+        """
+        if parts == 0:
+            return replace(self, resident=False)
+        kept = replace(self, resident=True).fitting(columns, parts, shared)
+        if parts * columns <= _RESIDENT_COLUMNS and kept.rows == self.rows:
+            return kept
+        return replace(self, resident=False).fitting(min(columns, CHUNK), parts, shared)
 
     def padded_rows(self, rows: int) -> int:
         """A number of rows as whole tiles."""
@@ -66,6 +125,7 @@ class Configurations:
         detailed: where the entropy or the heaviest candidates are wanted, which fills registers.
         few_rows: where a group has no more rows than the smallest product, as at corners.
         sliding: for long patches.
+        sliding_detailed: the same where the entropy is wanted.
         precise: for distances in float64.
     """
 
@@ -73,17 +133,30 @@ class Configurations:
     detailed: Configuration
     few_rows: Configuration
     sliding: Configuration
+    sliding_detailed: Configuration
     precise: Configuration
 
-    def chosen(self, rows: int, keys: int, *, parts: int, detailed: bool) -> Configuration:
-        """The launch for rows of a group and keys of a block; smaller tiles for few keys."""
+    def chosen(
+        self, rows: int, keys: int, *, columns: int, parts: int, detailed: bool, shared: int
+    ) -> Configuration:
+        """The launch for rows of a group and keys of a block; smaller tiles for few keys.
+
+        Args:
+            rows: of a group.
+            keys: of a block.
+            columns: of a row and of a key.
+            parts: of a row; 0 for float64.
+            detailed: whether the entropy or the heaviest candidates are wanted.
+            shared: bytes of shared memory that a program may have.
+        """
         if parts == 0:
             chosen = self.precise
         elif rows <= _LEAST_SIDE:
             chosen = self.few_rows
         else:
             chosen = self.detailed if detailed else self.plain
-        return replace(chosen, keys=min(chosen.keys, max(_LEAST_SIDE, _power_of_two(keys))))
+        few = max(_LEAST_SIDE, _power_of_two(keys))
+        return replace(chosen, keys=min(chosen.keys, few)).weighing(columns, parts, shared)
 
 
 def _power_of_two(number: int) -> int:
@@ -95,7 +168,8 @@ SHIPPED = Configurations(
     plain=Configuration(64, 128, warps=4, stages=2),
     detailed=Configuration(64, 64, warps=4, stages=2),
     few_rows=Configuration(16, 64, warps=1, stages=2),
-    sliding=Configuration(64, 64, warps=4, stages=2),
+    sliding=Configuration(128, 64, warps=8, stages=2),
+    sliding_detailed=Configuration(128, 32, warps=8, stages=2),
     precise=Configuration(32, 64, warps=4, stages=1),
 )
 # What bench/gpu_check.py measures instead of SHIPPED.plain.

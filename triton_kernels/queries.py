@@ -21,8 +21,11 @@ from els.triton_kernels.pixel_groups import PixelGroups
 _LOG2E = 1 / math.log(2.0)
 # Bytes for each unit of a clean pixel, and the byte of the pixel 0.
 _BYTES_PER_UNIT = 127.5
-# Largest error of a logit to base 2: where the parts' rounding makes more, there is one part more.
+# Largest error of a logit to base 2.
 MOST_ERROR = 3e-5
+# What the parts' rounding may make of it for candidates at the distance that true noise makes: the
+# nearest ones of a real query are up to twice as far.
+_USUAL_ERROR = 0.5 * MOST_ERROR
 # Largest coordinate of a row: float16 holds whole numbers up to it.
 _LARGEST = 2048.0
 # Root-mean-square rounding of a number up to 0.5 to float16.
@@ -93,7 +96,7 @@ class Rows:
 def parts_needed(coordinates: int, alpha: Tensor, sigma: Tensor) -> Tensor:
     """In how many float16 parts rows must be cut, 2 or 3, int64 like ``alpha``.
 
-    So that candidates at the distance that true noise makes err by no more than `MOST_ERROR`.
+    So that most pixels of a noisy image err by less than :data:`MOST_ERROR`.
 
     Args:
         coordinates: D.
@@ -102,7 +105,7 @@ def parts_needed(coordinates: int, alpha: Tensor, sigma: Tensor) -> Tensor:
     """
     slope = _LOG2E * (alpha / (_BYTES_PER_UNIT * sigma)).square()
     apart = math.sqrt(2 * coordinates) * _BYTES_PER_UNIT * sigma / alpha
-    return torch.where(slope * _HALF_ROUNDING * apart > MOST_ERROR, 3, 2)
+    return torch.where(slope * _HALF_ROUNDING * apart > _USUAL_ERROR, 3, 2)
 
 
 def rows_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import weakref
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from els.engine.backends.backend import Costs, Images, Members
 from els.engine.backends.cores import available_cores
+from els.engine.backends.device_images import DeviceImages
 from els.engine.backends.image_machines import image_state
 from els.engine.backends.native import LIST_COSTS
 from els.engine.backends.native_lists import ListSampling
@@ -33,21 +34,18 @@ if TYPE_CHECKING:
     from els.triton_kernels.sliding import Sliding
     from els.triton_kernels.truncated import Totals
 
-# Scores by matrix products, of windows of a row that slide or of whole patches; or distances by
-# squared differences in float64.
-_Method: TypeAlias = Literal["sliding", "products", "differences"]
+# How scores are computed: by matrix products, of windows of a row that slide or of whole patches,
+# these in as many float16 parts as true noise needs or always in three; or by squared differences
+# in float64.
+_Method: TypeAlias = Literal["sliding", "products", "fine products", "differences"]
 
 _LN2 = math.log(2.0)
 # Bytes of the bank of a block of images, near what the second-level caches of GPUs hold; fixed, so
 # that results do not depend on where images lie.
 _BANK_BYTES = 64 << 20
-# Bytes of packed images that are uploaded at a time where all of them stay on the device.
-_UPLOAD_BYTES = 64 << 20
 # Bytes of the rows of a batch while they are made, and for each coordinate of a row.
 _ROW_BYTES = 1 << 30
 _BYTES_PER_COORDINATE = 64
-# Share of the GPU's free memory that images may stay in.
-_RESIDENT_SHARE = 0.6
 # The oldest Triton that the kernels are tested with; and on AMD, where float64 products are newer.
 _OLDEST_TRITON = (3, 6)
 _OLDEST_TRITON_AMD = (3, 8)
@@ -113,8 +111,9 @@ class TritonBackend(ListSampling):
                 "it, or use device='cpu'"
             )
         self._on_device: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._shared = sys.maxsize
         if not interpreted:
-            self.device = _usable(self.device, triton.__version__)
+            self.device, self._shared = _usable(self.device, triton.__version__)
             # Triton launches on the current device, which in a new thread is the first one.
             self._on_device = partial(torch.cuda.device, self.device)
         where = "interpreted" if interpreted else torch.cuda.get_device_name(self.device)
@@ -125,7 +124,7 @@ class TritonBackend(ListSampling):
             TritonBackend, device, resident_bytes=resident_bytes, configurations=configurations
         )
         self._configurations = configurations or SHIPPED
-        self._images = _DeviceImages(self.device, resident_bytes)
+        self._images = DeviceImages(self.device, resident_bytes)
 
     def __reduce__(self) -> tuple[partial[TritonBackend], tuple[()]]:
         return self._made, ()
@@ -200,8 +199,7 @@ class TritonBackend(ListSampling):
     def _methods(self, query: PosteriorQuery) -> list[_Method]:
         """How states are computed: each serves the pixels that the one before knows too roughly."""
         can_slide = any(self._slides(query, groups) for groups, _ in self._groups(query))
-        methods: list[_Method] = ["sliding", "products", "differences"]
-        return methods[0 if can_slide else 1 :]
+        return ["sliding" if can_slide else "products", "fine products", "differences"]
 
     @staticmethod
     def _slides(query: PosteriorQuery, groups: PixelGroups) -> bool:
@@ -292,13 +290,16 @@ class TritonBackend(ListSampling):
             if not most:
                 continue
             if method == "sliding" and self._slides(query, groups):
-                yield self._sliding(query, parts, block_images)
+                yield self._sliding(query, parts, block_images, detailed=detailed)
                 continue
+            layout = Layout.of(groups.candidate_windows.shape[2])
             configuration = self._configurations.chosen(
                 most,
                 block_images * groups.candidates.shape[1],
+                columns=layout.columns,
                 parts=parts,
                 detailed=detailed,
+                shared=self._shared,
             )
             # Groups with fewer take others beside; after the last one, it is repeated.
             order = np.argsort(~is_wanted, axis=1, kind="stable")
@@ -309,18 +310,21 @@ class TritonBackend(ListSampling):
                 alpha,
                 sigma,
                 groups,
-                Layout.of(groups.candidate_windows.shape[2]),
+                layout,
                 torch.from_numpy(which).to(self.device),
                 parts,
             )
             yield Attention.of(groups, rows, x.shape[1], block_images, configuration)
 
-    def _sliding(self, query: PosteriorQuery, parts: int, block_images: int) -> Sliding:
+    def _sliding(
+        self, query: PosteriorQuery, parts: int, block_images: int, *, detailed: bool
+    ) -> Sliding:
         """The rows of all pixels whose patches may be anywhere."""
         from els.triton_kernels.queries import rows_of
         from els.triton_kernels.sliding import Sliding, row_layout
 
-        groups = self._row_groups(query)
+        groups, chosen = self._row_groups(query), self._configurations
+        configuration = chosen.sliding_detailed if detailed else chosen.sliding
         batch, channels, height, _ = query.x.shape
         count = batch * groups.queries.shape[1]
         layout = row_layout(channels * query.patch_size)
@@ -341,7 +345,7 @@ class TritonBackend(ListSampling):
             batch=batch,
             channels=channels,
             block_images=block_images,
-            configuration=self._configurations.sliding,
+            configuration=configuration.fitting(layout.columns, parts, self._shared),
         )
 
     def _batches(
@@ -355,7 +359,9 @@ class TritonBackend(ListSampling):
             1, _ROW_BYTES // (_BYTES_PER_COORDINATE * coordinates * query.x[0, 0].numel())
         )
         parts = parts_needed(coordinates, query.alpha, query.sigma).numpy()
-        parts[:] = parts if method != "differences" else 0
+        parts = {"fine products": np.full_like(parts, 3), "differences": 0 * parts}.get(
+            method, parts
+        )
         for each in np.unique(parts).tolist():
             batch = np.flatnonzero(parts == each)
             for first in range(0, len(batch), at_once):
@@ -412,9 +418,9 @@ class TritonBackend(ListSampling):
 
         def attentions(parts: int) -> list[Attention]:
             found = self._attentions(query, wanted, parts, block_images, "products", detailed=True)
-            return cast(list[Attention], list(found))
+            return cast("list[Attention]", list(found))
 
-        chosen = attentions(3 if is_held else 0)
+        chosen = attentions(2 if is_held else 0)
         nearest = TopPatches(
             query.x.new_full((batch, pixels, query.top), -torch.inf, dtype=torch.float64),
             numbers.new_full((batch, pixels, query.top), -1),
@@ -598,8 +604,8 @@ def _require_version(version: str, oldest: tuple[int, int], why: str) -> None:
         )
 
 
-def _usable(device: torch.device, version: str) -> torch.device:
-    """A device that the kernels run on, with its index.
+def _usable(device: torch.device, version: str) -> tuple[torch.device, int]:
+    """A device that the kernels run on, with its index, and a program's shared memory in bytes.
 
     Args:
         device: as it was asked for.
@@ -635,135 +641,11 @@ def _usable(device: torch.device, version: str) -> torch.device:
     try:
         with torch.cuda.device(device):
             driver.active.get_current_target()
+            properties = driver.active.utils.get_device_properties(device.index)
     except Exception as error:
         raise RuntimeError(
             f"backend='triton' cannot run on {device}, since Triton cannot talk to its driver "
             f"({error}); it needs a C compiler and the driver's library: install them, or use "
             f"backend='torch' with device='{device}'"
         ) from error
-    return device
-
-
-class _DeviceImages:
-    """Packed training images, int32 ``[n, H * W]``, on a device: whole, or a block at a time.
-
-    Args:
-        device: where.
-        resident_bytes: see :class:`TritonBackend`.
-    """
-
-    def __init__(self, device: torch.device, resident_bytes: int | None) -> None:
-        self._device = device
-        self._resident_bytes = resident_bytes
-        self._known: weakref.ref[Images] | None = None
-        self._resident: Tensor | None = None
-        self._staging = [_Staging(device), _Staging(device)]
-
-    def blocks(self, images: Images, members: Members, count: int) -> Iterator[Tensor]:
-        """The members' images in their order, so many at a time.
-
-        The next block is uploaded when the caller comes back for it: its kernels are in the
-        device's queue by then, so that copying and computing overlap.
-        """
-        for first in range(0, len(members), count):
-            yield self.block(images, members[first : first + count])
-
-    def block(self, images: Images, members: Members) -> Tensor:
-        """The images of some members."""
-        resident = self._resident_images(images)
-        if resident is None:
-            return self._uploaded(images, members)
-        first, last = int(members[0]), int(members[-1])
-        if last - first + 1 == len(members):
-            return resident[first : last + 1]
-        return resident[torch.tensor(members, device=self._device)]
-
-    def some(self, images: Images, members: Members) -> Tensor:
-        """The images of some members, of which an upload holds only so many."""
-        return torch.cat(list(self.blocks(images, members, self._upload(images))))
-
-    def _resident_images(self, images: Images) -> Tensor | None:
-        """All images, if they fit; uploaded when a database is first used."""
-        if self._known is None or self._known() is not images:
-            self._known, self._resident = weakref.ref(images), None
-            if len(images) * self._bytes_each(images) <= self._budget():
-                self._resident = torch.empty(
-                    (len(images), images.shape[2] * images.shape[3]),
-                    dtype=torch.int32,
-                    device=self._device,
-                )
-                everything = np.arange(len(images), dtype=np.int64)
-                for first in range(0, len(images), self._upload(images)):
-                    part = slice(first, first + self._upload(images))
-                    self._resident[part] = self._uploaded(images, everything[part])
-        return self._resident
-
-    def _budget(self) -> float:
-        if self._resident_bytes is not None:
-            return self._resident_bytes
-        if self._device.type != "cuda":
-            return math.inf
-        return _RESIDENT_SHARE * torch.cuda.mem_get_info(self._device)[0]
-
-    def _uploaded(self, images: Images, members: Members) -> Tensor:
-        self._staging.reverse()
-        return _packed(self._staging[0].upload(images, members))
-
-    def _upload(self, images: Images) -> int:
-        """How many images are uploaded at a time."""
-        return max(1, _UPLOAD_BYTES // self._bytes_each(images))
-
-    @staticmethod
-    def _bytes_each(images: Images) -> int:
-        _, _, height, width = images.shape
-        return 4 * int(height) * int(width)
-
-
-class _Staging:
-    """A buffer on the way to the device, which grows; two of them take turns.
-
-    Args:
-        device: where to. To a GPU copies run beside the kernels, from pinned memory.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._is_gpu = device.type == "cuda"
-        self._buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._copied: torch.cuda.Event | None = None
-
-    def upload(self, images: Images, members: Members) -> Tensor:
-        """Images of some members, uint8 ``[n, C, H, W]`` on the device, when its queue gets there.
-
-        Returns as soon as they are in the buffer; on the CPU they stay there until the next call.
-        """
-        if self._copied is not None:
-            self._copied.synchronize()
-        shape = (len(members), *images.shape[1:])
-        size = math.prod(shape)
-        if len(self._buffer) < size:
-            self._buffer = torch.empty(
-                size, dtype=torch.uint8, device="cpu", pin_memory=self._is_gpu
-            )
-        staged = self._buffer[:size].reshape(shape)
-        # Members exist, so nothing is clipped; "raise" would write to a buffer of its own first.
-        np.take(images, members, axis=0, out=staged.numpy(), mode="clip")
-        if not self._is_gpu:
-            return staged
-        if self._copied is None:
-            self._stream, self._copied = torch.cuda.Stream(self._device), torch.cuda.Event()
-        with torch.cuda.stream(self._stream):
-            copy = staged.to(self._device, non_blocking=True)
-            self._copied.record(self._stream)
-        computing = torch.cuda.current_stream(self._device)
-        computing.wait_event(self._copied)
-        copy.record_stream(computing)
-        return copy
-
-
-def _packed(images: Tensor) -> Tensor:
-    """uint8 ``[n, C, H, W]`` as int32 ``[n, H * W]``: channel 0 in the lowest byte."""
-    words = torch.zeros_like(images[:, 0], dtype=torch.int32)
-    for channel in range(images.shape[1]):
-        words |= images[:, channel].to(torch.int32) << (8 * channel)
-    return words.flatten(1)
+    return device, int(properties["max_shared_mem"])

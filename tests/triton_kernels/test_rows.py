@@ -16,7 +16,8 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from els.triton_kernels.bank import CONSTANT, NORM_BASE, Bank, Layout, bank_of
-from els.triton_kernels.pixel_groups import PixelGroups, pixel_groups
+from els.triton_kernels.configurations import CHUNK, SHIPPED
+from els.triton_kernels.pixel_groups import PixelGroups, pixel_groups, row_groups
 from els.triton_kernels.queries import Rows, parts_needed, rows_of
 
 pytestmark = pytest.mark.triton
@@ -155,6 +156,54 @@ def check_bank(bank: Bank, groups: PixelGroups, images: NDArray[np.uint8]) -> No
             expected = [*images[image].reshape(len(images[0]), -1)[:, centre].astype(int) - 128, 1]
             expected += [0] * (8 - len(expected))
             assert values[g, key].tolist() == (expected if key < bank.count else [0] * 8)
+
+
+@pytest.mark.parametrize("circular", [True, False], ids=["circular", "zeros"])
+def test_windows_of_a_row_are_those_of_patches(circular: bool) -> None:
+    """P rows of them, one below the other, hold the coordinates of a patch."""
+    channels, height, width, patch_size = 3, 9, 8, 5
+    rows = row_groups(height, width, channels, patch_size, circular=circular)
+    boundary = "circular" if circular else "zeros"
+    whole = next(
+        groups
+        for groups in make_groups((channels, height, width), patch_size, boundary=boundary)
+        if len(groups.queries) == 1
+    )
+    own, above = rows.candidate_windows.chunk(2, dim=2)
+    assert (above[:patch_size] == -1).all()
+    assert torch.equal(above[patch_size:], own[:-patch_size])
+    radius = patch_size // 2
+    for tables, windows, wanted, reached in (
+        (rows.candidates, own, whole.candidates[0], whole.candidate_windows[0]),
+        (rows.queries, rows.query_windows, whole.queries[0], whole.query_windows[0]),
+    ):
+        for pixel, expected in zip(wanted.tolist(), reached, strict=True):
+            column = tables[0].tolist().index(pixel % width)
+            y = pixel // width
+            found = [windows[row % height, column] for row in range(y - radius, y + radius + 1)]
+            assert torch.equal(torch.cat(found), expected)
+
+
+@given(
+    columns=st.integers(1, 64).map(lambda n: 16 * n),
+    parts=st.sampled_from([0, 2, 3]),
+    rows=st.integers(1, 2000),
+    keys=st.integers(1, 10**6),
+    shared=st.sampled_from([64 << 10, 99 << 10, 163 << 10, 227 << 10]),
+    detailed=st.booleans(),
+)
+def test_tiles_fit_the_shared_memory(
+    columns: int, parts: int, rows: int, keys: int, shared: int, detailed: bool
+) -> None:
+    chosen = SHIPPED.chosen(
+        rows, keys, columns=columns, parts=parts, detailed=detailed, shared=shared
+    )
+    assert chosen.keys >= 16
+    assert chosen.rows >= 16
+    assert not chosen.resident or parts > 0
+    if parts:
+        loaded = columns if chosen.resident else min(columns, CHUNK)
+        assert chosen.shared_bytes(loaded, parts) <= shared
 
 
 @shapes

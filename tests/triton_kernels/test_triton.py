@@ -32,6 +32,7 @@ from questions import (
 )
 
 from els.engine import ScoreMachine
+from els.engine.backends import device_images
 from els.engine.backends import triton as gpu
 from els.engine.backends.triton import TritonBackend
 from els.engine.query import PosteriorQuery
@@ -135,7 +136,7 @@ def test_sums_that_slide_beyond_what_is_exact_are_noticed(monkeypatch: pytest.Mo
     asked = methods_asked(monkeypatch)
     answer = question.ask(machine, torch.float32)
     assert_matches(answer, question, question.expected("ELS", "circular"), TRITON)
-    assert [method for method, _ in asked][:2] == ["sliding", "products"]
+    assert [method for method, _ in asked] == ["sliding", "fine products"]
 
 
 @every_local_machine
@@ -167,8 +168,9 @@ def test_few_unsure_pixels_are_computed_alone(
         machine_with(triton_backend(1), question.images, kind, boundary), torch.float32
     )
     assert_matches(answer, question, question.expected(kind, boundary), TRITON)
-    assert [method for method, _ in asked] == ["products", "differences"]
-    pixels = np.argwhere(asked[1][1])
+    methods = ["products", "fine products", "differences"]
+    assert [method for method, _ in asked] == methods
+    pixels = np.argwhere(asked[2][1])
     assert pixels.min(0).tolist() == [1, 5, 6]
     assert pixels.max(0).tolist() == [1, 7, 8]
 
@@ -242,7 +244,7 @@ def test_where_the_images_are_shows_in_no_bit(
     kind: str, boundary: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     question = make_question((3, 6, 7), 11, 3, alpha=[0.7], sigma=[1.0], seed=9)
-    monkeypatch.setattr(gpu, "_UPLOAD_BYTES", 4 * 4 * 6 * 7)
+    monkeypatch.setattr(device_images, "_UPLOAD_BYTES", 4 * 4 * 6 * 7)
     monkeypatch.setattr(gpu, "_BANK_BYTES", 4 * 80 * 6 * 7)
     answers = []
     for resident_bytes in (None, 0):
@@ -301,7 +303,7 @@ def test_given_candidates(kind: str, boundary: str, count: int) -> None:
             addresses[b, y * 6 + x, rng.permutation(count)[: len(chosen)]] = chosen
     device = triton_backend(1).device
     totals, logits = truncated(
-        gpu._packed(torch.from_numpy(question.images).to(device)),
+        device_images.packed(torch.from_numpy(question.images).to(device)),
         torch.from_numpy(question.x).double().to(device),
         torch.from_numpy(question.alpha).to(device),
         torch.from_numpy(question.sigma).to(device),
@@ -412,7 +414,7 @@ def test_half_precision_is_rounded_once() -> None:
 
 def test_a_larger_database_after_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """One backend for both; the larger has larger images, and more of them a block."""
-    monkeypatch.setattr(gpu, "_UPLOAD_BYTES", 8 * 4 * 6 * 7)
+    monkeypatch.setattr(device_images, "_UPLOAD_BYTES", 8 * 4 * 6 * 7)
     backend = triton_backend(1)
     for shape, count in (((1, 4, 4), 2), ((3, 6, 7), 9), ((2, 3, 3), 4)):
         question = make_question(shape, count, 3, alpha=[0.7], sigma=[1.0], seed=21)
@@ -510,7 +512,12 @@ def pretended_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(
-        triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: None)
+        triton.runtime.driver,
+        "_active",
+        SimpleNamespace(
+            get_current_target=lambda: None,
+            utils=SimpleNamespace(get_device_properties=lambda which: {"max_shared_mem": 99 << 10}),
+        ),
     )
     return made_current
 
