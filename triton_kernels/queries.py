@@ -32,6 +32,8 @@ _LARGEST = 2048.0
 _HALF_ROUNDING = 2.0**-12 / math.sqrt(12)
 # Rounding of a sum in float32 by a matrix unit, which may cut what a processor would round.
 _SUM_ROUNDING = 2.0**-23
+# Products that a matrix unit adds at once, at least.
+_AT_ONCE = 8
 # Largest of a key's coordinates.
 _LARGEST_BYTE = 128.0
 # Logits up to this are known to a bit, or so, in float32.
@@ -54,6 +56,7 @@ class Rows:
         fractions: root-mean-square of the fractions' sums, in units of scores, float64 ``[G, M]``;
             None for rows in float64.
         rounding: of scores, for a distance of 1 byte, likewise.
+        steps: how many times the sum of a score is rounded.
     """
 
     coordinates: Tensor
@@ -63,6 +66,7 @@ class Rows:
     pixels: Tensor
     fractions: Tensor | None = None
     rounding: Tensor | None = None
+    steps: float = 1.0
 
     @property
     def parts(self) -> int:
@@ -90,7 +94,8 @@ class Rows:
         slopes = self.slopes.to(torch.float64)
         # Two patches as far from the noisy one are sqrt(2) times as far from each other.
         apart = (-2 * self.logits(scores) / slopes).clamp(min=0).mul(2).sqrt()
-        return slopes * (_SUM_ROUNDING * (self.fractions + scores.abs()) + self.rounding * apart)
+        sums = _SUM_ROUNDING * math.sqrt(self.steps) * (self.fractions + scores.abs())
+        return slopes * (sums + self.rounding * apart)
 
 
 def parts_needed(coordinates: int, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -195,5 +200,7 @@ def rows_of(
         images,
         pixels,
         fractions=torch.where(is_held, fractions, torch.nan),
-        rounding=torch.full_like(fractions, _HALF_ROUNDING * (1.0 if parts == 2 else 2.0**-12)),
+        # Distances of scores are shrunk by the power's root.
+        steps=(parts - 1) * layout.columns / _AT_ONCE,
+        rounding=_HALF_ROUNDING * (1.0 if parts == 2 else 2.0**-12) / power.squeeze(-1).sqrt(),
     )

@@ -18,7 +18,7 @@ if not importlib.util.find_spec("triton"):
 from els.triton_kernels.bank import CONSTANT, NORM_BASE, Bank, Layout, bank_of
 from els.triton_kernels.configurations import CHUNK, SHIPPED
 from els.triton_kernels.pixel_groups import PixelGroups, pixel_groups, row_groups
-from els.triton_kernels.queries import Rows, parts_needed, rows_of
+from els.triton_kernels.queries import MOST_ERROR, Rows, parts_needed, rows_of
 
 pytestmark = pytest.mark.triton
 
@@ -358,9 +358,10 @@ def test_matrix_units_err_as_claimed(patch_size: int, beta: float, brightness: i
     all_scores = torch.zeros_like(rows.constant)
     all_scores[0, chosen] = scores.amax(1)
     claimed = rows.errors(all_scores)[0, chosen]
-    assert claimed.max() < 1e-4
+    assert claimed.median() < 1e-4
     assert found.square().mean().sqrt() <= claimed.square().mean().sqrt()
-    assert (found <= 4 * claimed).all()
+    # Pixels that claim more than the most are computed again.
+    assert (found <= (4 * claimed).clamp(min=MOST_ERROR)).all()
 
 
 def smooth(count: int, shape: tuple[int, int, int]) -> NDArray[np.int64]:
