@@ -56,7 +56,8 @@ class Rows:
         fractions: root-mean-square of the fractions' sums, in units of scores, float64 ``[G, M]``;
             None for rows in float64.
         rounding: of scores, for a distance of 1 byte, likewise.
-        steps: how many times the sum of a score is rounded.
+        steps: how many times the sum of the fractions is rounded.
+        is_one_sum: whether it goes on from that of the whole parts.
     """
 
     coordinates: Tensor
@@ -67,6 +68,7 @@ class Rows:
     fractions: Tensor | None = None
     rounding: Tensor | None = None
     steps: float = 1.0
+    is_one_sum: bool = False
 
     @property
     def parts(self) -> int:
@@ -94,7 +96,8 @@ class Rows:
         slopes = self.slopes.to(torch.float64)
         # Two patches as far from the noisy one are sqrt(2) times as far from each other.
         apart = (-2 * self.logits(scores) / slopes).clamp(min=0).mul(2).sqrt()
-        sums = _SUM_ROUNDING * math.sqrt(self.steps) * (self.fractions + scores.abs())
+        sums = _SUM_ROUNDING * math.sqrt(self.steps)
+        sums = sums * self.fractions + (sums if self.is_one_sum else _SUM_ROUNDING) * scores.abs()
         return slopes * (sums + self.rounding * apart)
 
 
@@ -189,8 +192,8 @@ def rows_of(
     )
     slopes = (slopes / power.squeeze(-1)).to(torch.float32)
     constant = (CONSTANT.value * high + low).sum(-1)
-    # Where sums of whole parts are not exact, they round too.
-    bound = _LARGEST_BYTE * halves[0].to(torch.float64).abs().sum(-1)
+    # Where sums of whole parts, near zero after each segment, are not exact, they round too.
+    bound = _LARGEST_BYTE * layout.cut(halves[0].to(torch.float64).abs()).sum(-1).amax(-1)
     inexact = torch.where(bound > _EXACT, bound, 0.0) / 2
     fractions = _LARGEST_BYTE * halves[1].to(torch.float64).square().sum(-1).sqrt() + inexact
     return Rows(
@@ -201,6 +204,7 @@ def rows_of(
         pixels,
         fractions=torch.where(is_held, fractions, torch.nan),
         # Distances of scores are shrunk by the power's root.
+        is_one_sum=layout.segments == 1,
         steps=(parts - 1) * layout.columns / _AT_ONCE,
         rounding=_HALF_ROUNDING * (1.0 if parts == 2 else 2.0**-12) / power.squeeze(-1).sqrt(),
     )
