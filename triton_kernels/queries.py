@@ -96,8 +96,9 @@ class Rows:
         slopes = self.slopes.to(torch.float64)
         # Two patches as far from the noisy one are sqrt(2) times as far from each other.
         apart = (-2 * self.logits(scores) / slopes).clamp(min=0).mul(2).sqrt()
-        sums = _SUM_ROUNDING * math.sqrt(self.steps)
-        sums = sums * self.fractions + (sums if self.is_one_sum else _SUM_ROUNDING) * scores.abs()
+        each = _SUM_ROUNDING * math.sqrt(self.steps)
+        of_score = each if self.is_one_sum else _SUM_ROUNDING
+        sums = each * self.fractions + of_score * scores.abs()
         return slopes * (sums + self.rounding * apart)
 
 
