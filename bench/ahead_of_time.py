@@ -170,24 +170,24 @@ def _weighing(
 ) -> tuple[str, dict[str, Any]]:
     """Label and constants that both have."""
     from els.triton_kernels.attention import constants
-    from els.triton_kernels.bank import Layout
+    from els.triton_kernels.pixel_groups import Layout
 
-    coordinates = channels * patch_size**2
-    columns = Layout.of(coordinates).columns
-    configuration = configuration.weighing(columns, parts, SHARED[target])
+    layout = Layout.of(channels * patch_size**2)
+    configuration = configuration.weighing(layout.columns, parts, SHARED[target])
     label = f"P = {patch_size}, C = {channels}, {configuration.rows} x {configuration.keys}, "
     label += f"{configuration.stages} stages, "
     label += f"{parts} parts" if parts else "float64"
-    return label, dict(constants(coordinates, parts, configuration))
+    return label, constants(layout, parts, configuration)
 
 
 def _sliding(target: str, channels: int, patch_size: int, parts: int, *, entropy: bool) -> Case:
     """The kernel of exact posteriors over long patches."""
     from els.triton_kernels.configurations import SHIPPED
-    from els.triton_kernels.sliding import constants, row_layout
+    from els.triton_kernels.pixel_groups import Layout
+    from els.triton_kernels.sliding import constants
 
     configuration = SHIPPED.sliding_detailed if entropy else SHIPPED.sliding
-    columns = row_layout(channels * patch_size).columns
+    columns = Layout.of(channels * patch_size, windows=2).columns
     configuration = configuration.fitting(columns, parts, SHARED[target])
     sized = constants(_SIDE, _SIDE, channels, patch_size, parts, configuration)
     label = f"P = {patch_size}, C = {channels}, {parts} parts" + (", entropy" if entropy else "")
@@ -196,8 +196,9 @@ def _sliding(target: str, channels: int, patch_size: int, parts: int, *, entropy
 
 
 def _bank(target: str, channels: int, patch_size: int) -> Case:
-    from els.triton_kernels.bank import KEYS_PER_PROGRAM, Layout, constants
+    from els.triton_kernels.bank import KEYS_PER_PROGRAM, constants
     from els.triton_kernels.configurations import SHIPPED
+    from els.triton_kernels.pixel_groups import Layout
 
     sized = constants(Layout.of(channels * patch_size**2))
     sized |= {"C": channels, "TILE": SHIPPED.plain.keys, "BLOCK": KEYS_PER_PROGRAM}
@@ -251,6 +252,7 @@ def signature(kernel: str, *, precise: bool) -> dict[str, str]:
             return {
                 "rows": "*fp16",
                 "slopes": "*fp32",
+                "starts": "*fp32",
                 "keys": "*fp16",
                 "values": "*fp16",
                 "states": "*fp64",

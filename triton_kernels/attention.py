@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from els.triton_kernels.bank import Bank, Layout, bank_of
+from els.triton_kernels.bank import Bank, bank_of
 from els.triton_kernels.configurations import CHUNK, FP_FUSION, Configuration
-from els.triton_kernels.pixel_groups import PixelGroups
+from els.triton_kernels.pixel_groups import Layout, PixelGroups
 from els.triton_kernels.queries import Rows
 
 # Finite, yet below every score: exp2 of it is 0, and differences of it are not nan. In float32:
@@ -402,23 +402,20 @@ class Attention:
 
     @property
     def _constants(self) -> dict[str, int]:
-        coordinates = self.groups.candidate_windows.shape[2]
-        return constants(coordinates, self.rows.parts, self.configuration)
+        return constants(self.groups.layout, self.rows.parts, self.configuration)
 
     def _bank(self, images: Tensor) -> Bank:
-        layout = Layout.of(self.groups.candidate_windows.shape[2])
-        return bank_of(images, self.groups, layout, self._channels, self.configuration.keys)
+        return bank_of(images, self.groups, self._channels, self.configuration.keys)
 
 
-def constants(coordinates: int, parts: int, configuration: Configuration) -> dict[str, int]:
+def constants(layout: Layout, parts: int, configuration: Configuration) -> dict[str, int]:
     """The compile-time constants that both kernels have.
 
     Args:
-        coordinates: D.
+        layout: of rows and keys.
         parts: float16 parts of a row, 0 for float64.
         configuration: of the launch.
     """
-    layout = Layout.of(coordinates)
     return {
         "D": layout.coordinates,
         "SEGMENT": layout.segment,
@@ -433,7 +430,7 @@ def constants(coordinates: int, parts: int, configuration: Configuration) -> dic
     }
 
 
-def chunk_of(columns: int, *, with_rest: bool = True) -> int:
+def chunk_of(columns: int, *, with_rest: bool) -> int:
     """How many columns a product takes: a power of two.
 
     Args:

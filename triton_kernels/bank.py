@@ -14,15 +14,14 @@ near zero after each segment.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from els.triton_kernels.configurations import FP_FUSION
-from els.triton_kernels.pixel_groups import PixelGroups
+from els.triton_kernels.configurations import FP_FUSION, VALUES
+from els.triton_kernels.pixel_groups import Layout, PixelGroups
 
 # What is subtracted from bytes.
 MIDDLE = tl.constexpr(128)
@@ -30,63 +29,10 @@ MIDDLE = tl.constexpr(128)
 NORM_BASE = tl.constexpr(2048)
 # The first of a key's constants; the other is 1.
 CONSTANT = tl.constexpr(4096)
-# Columns of a segment that are not coordinates: two digits, two constants.
-EXTRAS = 4
-# Columns of the longest patch that is one segment: two digits hold its norm.
-_LONGEST_SEGMENT = 256
-# Columns of each segment of a longer one.
-_SEGMENT = 64
-# Columns of values: the centre's channels, 1, zeros; the least that a matrix product has.
-VALUES = 8
 # Keys that a program of the bank's kernel makes.
 KEYS_PER_PROGRAM = 32
 # The same where they are interpreted, and every operation takes as long.
 _INTERPRETED_KEYS = 1024
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a patch's coordinates stand in a key or in a query's row.
-
-    Attributes:
-        coordinates: D of a patch.
-        segment: coordinates of a segment.
-        width: columns of a segment, a multiple of 16; coordinates, then extras, then zeros.
-    """
-
-    coordinates: int
-    segment: int
-    width: int
-
-    @classmethod
-    def of(cls, coordinates: int) -> Self:
-        """The layout of patches of D coordinates."""
-        if coordinates + EXTRAS > _LONGEST_SEGMENT:
-            return cls(coordinates, _SEGMENT - EXTRAS, _SEGMENT)
-        return cls(coordinates, coordinates, -(-(coordinates + EXTRAS) // 16) * 16)
-
-    @property
-    def segments(self) -> int:
-        """How many there are."""
-        return -(-self.coordinates // self.segment)
-
-    @property
-    def columns(self) -> int:
-        """Of a key."""
-        return self.segments * self.width
-
-    def cut(self, coordinates: Tensor) -> Tensor:
-        """Coordinates ``[..., D]`` as ``[..., segments, segment]``, zeros behind the last."""
-        missing = self.segments * self.segment - self.coordinates
-        padded = torch.nn.functional.pad(coordinates, (0, missing))
-        return padded.reshape(*coordinates.shape[:-1], self.segments, self.segment)
-
-    def arranged(self, coordinates: Tensor, extras: Tensor) -> Tensor:
-        """Columns ``[..., K]`` of coordinates ``[..., D]`` and extras ``[..., segments, 4]``."""
-        unused = self.width - self.segment - EXTRAS
-        return torch.nn.functional.pad(
-            torch.cat([self.cut(coordinates), extras], -1), (0, unused)
-        ).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,18 +107,17 @@ def bank_kernel(
     tl.store(values + o_tile + o_value * TILE, b_value.to(tl.float16), mask=m_key)
 
 
-def key_bytes(groups: PixelGroups, layout: Layout) -> int:
+def key_bytes(groups: PixelGroups) -> int:
     """Bytes that the bank has for each image."""
-    return groups.candidates.numel() * 2 * (layout.columns + VALUES)
+    return groups.candidates.numel() * 2 * (groups.layout.columns + VALUES)
 
 
-def bank_of(images: Tensor, groups: PixelGroups, layout: Layout, channels: int, tile: int) -> Bank:
+def bank_of(images: Tensor, groups: PixelGroups, channels: int, tile: int) -> Bank:
     """The bank of a block of images.
 
     Args:
         images: pixels of 4 bytes, channel 0 lowest, int32 ``[n, H * W]``.
         groups: whose candidates, on the same device.
-        layout: of the keys.
         channels: C.
         tile: keys of a tile; L is a multiple of it.
     """
@@ -181,7 +126,7 @@ def bank_of(images: Tensor, groups: PixelGroups, layout: Layout, channels: int, 
     padded = -(-count // tile) * tile
     keys, values = (
         images.new_empty((group_count, *shape), dtype=torch.float16)
-        for shape in ((padded, layout.columns), (padded // tile, VALUES, tile))
+        for shape in ((padded, groups.layout.columns), (padded // tile, VALUES, tile))
     )
     block = KEYS_PER_PROGRAM if images.is_cuda else _INTERPRETED_KEYS
     bank_kernel[(triton.cdiv(padded, block), group_count)](
@@ -194,7 +139,7 @@ def bank_of(images: Tensor, groups: PixelGroups, layout: Layout, channels: int, 
         count,
         padded,
         4 * images.shape[1],
-        **constants(layout),
+        **constants(groups.layout),
         C=channels,
         TILE=tile,
         BLOCK=block,

@@ -17,8 +17,9 @@ FP_FUSION = True
 _PROGRAMS = 2048
 # Tiles of keys that a program weighs at least, so that loading its rows is little beside them.
 _LEAST_TILES = 4
-# Columns of values, and bytes of each number.
-_VALUES = 8
+# Columns of values: the centre's channels, 1, zeros; the least that a matrix product has.
+VALUES = 8
+# Bytes of a float16.
 _BYTES = 2
 # Shared memory for sums across warps; compiled kernels take up to 7 KiB.
 _SCRATCH_BYTES = 8 << 10
@@ -57,7 +58,7 @@ class Configuration:
             columns: of a row and of a key, or of the chunk of them that is loaded at a time.
             parts: float16 parts of a row.
         """
-        rows, keys = parts * self.rows * columns, self.keys * (columns + _VALUES)
+        rows, keys = parts * self.rows * columns, self.keys * (columns + VALUES)
         numbers = (1 if self.resident else self.stages) * rows + self.stages * keys
         return _BYTES * numbers + _SCRATCH_BYTES
 

@@ -9,11 +9,65 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+# Columns of a segment that are not coordinates: two digits, two constants.
+EXTRAS = 4
+# Columns of the longest patch that is one segment: two digits hold its norm.
+_LONGEST_SEGMENT = 256
+# Columns of each segment of a longer one.
+_SEGMENT = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a patch's coordinates stand in a key or in a query's row.
+
+    Attributes:
+        coordinates: D of a patch.
+        segment: coordinates of a segment.
+        width: columns of a segment, a multiple of 16; coordinates, then extras, then zeros.
+    """
+
+    coordinates: int
+    segment: int
+    width: int
+
+    @classmethod
+    def of(cls, coordinates: int, windows: int = 1) -> Self:
+        """The layout of windows of D coordinates, one behind the other; several start segments."""
+        if coordinates + EXTRAS <= _LONGEST_SEGMENT:
+            width = -(-(coordinates + EXTRAS) // 16) * 16
+            return cls(windows * coordinates, coordinates, width)
+        return cls(windows * coordinates, _SEGMENT - EXTRAS, _SEGMENT)
+
+    @property
+    def segments(self) -> int:
+        """How many there are."""
+        return -(-self.coordinates // self.segment)
+
+    @property
+    def columns(self) -> int:
+        """Of a key."""
+        return self.segments * self.width
+
+    def cut(self, coordinates: Tensor) -> Tensor:
+        """Coordinates ``[..., D]`` as ``[..., segments, segment]``, zeros behind the last."""
+        missing = self.segments * self.segment - self.coordinates
+        padded = torch.nn.functional.pad(coordinates, (0, missing))
+        return padded.reshape(*coordinates.shape[:-1], self.segments, self.segment)
+
+    def arranged(self, coordinates: Tensor, extras: Tensor) -> Tensor:
+        """Columns ``[..., K]`` of coordinates ``[..., D]`` and extras ``[..., segments, 4]``."""
+        unused = self.width - self.segment - EXTRAS
+        return torch.nn.functional.pad(
+            torch.cat([self.cut(coordinates), extras], -1), (0, unused)
+        ).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,16 +79,24 @@ class PixelGroups:
         candidates: pixels likewise, int64 ``[G, S]``.
         query_windows: addresses of the D coordinates of their windows, int32 ``[G, R, D]``.
         candidate_windows: likewise, int32 ``[G, S, D]``.
+        layout: of the keys of candidates.
     """
 
     queries: Tensor
     candidates: Tensor
     query_windows: Tensor
     candidate_windows: Tensor
+    layout: Layout
+
+    @property
+    def query_layout(self) -> Layout:
+        """Of the rows of queries."""
+        return replace(self.layout, coordinates=self.query_windows.shape[2])
 
     def to(self, device: torch.device) -> PixelGroups:
         """The same on a device."""
-        return replace(self, **{name: table.to(device) for name, table in vars(self).items()})
+        tables = ((name, value) for name, value in vars(self).items() if name != "layout")
+        return replace(self, **{name: table.to(device) for name, table in tables})
 
 
 def pixel_groups(
@@ -103,7 +165,8 @@ def row_groups(
     above = torch.full_like(groups.candidate_windows, -1)
     above[patch_size:] = groups.candidate_windows[: height - patch_size]
     windows = torch.cat([groups.candidate_windows, above], dim=-1)
-    return replace(groups, candidate_windows=windows.contiguous())
+    layout = Layout.of(channels * patch_size, windows=2)
+    return replace(groups, candidate_windows=windows.contiguous(), layout=layout)
 
 
 def _groups(
@@ -115,10 +178,18 @@ def _groups(
     circular: bool,
 ) -> PixelGroups:
     """Groups of these pixels of images of a shape, with their windows."""
-    windows = [_addresses(pixels, shape, window, circular) for pixels in (queries, candidates)]
-    # Kernels read plain rows.
-    tables = map(np.ascontiguousarray, (queries, candidates, *windows))
-    return PixelGroups(*map(torch.from_numpy, tables))
+
+    def table(numbers: NDArray[Any]) -> Tensor:
+        # Kernels read plain rows.
+        return torch.from_numpy(np.ascontiguousarray(numbers))
+
+    return PixelGroups(
+        table(queries),
+        table(candidates),
+        table(_addresses(queries, shape, window, circular)),
+        table(_addresses(candidates, shape, window, circular)),
+        Layout.of(shape[0] * int(window.sum())),
+    )
 
 
 def _edges_and_inside(length: int, radius: int) -> list[NDArray[np.int64]]:

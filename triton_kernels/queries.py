@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from els.triton_kernels.bank import CONSTANT, NORM_BASE, Layout
+from els.triton_kernels.bank import CONSTANT, NORM_BASE
 from els.triton_kernels.pixel_groups import PixelGroups
 
 _LOG2E = 1 / math.log(2.0)
@@ -33,7 +33,7 @@ _HALF_ROUNDING = 2.0**-12 / math.sqrt(12)
 # Rounding of a sum in float32 by a matrix unit, which may cut what a processor would round.
 _SUM_ROUNDING = 2.0**-23
 # Products that a matrix unit adds at once, at least.
-_AT_ONCE = 8
+AT_ONCE = 8
 # Largest of a key's coordinates.
 _LARGEST_BYTE = 128.0
 # Logits up to this are known to a bit, or so, in float32.
@@ -55,7 +55,7 @@ class Rows:
         pixels: likewise.
         fractions: root-mean-square of the fractions' sums, in units of scores, float64 ``[G, M]``;
             None for rows in float64.
-        rounding: of scores, for a distance of 1 byte, likewise.
+        power: of two, which a coordinate is multiplied with, likewise.
         steps: how many times the sum of the fractions is rounded.
         is_one_sum: whether it goes on from that of the whole parts.
     """
@@ -66,7 +66,7 @@ class Rows:
     images: Tensor
     pixels: Tensor
     fractions: Tensor | None = None
-    rounding: Tensor | None = None
+    power: Tensor | None = None
     steps: float = 1.0
     is_one_sum: bool = False
 
@@ -74,6 +74,11 @@ class Rows:
     def parts(self) -> int:
         """Float16 parts of a row; 0 for float64."""
         return 0 if self.fractions is None else len(self.coordinates)
+
+    @property
+    def are_held(self) -> bool:
+        """Whether float16 holds all of them; always in float64."""
+        return self.fractions is None or not bool(self.fractions.isnan().any())
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores of logits to base 2, ``[..., G, M]``, float64; logits themselves with no parts."""
@@ -91,7 +96,7 @@ class Rows:
         where the score is not known at all.
         """
         scores = scores.to(torch.float64)
-        if self.fractions is None or self.rounding is None:
+        if self.fractions is None or self.power is None:
             return torch.zeros_like(scores)
         slopes = self.slopes.to(torch.float64)
         # Two patches as far from the noisy one are sqrt(2) times as far from each other.
@@ -99,7 +104,10 @@ class Rows:
         each = _SUM_ROUNDING * math.sqrt(self.steps)
         of_score = each if self.is_one_sum else _SUM_ROUNDING
         sums = each * self.fractions + of_score * scores.abs()
-        return slopes * (sums + self.rounding * apart)
+        # A coordinate's rounding is that of its last part; distances of scores are shrunk by the
+        # power's root.
+        rounding = _HALF_ROUNDING * (1.0 if self.parts == 2 else 2.0**-12) / self.power.sqrt()
+        return slopes * (sums + rounding * apart)
 
 
 def parts_needed(coordinates: int, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -122,9 +130,10 @@ def rows_of(
     alpha: Tensor,
     sigma: Tensor,
     groups: PixelGroups,
-    layout: Layout,
     which: Tensor,
     parts: int,
+    *,
+    are_added: bool = False,
 ) -> Rows:
     """Rows of some pixels of a batch.
 
@@ -133,11 +142,12 @@ def rows_of(
         alpha: signal scale, float64 ``[B]``, on the device of ``x``.
         sigma: noise standard deviation, likewise.
         groups: of pixels, likewise.
-        layout: of the keys.
         which: the rows of each group, ``image * R + r`` for its r-th pixel, int64 ``[G, M]``.
         parts: float16 parts, 2 or 3; 0 for float64.
+        are_added: whether scores of the m-th rows of all groups are added, so that they share a
+            scale, and whether float16 holds them.
     """
-    length = groups.queries.shape[1]
+    length, layout = groups.queries.shape[1], groups.query_layout
     # Kernels read plain rows, and what follows has the strides of ``which``.
     which = which.contiguous()
     images, places = which // length, which % length
@@ -160,29 +170,30 @@ def rows_of(
     bytes_of_x = torch.where(is_inside, _BYTES_PER_UNIT * values / alpha.unsqueeze(-1) - 0.5, 0.0)
     slopes = _LOG2E * (alpha / (_BYTES_PER_UNIT * sigma)).square()
     farthest = (bytes_of_x.square() + _LARGEST_BYTE**2).sum(-1)
+    largest = bytes_of_x.abs().amax(-1)
+    if are_added:
+        farthest, largest = (each.amax(0).expand_as(each) for each in (farthest, largest))
     # Others become rows of zeros, of which nothing is known.
-    is_held = slopes * farthest < _MOST_LOGIT
+    is_held = (slopes * farthest < _MOST_LOGIT) & (slopes > torch.finfo(torch.float32).tiny)
     slopes = torch.where(is_held, slopes, 1.0)
     bytes_of_x = torch.where(is_held.unsqueeze(-1), bytes_of_x, 0.0)
-    # One power for an image, so that its rows may be added.
-    largest = (_BYTES_PER_UNIT * flat.abs().amax(1)[images] / alpha + 0.5).where(is_held, 1.0)
-    power = torch.exp2(-(largest / _LARGEST).log2().ceil().clamp(min=0))
-    scaled = power.unsqueeze(-1) * bytes_of_x
+    power = torch.exp2(-(largest.where(is_held, 1.0) / _LARGEST).log2().ceil().clamp(min=0))
+    scale = power.unsqueeze(-1)
+    scaled = scale * bytes_of_x
     halves = [scaled.round().to(torch.float16)]
     for _ in range(1, parts):
         halves.append((scaled - sum(halves, torch.zeros_like(scaled))).to(torch.float16))
 
     # Half the squared norm, and what of it true noise makes, in units of scores.
-    power = power.unsqueeze(-1)
     stored = sum(halves, torch.zeros_like(scaled))
-    norm = 0.5 * layout.cut(stored.square()).sum(-1) / power
+    norm = 0.5 * layout.cut(stored.square()).sum(-1) / scale
     noise = torch.where(is_held, (_BYTES_PER_UNIT * sigma / alpha).square(), 0.0).unsqueeze(-1)
-    noise = 0.5 * power * noise * layout.cut(is_inside.to(torch.float64)).sum(-1)
+    noise = 0.5 * scale * noise * layout.cut(is_inside.to(torch.float64)).sum(-1)
     constant = (torch.minimum(norm, noise) - norm).round()
     low = (constant + CONSTANT.value // 2).remainder(CONSTANT.value) - CONSTANT.value // 2
     high = ((constant - low) / CONSTANT.value).clamp(-_LARGEST, _LARGEST)
     extras = torch.stack(
-        [(-0.5 * power).expand_as(low), (-0.5 * NORM_BASE.value * power).expand_as(low), high, low],
+        [(-0.5 * scale).expand_as(low), (-0.5 * NORM_BASE.value * scale).expand_as(low), high, low],
         dim=-1,
     ).to(torch.float16)
     coordinates = torch.stack(
@@ -191,11 +202,12 @@ def rows_of(
             for i, half in enumerate(halves)
         ]
     )
-    slopes = (slopes / power.squeeze(-1)).to(torch.float32)
+    slopes = (slopes / power).to(torch.float32)
     constant = (CONSTANT.value * high + low).sum(-1)
-    # Where sums of whole parts, near zero after each segment, are not exact, they round too.
+    # Sums of whole parts, near zero after each segment, are multiples of half the power. Where they
+    # are not exact, they round too.
     bound = _LARGEST_BYTE * layout.cut(halves[0].to(torch.float64).abs()).sum(-1).amax(-1)
-    inexact = torch.where(bound > _EXACT, bound, 0.0) / 2
+    inexact = torch.where(bound > _EXACT * power, bound, 0.0) / 2
     fractions = _LARGEST_BYTE * halves[1].to(torch.float64).square().sum(-1).sqrt() + inexact
     return Rows(
         coordinates,
@@ -204,8 +216,7 @@ def rows_of(
         images,
         pixels,
         fractions=torch.where(is_held, fractions, torch.nan),
-        # Distances of scores are shrunk by the power's root.
         is_one_sum=layout.segments == 1,
-        steps=(parts - 1) * layout.columns / _AT_ONCE,
-        rounding=_HALF_ROUNDING * (1.0 if parts == 2 else 2.0**-12) / power.squeeze(-1).sqrt(),
+        steps=(parts - 1) * layout.columns / AT_ONCE,
+        power=power,
     )

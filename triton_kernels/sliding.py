@@ -7,8 +7,8 @@ down in both images, it is the same sum, more the row that enters, less the row 
 
 So a program owns row displacements d, columns of the query, and columns of training images, and
 walks down the training rows. Keys and query rows are windows of a single row; see :mod:`.bank` and
-:mod:`.queries`. Sums of whole parts are whole numbers (in halves), hence exact up to 2^23, and what
-was added is subtracted exactly.
+:mod:`.queries`. Sums of whole parts are multiples of half a row's power of two, hence exact up to
+2^23 times that power, and what was added is subtracted exactly.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from els.triton_kernels.attention import (
     halves,
     load_chunks,
 )
-from els.triton_kernels.bank import Layout, bank_of
+from els.triton_kernels.bank import bank_of
 from els.triton_kernels.configurations import FP_FUSION, Configuration
-from els.triton_kernels.pixel_groups import PixelGroups
-from els.triton_kernels.queries import Rows
+from els.triton_kernels.pixel_groups import Layout, PixelGroups
+from els.triton_kernels.queries import AT_ONCE, Rows
 
-# What sums of whole parts start from: candidates that matter are near it, farther ones below. Far
-# ones are twice as far from the ends of what is exact as they were from 0.
-START = tl.constexpr(6e6)
+# What sums of whole parts start from, in units of a row's power. Candidates that matter end near
+# it, farther ones lower: from here to -2^23 there is more room for them than from 0.
+_START = 6e6
 # Columns of one product: more would be no faster, and fill more registers.
 _CHUNK = 32
-# Halves of whole numbers up to this are exact in float32.
+# Multiples of a half up to this are exact in float32.
 _EXACT = 2.0**23
 
 
@@ -48,6 +48,7 @@ _EXACT = 2.0**23
 def sliding_kernel(
     rows,  # float16 [PARTS, H, Q, K]: a row that enters, minus the one that leaves
     slopes,  # float32 [Q]
+    starts,  # float32 [Q]: what sums of whole parts start from
     keys,  # float16 [H, L, K]: likewise, zeros where none leaves
     values,  # float16 [H, L / BN, 8, BN]
     states,  # float64 [fields, splits, H - P + 1, M]: reference, C centres, mass, logit_sum
@@ -82,6 +83,7 @@ def sliding_kernel(
     o_value = tl.arange(0, 8)[None, :]
     m_sum = o_value <= C
     slope = tl.load(slopes + o_query)
+    start = tl.load(starts + o_query)
     part_stride = H * queries * COLUMNS
     field = tl.num_programs(1).to(tl.int64) * (H - P + 1) * M
     p_lowest = lowest + i_split * M + o_row
@@ -89,7 +91,7 @@ def sliding_kernel(
     begin = tl.multiple_of(i_split * per_program, BN)
     end = tl.minimum(begin + per_program, padded)
     for n in tl.range(begin, end, BN):
-        whole = tl.full([BM, BN], START, tl.float32)
+        whole = start[:, None] + tl.zeros([BM, BN], tl.float32)
         fractions = tl.zeros([BM, BN], tl.float32)
         for i in tl.range(0, H, num_stages=STAGES):
             p_row = rows + ((i + o_displacement) % H * queries + o_query)[:, None] * COLUMNS
@@ -105,7 +107,7 @@ def sliding_kernel(
             wanted = (o_wanted >= first) & (o_wanted < last)
             if (i >= P - 1) & (tl.max(wanted.to(tl.int32), 0) > 0):
                 least = tl.minimum(least, tl.min(whole, 1))
-                score = (whole - START) + fractions
+                score = (whole - start[:, None]) + fractions
                 p_value = values + ((i - P // 2) * padded + n) * 8
                 p_value = p_value + tl.arange(0, 8)[:, None] * BN + o_key[None, :]
                 value = tl.trans(tl.load(p_value))
@@ -193,7 +195,7 @@ class Sliding:
         shape = (channels + 3, splits, height - 2 * radius, count)
         sums = row_windows.constant.new_zeros(shape)
         sums[0] = LOWEST.value
-        lowest = row_windows.slopes.new_full((splits, count), START.value)
+        lowest = sums.new_zeros((splits, count), dtype=torch.float32)
         leaving = -row_windows.coordinates.roll(2 * radius + 1, dims=1)
         coordinates = torch.cat([row_windows.coordinates, leaving], dim=-1)
         rows = replace(row_windows, coordinates=coordinates)
@@ -208,12 +210,12 @@ class Sliding:
         """
         height, width = self.groups.queries.shape
         configuration, rows = self.configuration, self.row_windows
-        layout = row_layout(self.channels * (2 * self.radius + 1))
-        bank = bank_of(images, self.groups, layout, self.channels, configuration.keys)
+        bank = bank_of(images, self.groups, self.channels, configuration.keys)
         patch_size, parts = 2 * self.radius + 1, len(rows.coordinates)
         sliding_kernel[(self.sums.shape[3] // configuration.rows, self.sums.shape[1])](
             rows.coordinates,
-            rows.slopes,
+            rows.slopes[0],
+            self.starts.to(torch.float32),
             bank.keys,
             bank.values,
             self.sums,
@@ -251,7 +253,7 @@ class Sliding:
         height, width = self.groups.queries.shape
         rows, radius = self.row_windows, self.radius
         assert rows.fractions is not None
-        assert rows.rounding is not None
+        assert rows.power is not None
 
         def of_pixels(values: Tensor) -> Tensor:
             by_image = values.reshape(height, self.batch, width)[self.first : height - self.first]
@@ -262,29 +264,34 @@ class Sliding:
             return of_pixels(torch.stack(list(shifted)).sum(0))
 
         # Where sums of whole parts left what is exact, every step may have rounded.
-        farthest = torch.maximum(-self.lowest, START.value + self.sums[0].amax(1)).amax(0)
-        farthest = farthest[: self.batch * height * width].reshape(self.batch, height, width)
-        inexact = torch.where(farthest > _EXACT, farthest * (height / 6) ** 0.5, 0.0).amax(1)
-        fractions = (2 * height * of_windows(rows.fractions.square())).sqrt()
+        def by_column(values: Tensor) -> Tensor:
+            return values[: self.batch * height * width].reshape(self.batch, height, width).amax(1)
+
+        highest = by_column(self.sums[0].amax((0, 1))).flatten() + self.starts
+        farthest = torch.maximum(highest, by_column(-self.lowest.amin(0)).flatten())
+        inexact = torch.where(farthest > _EXACT * rows.power[0], farthest, 0.0) / 2
+        fractions = of_windows(rows.fractions.square()).sqrt()
         return Rows(
             rows.coordinates,
             of_pixels(rows.slopes),
             of_windows(rows.constant),
             of_pixels(rows.images),
             of_pixels(rows.pixels),
-            fractions=fractions + of_pixels(inexact.reshape(1, -1).expand(height, -1)),
-            rounding=of_pixels(rows.rounding),
+            fractions=fractions + of_pixels(inexact.expand(height, -1)),
+            power=of_pixels(rows.power),
+            steps=height * rows.coordinates.shape[3] * rows.parts / AT_ONCE,
         )
+
+    @property
+    def starts(self) -> Tensor:
+        """What sums of whole parts start from, float64 ``[Q]``."""
+        assert self.row_windows.power is not None
+        return _START * self.row_windows.power[0]
 
     @property
     def _pixels(self) -> int:
         height, width = self.groups.queries.shape
         return self.batch * (height - 2 * self.first) * width
-
-
-def row_layout(coordinates: int) -> Layout:
-    """Of two windows of a single row, as two segments; of so many coordinates each."""
-    return replace(Layout.of(coordinates), coordinates=2 * coordinates)
 
 
 def constants(
@@ -305,7 +312,7 @@ def constants(
         parts: float16 parts of a row.
         configuration: of the launch.
     """
-    columns = row_layout(channels * patch_size).columns
+    columns = Layout.of(channels * patch_size, windows=2).columns
     return {
         "H": height,
         "W": width,

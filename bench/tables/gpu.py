@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 
 from els.bench.tables.results import RESULTS, Result, load, table
+from els.triton_kernels.configurations import VALUES
 
 # 132 multiprocessors, four warps of 32 threads a cycle, at 1.755 GHz.
 _H100_INSTRUCTIONS = 132 * 4 * 32 * 1.755e9
 # The same, with four matrix units of 512 float16 multiply-adds a cycle.
 _H100_PRODUCTS = 132 * 4 * 512 * 1.755e9
-# Columns of a product of weights and values.
-_VALUES = 8
 # The least patch size of colour images whose sums slide, and the least rows of a usual tile.
 _SLIDING = 11
 _WHOLE_ROWS = 64
@@ -39,7 +38,7 @@ def ahead_of_time_table() -> str:
             continue
         # Every step down the rows counts, but the first windows are not whole.
         steps = constants["H"] / (constants["H"] - constants["P"] + 1) if slides else 1.0
-        products = steps * (constants["PARTS"] * constants["COLUMNS"] + 2 * _VALUES)
+        products = steps * (constants["PARTS"] * constants["COLUMNS"] + 2 * VALUES)
         issued = steps * max(figures["instructions"] for figures in cases)
         places = (_SIDE - case["patch_size"] + 1) ** 2
         pairs = _IMAGES * _SIDE**2 * places

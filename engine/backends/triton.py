@@ -179,36 +179,33 @@ class TritonBackend(ListSampling):
         if query.pixels is not None:
             wanted &= query.pixels
         state = moved(empty(replace(query, top=0)), "cpu")
-        is_unsure, is_held = wanted, True
+        is_unsure = wanted
         for method in self._methods(query):
             found, errors = self._attended(images, query, members, is_unsure, method)
             state = where(torch.from_numpy(is_unsure), found, state)
-            if method != "differences":
-                # Of rows that float16 cannot hold, nothing is known.
-                is_held = bool(np.isfinite(errors.numpy()[is_unsure]).all())
             is_unsure = is_unsure & ~(errors.numpy() <= MOST_ERROR)
             if not is_unsure.any():
                 break
         if query.top:
             # Both compute the heaviest logit; where it is large, their roundings differ by more
             # than weights may.
-            top = self._top(images, query, members, wanted, is_held=is_held)
+            top = self._top(images, query, members, wanted)
             state = replace(state, reference=top.logits[..., 0], top=top)
         return state
 
     def _methods(self, query: PosteriorQuery) -> list[_Method]:
         """How states are computed: each serves the pixels that the one before knows too roughly."""
-        can_slide = any(self._slides(query, groups) for groups, _ in self._groups(query))
-        return ["sliding" if can_slide else "products", "fine products", "differences"]
+        first: _Method = "sliding" if self._slides(query) else "products"
+        return [first, "fine products", "differences"]
 
     @staticmethod
-    def _slides(query: PosteriorQuery, groups: PixelGroups) -> bool:
-        """Whether a set of groups is one of all pixels of a rectangle, with long square patches."""
-        from els.triton_kernels.bank import Layout
+    def _slides(query: PosteriorQuery) -> bool:
+        """Whether sums over rows of patches slide: long square patches that stand anywhere."""
+        from els.triton_kernels.pixel_groups import Layout
 
-        is_rectangle = query.kind.is_equivariant and len(groups.queries) == 1
-        is_long = Layout.of(groups.candidate_windows.shape[2]).segments > 1
-        return is_rectangle and is_long and query.kind.window is None
+        row = query.x.shape[1] * query.patch_size
+        is_long = Layout.of(row * query.patch_size).segments > 1 and Layout.of(row).segments == 1
+        return is_long and query.kind.is_equivariant and query.kind.window is None
 
     def _attended(
         self,
@@ -278,7 +275,6 @@ class TritonBackend(ListSampling):
             detailed: whether the entropy or the heaviest candidates are wanted.
         """
         from els.triton_kernels.attention import Attention
-        from els.triton_kernels.bank import Layout
         from els.triton_kernels.queries import rows_of
 
         x = query.x.to(torch.float64)
@@ -289,14 +285,14 @@ class TritonBackend(ListSampling):
             most = int(is_wanted.sum(1).max())
             if not most:
                 continue
-            if method == "sliding" and self._slides(query, groups):
+            # With a border, others are several: one for each distance from an edge.
+            if method == "sliding" and len(groups.queries) == 1:
                 yield self._sliding(query, parts, block_images, detailed=detailed)
                 continue
-            layout = Layout.of(groups.candidate_windows.shape[2])
             configuration = self._configurations.chosen(
                 most,
                 block_images * groups.candidates.shape[1],
-                columns=layout.columns,
+                columns=groups.layout.columns,
                 parts=parts,
                 detailed=detailed,
                 shared=self._shared,
@@ -310,7 +306,6 @@ class TritonBackend(ListSampling):
                 alpha,
                 sigma,
                 groups,
-                layout,
                 torch.from_numpy(which).to(self.device),
                 parts,
             )
@@ -321,13 +316,12 @@ class TritonBackend(ListSampling):
     ) -> Sliding:
         """The rows of all pixels whose patches may be anywhere."""
         from els.triton_kernels.queries import rows_of
-        from els.triton_kernels.sliding import Sliding, row_layout
+        from els.triton_kernels.sliding import Sliding
 
         groups, chosen = self._row_groups(query), self._configurations
         configuration = chosen.sliding_detailed if detailed else chosen.sliding
         batch, channels, height, _ = query.x.shape
         count = batch * groups.queries.shape[1]
-        layout = row_layout(channels * query.patch_size)
         radius = query.patch_size // 2
         return Sliding.of(
             groups,
@@ -336,16 +330,16 @@ class TritonBackend(ListSampling):
                 query.alpha.to(self.device),
                 query.sigma.to(self.device),
                 groups,
-                replace(layout, coordinates=layout.segment),
                 torch.arange(count, device=self.device).repeat(height, 1),
                 parts,
+                are_added=True,
             ),
             radius=radius,
             first=0 if query.boundary == "circular" else radius,
             batch=batch,
             channels=channels,
             block_images=block_images,
-            configuration=configuration.fitting(layout.columns, parts, self._shared),
+            configuration=configuration.fitting(groups.layout.columns, parts, self._shared),
         )
 
     def _batches(
@@ -359,9 +353,10 @@ class TritonBackend(ListSampling):
             1, _ROW_BYTES // (_BYTES_PER_COORDINATE * coordinates * query.x[0, 0].numel())
         )
         parts = parts_needed(coordinates, query.alpha, query.sigma).numpy()
-        parts = {"fine products": np.full_like(parts, 3), "differences": 0 * parts}.get(
-            method, parts
-        )
+        if method == "fine products":
+            parts[:] = 3
+        elif method == "differences":
+            parts[:] = 0
         for each in np.unique(parts).tolist():
             batch = np.flatnonzero(parts == each)
             for first in range(0, len(batch), at_once):
@@ -373,8 +368,6 @@ class TritonBackend(ListSampling):
         query: PosteriorQuery,
         members: Members,
         wanted: npt.NDArray[np.bool_],
-        *,
-        is_held: bool,
     ) -> TopPatches:
         """The heaviest candidates, for as many queries at a time as memory allows."""
         batch, height, width = wanted.shape
@@ -388,7 +381,6 @@ class TritonBackend(ListSampling):
                 members,
                 wanted[first : first + at_once],
                 room,
-                is_held=is_held,
             )
             for first in range(0, batch, at_once)
         ]
@@ -405,8 +397,6 @@ class TritonBackend(ListSampling):
         members: Members,
         wanted: npt.NDArray[np.bool_],
         room: int,
-        *,
-        is_held: bool,
     ) -> TopPatches:
         """Stream blocks that double, and keep the nearest.
 
@@ -420,7 +410,9 @@ class TritonBackend(ListSampling):
             found = self._attentions(query, wanted, parts, block_images, "products", detailed=True)
             return cast("list[Attention]", list(found))
 
-        chosen = attentions(2 if is_held else 0)
+        chosen = attentions(2)
+        if not all(each.rows.are_held for each in chosen):
+            chosen = attentions(0)
         nearest = TopPatches(
             query.x.new_full((batch, pixels, query.top), -torch.inf, dtype=torch.float64),
             numbers.new_full((batch, pixels, query.top), -1),
@@ -435,15 +427,18 @@ class TritonBackend(ListSampling):
             for each in chosen:
                 kth = nearest.logits[each.rows.images, each.rows.pixels, -1].clamp(min=_FAR)
                 counts, addresses = each.select(block, _threshold(each.rows, kth), room)
-                found[each.rows.images, each.rows.pixels] = addresses
+                # Rows behind them repeat the last one, with its candidates in another order.
+                distinct = batch * each.groups.queries.shape[1]
+                place = each.rows.images[:, :distinct], each.rows.pixels[:, :distinct]
+                found[place] = addresses[:, :distinct]
                 most = max(most, int(counts.max()))
             if most > room:
                 # Many equal distances, as of blank patches: float64 distinguishes them from nearer
                 # ones, and keeps none that equals an earlier one.
-                if not is_held:
+                if chosen[0].rows.parts == 0:
                     size = (stop - start) // 2
                 else:
-                    chosen, is_held = attentions(0), False
+                    chosen = attentions(0)
                 continue
             found = found[..., : max(1, most)]
             _, logits = _truncated(block, query, found)
@@ -480,17 +475,15 @@ class TritonBackend(ListSampling):
 
     def _block_images(self, query: PosteriorQuery, members: Members, method: _Method) -> int:
         """How many images a block has: as many as its bank has room for."""
-        from els.triton_kernels.bank import Layout, key_bytes
-        from els.triton_kernels.sliding import row_layout
+        from els.triton_kernels.bank import key_bytes
 
         banks = [
-            key_bytes(groups, Layout.of(groups.candidate_windows.shape[2]))
+            key_bytes(groups)
             for groups, _ in self._groups(query)
-            if method != "sliding" or not self._slides(query, groups)
+            if method != "sliding" or len(groups.queries) > 1
         ]
         if method == "sliding":
-            layout = row_layout(query.x.shape[1] * query.patch_size)
-            banks.append(key_bytes(self._row_groups(query), layout))
+            banks.append(key_bytes(self._row_groups(query)))
         return min(len(members), max(1, _BANK_BYTES // max(banks)))
 
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from els.triton_kernels.bank import CONSTANT, NORM_BASE, Bank, Layout, bank_of
-from els.triton_kernels.configurations import CHUNK, SHIPPED
-from els.triton_kernels.pixel_groups import PixelGroups, pixel_groups, row_groups
+from els.triton_kernels.bank import CONSTANT, NORM_BASE, Bank, bank_of
+from els.triton_kernels.configurations import CHUNK, SHIPPED, Configuration
+from els.triton_kernels.pixel_groups import Layout, PixelGroups, pixel_groups, row_groups
 from els.triton_kernels.queries import MOST_ERROR, Rows, parts_needed, rows_of
+from els.triton_kernels.sliding import Sliding
 
 pytestmark = pytest.mark.triton
 
@@ -117,12 +118,8 @@ def test_keys_hold_patches_and_their_norms(
     if shade is not None:
         images[:] = shade
     for groups in make_groups(shape, patch_size, boundary="zeros"):
-        bank = bank_of(packed(images), on_device(groups), layout_of(groups), shape[0], 16)
+        bank = bank_of(packed(images), on_device(groups), shape[0], 16)
         check_bank(bank, groups, images)
-
-
-def layout_of(groups: PixelGroups) -> Layout:
-    return Layout.of(groups.query_windows.shape[2])
 
 
 def on_device(groups: PixelGroups) -> PixelGroups:
@@ -218,8 +215,8 @@ def test_rows_hold_queries(
     x = torch.from_numpy(alpha[:, None, None, None] * rng.uniform(-1, 1, (2, *shape)))
     x += sigma * torch.from_numpy(rng.standard_normal(x.shape))
     groups = make_groups(shape, patch_size)[0]
-    layout = Layout.of(groups.query_windows.shape[2])
-    rows = make_rows(x, alpha, sigma, groups, layout, parts)
+    layout = groups.layout
+    rows = make_rows(x, alpha, sigma, groups, parts)
     patches = torch.from_numpy(rng.integers(-128, 128, (5, layout.coordinates))).double()
     keys = layout.arranged(patches, key_extras(patches, layout))
     coordinates = rows.coordinates.double()
@@ -247,7 +244,6 @@ def make_rows(
     alpha: NDArray[np.float64],
     sigma: float,
     groups: PixelGroups,
-    layout: Layout,
     parts: int,
 ) -> Rows:
     return rows_of(
@@ -255,7 +251,6 @@ def make_rows(
         torch.from_numpy(alpha),
         torch.full((len(alpha),), sigma, dtype=torch.float64),
         groups,
-        layout,
         torch.arange(len(x) * groups.queries.shape[1]).unsqueeze(0),
         parts,
     )
@@ -277,7 +272,7 @@ def key_extras(patches: torch.Tensor, layout: Layout) -> torch.Tensor:
 def test_rows_that_float16_cannot_hold_say_so(alpha: float, sigma: float, size: float) -> None:
     groups = make_groups((1, 5, 5), 3)[0]
     x = size * torch.linspace(-1, 1, 25, dtype=torch.float64).reshape(1, 1, 5, 5)
-    rows = make_rows(x, np.array([alpha]), sigma, groups, Layout.of(9), 3)
+    rows = make_rows(x, np.array([alpha]), sigma, groups, 3)
     assert torch.isfinite(rows.coordinates).all()
     errors = rows.errors(torch.zeros_like(rows.constant))
     assert not (errors <= 3e-5).any()
@@ -324,14 +319,12 @@ def test_matrix_units_err_as_claimed(patch_size: int, beta: float, brightness: i
     rng = np.random.default_rng(patch_size)
     x = alpha * (images[:1] / 127.5 - 1) + sigma * rng.standard_normal((1, *shape))
     groups = make_groups(shape, patch_size)[0]
-    layout = Layout.of(groups.query_windows.shape[2])
+    layout = groups.layout
     parts = int(parts_needed(layout.coordinates, torch.tensor(alpha), torch.tensor(sigma)))
-    rows = make_rows(torch.from_numpy(x), np.array([alpha]), sigma, groups, layout, parts)
+    rows = make_rows(torch.from_numpy(x), np.array([alpha]), sigma, groups, parts)
     chosen = torch.from_numpy(rng.permutation(side**2)[:24])
     windows = groups.candidate_windows[0].long()
-    bytes_ = np.moveaxis(images, 1, -1).reshape(len(images), -1, channels)
-    flat = torch.nn.functional.pad(torch.from_numpy(bytes_).double() - 128, (0, 4 - channels))
-    patches = flat.flatten(1)[:, windows].flatten(0, 1)
+    patches = torch.from_numpy(padded_bytes(images - 128.0))[:, windows].flatten(0, 1)
     keys = layout.arranged(patches, key_extras(patches, layout))
     whole, *fractions = rows.coordinates[:, 0, chosen].double()
     zero = torch.zeros(len(chosen), len(keys), dtype=torch.float64)
@@ -345,15 +338,8 @@ def test_matrix_units_err_as_claimed(patch_size: int, beta: float, brightness: i
             rest = multiplied(part, keys, rest)
         scores = multiplied(whole, keys, zero) + rest
     logits = rows.slopes[0, chosen].double()[:, None] * scores + rows.constant[0, chosen][:, None]
-    noisy = torch.nn.functional.pad(torch.from_numpy(x).flatten(2).movedim(1, 2), (0, 1))
-    noisy = noisy.flatten(1)[0, groups.query_windows[0][chosen].long()]
-    distances = torch.cdist(
-        noisy, alpha * ((patches + 128) / 127.5 - 1), compute_mode="donot_use_mm_for_euclid_dist"
-    ).square()
-    exact = -distances / (2 * sigma**2 * math.log(2))
-    weights = torch.softmax(exact * math.log(2), dim=1)
-    errors = logits - exact
-    errors = errors - (weights * errors).sum(1, keepdim=True)
+    noisy = torch.from_numpy(padded_bytes(x))[0, groups.query_windows[0][chosen].long()]
+    errors, weights = errors_of(logits, noisy, alpha * ((patches + 128) / 127.5 - 1), sigma)
     found = (weights * errors.square()).sum(1).sqrt()
     all_scores = torch.zeros_like(rows.constant)
     all_scores[0, chosen] = scores.amax(1)
@@ -362,6 +348,95 @@ def test_matrix_units_err_as_claimed(patch_size: int, beta: float, brightness: i
     assert found.square().mean().sqrt() <= claimed.square().mean().sqrt()
     # Pixels that claim more than the most are computed again.
     assert (found <= (4 * claimed).clamp(min=MOST_ERROR)).all()
+
+
+@pytest.mark.parametrize("beta", [0.4, 0.7, 0.9, 0.98])
+@pytest.mark.parametrize("brightness", [0, 120], ids=["plain", "bright"])
+def test_sums_that_slide_err_as_claimed(beta: float, brightness: int) -> None:
+    """The recurrence of the kernel on the emulated unit, for every displacement down."""
+    side, channels, patch_size, radius = 16, 3, 11, 5
+    images = smooth(6, (channels, side, side)) // (1 if brightness == 0 else 2) + brightness
+    alpha, sigma = math.sqrt(1 - beta), math.sqrt(beta)
+    x = alpha * (images[:1] / 127.5 - 1)
+    x += sigma * np.random.default_rng(1).standard_normal(x.shape)
+    groups = row_groups(side, side, channels, patch_size, circular=True)
+    parts = parts_needed(channels * patch_size**2, torch.tensor(alpha), torch.tensor(sigma))
+    sliding = Sliding.of(
+        groups,
+        rows_of(
+            torch.from_numpy(x),
+            torch.tensor([alpha], dtype=torch.float64),
+            torch.tensor([sigma], dtype=torch.float64),
+            groups,
+            torch.arange(side).repeat(side, 1),
+            int(parts),
+            are_added=True,
+        ),
+        radius=radius,
+        first=0,
+        batch=1,
+        channels=channels,
+        block_images=len(images),
+        configuration=Configuration(128, 64, warps=8, stages=1),
+    )
+    bank = bank_of(packed(images.astype(np.uint8)), on_device(groups), channels, 64)
+    keys = bank.keys[:, : bank.count].cpu().double()
+    whole_rows, *fraction_rows = sliding.row_windows.coordinates.double()
+    starts = sliding.starts.reshape(side, 1)
+    # By the pixel of the query, then the training row, then the key.
+    scores = torch.empty(side, side, side - 2 * radius, bank.count, dtype=torch.float64)
+    for displacement in range(side):
+        whole = starts.expand(side, bank.count)
+        fractions = torch.zeros_like(whole)
+        for i in range(side):
+            row = (i + displacement) % side
+            whole = multiplied(whole_rows[row], keys[i], whole)
+            for part in fraction_rows:
+                fractions = multiplied(part[row], keys[i], fractions)
+            if i >= 2 * radius:
+                tiles = slice(displacement * side, (displacement + 1) * side)
+                lowest = sliding.lowest[0, tiles]
+                sliding.lowest[0, tiles] = torch.minimum(lowest, whole.amin(1).float())
+                score = ((whole - starts) + fractions).float()
+                sliding.sums[0, 0, i - 2 * radius, tiles] = score.amax(1).double()
+                scores[(row - radius) % side, :, i - 2 * radius] = score.double()
+    rows = sliding.rows
+    scores = scores.flatten(0, 1).flatten(1)
+    logits = rows.slopes[0].double()[:, None] * scores + rows.constant[0][:, None]
+    whole_groups = make_groups((channels, side, side), patch_size)[0]
+    clean = alpha * (images / 127.5 - 1)
+    noisy, patches = (
+        torch.from_numpy(padded_bytes(values))[:, windows[0].long()].flatten(0, 1)
+        for values, windows in (
+            (x, whole_groups.query_windows),
+            (clean, whole_groups.candidate_windows),
+        )
+    )
+    # Candidates by image, row and column; keys of a row by image and column.
+    patches = patches.unflatten(0, (len(images), side - 2 * radius, -1)).transpose(0, 1)
+    errors, weights = errors_of(logits, noisy, patches.flatten(0, 2), sigma)
+    found = (weights * errors.square()).sum(1).sqrt()
+    claimed = rows.errors(sliding.states[0].amax(0))[0]
+    assert claimed.median() < 1e-4
+    assert found.square().mean().sqrt() <= claimed.square().mean().sqrt()
+    assert (found <= (4 * claimed).clamp(min=MOST_ERROR)).all()
+
+
+def padded_bytes(images: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Four channels a pixel, the last of them 0: ``[n, H * W * 4]``."""
+    values = np.moveaxis(images, 1, -1).reshape(len(images), -1, images.shape[1])
+    return np.pad(values, ((0, 0), (0, 0), (0, 4 - images.shape[1]))).reshape(len(images), -1)
+
+
+def errors_of(
+    logits: torch.Tensor, noisy: torch.Tensor, clean: torch.Tensor, sigma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Errors of logits to base 2 but for what is common, and the posterior's weights."""
+    distances = torch.cdist(noisy, clean, compute_mode="donot_use_mm_for_euclid_dist").square()
+    exact = -distances / (2 * sigma**2 * math.log(2))
+    weights = torch.softmax(exact * math.log(2), dim=1)
+    errors = logits - exact
+    return errors - (weights * errors).sum(1, keepdim=True), weights
 
 
 def smooth(count: int, shape: tuple[int, int, int]) -> NDArray[np.int64]:

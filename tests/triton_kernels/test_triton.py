@@ -35,6 +35,7 @@ from els.engine import ScoreMachine
 from els.engine.backends import device_images
 from els.engine.backends import triton as gpu
 from els.engine.backends.triton import TritonBackend
+from els.engine.kinds import ELS
 from els.engine.query import PosteriorQuery
 from els.engine.result import finish
 from els.engine.state import merge_all
@@ -123,6 +124,44 @@ def methods_asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, NDArray[np
 
     monkeypatch.setattr(TritonBackend, "_attended", spy)
     return asked
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+@pytest.mark.parametrize("far", [300.0, 2e4], ids=["scaled", "not-held"])
+@pytest.mark.parametrize("row", [0, 15])
+def test_a_far_pixel_among_long_patches(boundary: str, far: float, row: int) -> None:
+    """Rows that it reaches share their columns, and hence sums, with rows that it does not."""
+    question = make_question((3, 16, 12), 2, 11, alpha=[0.8], sigma=[1.0], seed=30)
+    question.x[:] = near_images(question)
+    question.x[0, 1, row, 0] = far
+    machine = machine_with(triton_backend(1), question.images, "ELS", boundary)
+    answer = question.ask(machine, torch.float32)
+    assert_matches(answer, question, question.expected("ELS", boundary), TRITON)
+
+
+@pytest.mark.parametrize(("channels", "patch_size"), [(1, 253), (2, 127), (3, 85), (4, 65)])
+def test_rows_longer_than_a_segment_do_not_slide(channels: int, patch_size: int) -> None:
+    x = torch.zeros(1, channels, patch_size, patch_size)
+    one = torch.ones(1, dtype=torch.float64)
+    query = PosteriorQuery(x, one, one, ELS, "circular", patch_size)
+    assert not triton_backend(1)._slides(query)
+    x = torch.zeros(1, channels, patch_size - 2, patch_size - 2)
+    assert triton_backend(1)._slides(replace(query, x=x, patch_size=patch_size - 2))
+
+
+def test_the_nearest_of_patches_that_float16_holds_by_rows_alone() -> None:
+    question = make_question((3, 12, 11), 3, 11, alpha=[0.8], sigma=[1.0], seed=31)
+    question.x[:] = near_images(question) + 150.0
+    ours, theirs = (
+        question.ask(machine, torch.float64, top=3)
+        for machine in (
+            machine_with(triton_backend(1), question.images, "ELS", "circular"),
+            FLOAT64.machine(question.images, "ELS", "circular"),
+        )
+    )
+    assert torch.equal(ours.top_addresses, theirs.top_addresses)
+    assert (ours.top_weights - theirs.top_weights).abs().max() <= 1e-6
+    assert (ours.mean - theirs.mean).abs().max() <= 1e-5
 
 
 def test_sums_that_slide_beyond_what_is_exact_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
