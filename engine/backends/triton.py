@@ -46,9 +46,8 @@ _BANK_BYTES = 64 << 20
 # Bytes of the rows of a batch while they are made, and for each coordinate of a row.
 _ROW_BYTES = 1 << 30
 _BYTES_PER_COORDINATE = 64
-# The oldest Triton that the kernels are tested with; and on AMD, where float64 products are newer.
+# The oldest Triton that the kernels are tested with.
 _OLDEST_TRITON = (3, 6)
-_OLDEST_TRITON_AMD = (3, 8)
 # The oldest NVIDIA architecture (compute capability) that Triton compiles for.
 _OLDEST_CAPABILITY = (8, 0)
 # Root-mean-square errors by which a threshold is raised before float64 ranks what is below it.
@@ -100,7 +99,7 @@ class TritonBackend(ListSampling):
                 "backend='triton' needs Triton, which is not installed: pip install "
                 "'els-machine[gpu]', or use backend='native'"
             ) from error
-        _require_version(triton.__version__, _OLDEST_TRITON, "the kernels need")
+        _require_version(triton.__version__)
         from els.triton_kernels.configurations import SHIPPED
 
         interpreted = bool(triton.knobs.runtime.interpret)
@@ -113,7 +112,7 @@ class TritonBackend(ListSampling):
         self._on_device: Callable[[], AbstractContextManager[object]] = nullcontext
         self._shared = sys.maxsize
         if not interpreted:
-            self.device, self._shared = _usable(self.device, triton.__version__)
+            self.device, self._shared = _usable(self.device)
             # Triton launches on the current device, which in a new thread is the first one.
             self._on_device = partial(torch.cuda.device, self.device)
         where = "interpreted" if interpreted else torch.cuda.get_device_name(self.device)
@@ -582,27 +581,26 @@ def _truncated(block: Tensor, query: PosteriorQuery, addresses: Tensor) -> tuple
     )
 
 
-def _require_version(version: str, oldest: tuple[int, int], why: str) -> None:
+def _require_version(version: str) -> None:
     """Whether an installed Triton is new enough.
 
     Raises:
         RuntimeError: if not.
     """
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if found < oldest:
-        needed = ".".join(map(str, oldest))
+    if found < _OLDEST_TRITON:
+        needed = ".".join(map(str, _OLDEST_TRITON))
         raise RuntimeError(
-            f"backend='triton': {why} Triton {needed} or later, but {version} is installed: "
+            f"backend='triton' needs Triton {needed} or later, but {version} is installed: "
             f"pip install 'triton>={needed}', or use backend='torch'"
         )
 
 
-def _usable(device: torch.device, version: str) -> tuple[torch.device, int]:
+def _usable(device: torch.device) -> tuple[torch.device, int]:
     """A device that the kernels run on, with its index, and a program's shared memory in bytes.
 
     Args:
         device: as it was asked for.
-        version: of Triton.
 
     Raises:
         RuntimeError: if they do not.
@@ -619,9 +617,7 @@ def _usable(device: torch.device, version: str) -> tuple[torch.device, int]:
         )
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if torch.version.hip:
-        _require_version(version, _OLDEST_TRITON_AMD, "on AMD, products in float64 need")
-    elif torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
         found, oldest = (
             ".".join(map(str, pair))
             for pair in (torch.cuda.get_device_capability(device), _OLDEST_CAPABILITY)
