@@ -7,7 +7,6 @@ without its error.
 from __future__ import annotations
 
 import importlib.util
-import math
 import platform
 import re
 import time
@@ -322,9 +321,7 @@ def _ask(machine: ScoreMachine, x: Tensor, arguments: dict[str, Any]) -> _Answer
         part = machine.posterior(image, **arguments)
         means.append(part.mean.cpu())
         times.append(time.perf_counter() - before)
-        # A standard error of 1 is a mean absolute error of 0.8; a bound is a bound.
-        factor = math.sqrt(2 / math.pi) if part.error_kinds[0] == "estimate" else 1.0
-        claims.append(factor * float(part.mean_error.mean()))
+        claims.append(float(part.expected_error.mean()))
         omitted.append(float(part.omitted_mass.mean()))
     return _Answers(
         torch.cat(means), float(np.mean(claims)), float(np.mean(omitted)), float(np.median(times))

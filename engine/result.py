@@ -12,6 +12,9 @@ from torch import Tensor
 
 from els.engine.state import PosteriorState
 
+# Mean absolute value of a normal variable of standard deviation 1.
+_MEAN_ABSOLUTE = math.sqrt(2 / math.pi)
+
 Mode: TypeAlias = Literal["exact", "topk", "subset", "topk+subset", "lists", "auto"]
 ErrorKind: TypeAlias = Literal["exact", "bound", "estimate"]
 
@@ -36,6 +39,11 @@ class Uncertainty:
     mode: Mode
     images: int
     typical: Tensor
+
+    @property
+    def expected(self) -> Tensor:
+        """Absolute error to be expected, the mean over channels, ``[1, H, W]``; or its bound."""
+        return (_MEAN_ABSOLUTE if self.kind == "estimate" else 1.0) * self.typical
 
     @classmethod
     def none(cls, like: Tensor) -> Uncertainty:
@@ -63,6 +71,9 @@ class LocalPosterior:
             extrapolated, 0 to 1, ``[B, H, W]``; 0 where the posterior is exact.
         mean_error: error of the mean, in units of a pixel in [-1, 1], the worst channel,
             ``[B, H, W]``: a bound or a standard error; see ``error_kinds``.
+        expected_error: absolute error of the mean that is to be expected, averaged over channels,
+            ``[B, H, W]``; where ``mean_error`` is a bound, one of this error. Its average over
+            the pixels of an image is what a tolerance limits.
         error_kinds: of each image: ``exact``; ``bound``: the error is never larger; ``estimate``:
             it is a standard error, measured or, for ``topk`` with an inexact index, what would
             bound the error if the index had found the nearest.
@@ -77,6 +88,7 @@ class LocalPosterior:
     top_addresses: Tensor | None
     omitted_mass: Tensor
     mean_error: Tensor
+    expected_error: Tensor
     error_kinds: tuple[ErrorKind, ...]
     modes: tuple[Mode, ...]
     subset_images: tuple[int, ...]
@@ -127,6 +139,7 @@ def finish(
         addresses,
         torch.cat([each.omitted_mass for each in uncertainties]).to(mean.device, wide),
         torch.cat([each.mean_error for each in uncertainties]).to(mean.device, wide),
+        torch.cat([each.expected for each in uncertainties]).to(mean.device, wide),
         tuple(each.kind for each in uncertainties),
         tuple(each.mode for each in uncertainties),
         tuple(each.images for each in uncertainties),

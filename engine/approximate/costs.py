@@ -9,8 +9,6 @@ CIFAR-10.
 
 from __future__ import annotations
 
-import math
-
 # Random subsets.
 
 # Groups of images whose spread is the standard error (jackknife).
@@ -105,8 +103,6 @@ BORDER_SAFETY_FEW = 0.3
 BORDER_SAFETY_PATCHES = 400.0
 # Share of its aim that a step of the border aims at: another step costs as much.
 BORDER_MARGIN = 0.95
-# Mean absolute value of a normal variable of standard deviation 1.
-MEAN_ABSOLUTE = math.sqrt(2 / math.pi)
 # Largest difference of two clean pixels.
 RANGE = 2.0
 # Prices of an error that are tried when work is allotted to pixels,

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from els.engine.approximate.costs import MEAN_ABSOLUTE
 from els.engine.backends.backend import ESTIMATE_LOGIT_ERROR, Backend, Costs, Images, Members
 from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
@@ -42,8 +41,8 @@ class Estimate:
         return cls(state, Uncertainty.none(state.mass))
 
     def errors(self) -> Array:
-        """Expected absolute errors of the mean, ``[H, W]``, from its standard errors."""
-        errors: Array = MEAN_ABSOLUTE * self.uncertainty.typical[0].numpy()
+        """Expected absolute errors of the mean, ``[H, W]``."""
+        errors: Array = self.uncertainty.expected[0].numpy()
         return errors
 
     def error(self, pixels: Mask | None = None) -> float:
