@@ -39,6 +39,7 @@ from els.engine.approximate.estimate import Array, Estimate, Mask, Problem
 from els.engine.approximate.head import Head, can_search, nearest, search_cost
 from els.engine.approximate.lists import can_sample, first_share, least_share, list_cost, sampled
 from els.engine.approximate.subset import Subset, drawn, extrapolated
+from els.engine.state import summed
 
 
 def estimate_to(tolerance: float, problem: Problem, k: int) -> Estimate:
@@ -53,10 +54,10 @@ def estimate_to(tolerance: float, problem: Problem, k: int) -> Estimate:
         return problem.exact()
     aim, interior = MARGIN * tolerance, problem.interior
     lists = _Lists(problem) if can_sample(problem) else None
-    subset, estimate, of_border = None, None, None
+    whole, subset, estimate, of_border = None, None, None, None
     if lists is None or list_cost(problem, least_share(problem)) > CHEAP_LISTS * PILOT_IMAGES:
-        subset = drawn(problem, PILOT_IMAGES)
-        estimate = _from_subsets(aim, problem, k, subset, lists)
+        estimate, whole = _from_subsets(aim, problem, k, lists)
+        subset = whole
     if estimate is None and lists is not None:
         start, interior_aim = sampled(problem, lists.share, interior), aim
         if problem.has_border:
@@ -67,7 +68,7 @@ def estimate_to(tolerance: float, problem: Problem, k: int) -> Estimate:
             interior_aim = _left(aim, of_border, ~interior)
         estimate = lists.estimate_to(interior_aim, start)
     if estimate is None:
-        return problem.exact()
+        return _everything(problem, whole)
     if not problem.has_border:
         return estimate
     if of_border is None:
@@ -166,11 +167,21 @@ def _left(aim: float, done: Estimate, pixels: Mask) -> float:
     return (aim - part * done.error(pixels)) / (1 - part)
 
 
+def _everything(problem: Problem, subset: Subset | None) -> Estimate:
+    """The exact posterior, of which a subset is done already."""
+    if subset is None:
+        return problem.exact()
+    return Estimate.exact(summed(drawn(problem, len(problem.order), subset).groups))
+
+
 def _from_subsets(
-    aim: float, problem: Problem, k: int, subset: Subset, lists: _Lists | None
-) -> Estimate | None:
-    """Head and subset, enlarged until the error is met; None where all or lists are cheaper."""
-    pilot = None
+    aim: float, problem: Problem, k: int, lists: _Lists | None
+) -> tuple[Estimate | None, Subset]:
+    """Head and subset, enlarged until the error is met; None where all or lists are cheaper.
+
+    Also the subset itself.
+    """
+    pilot, subset = None, drawn(problem, PILOT_IMAGES)
     if can_search(problem) and lists is None:
         pilot = _Pilot(problem, k)
     total, most = len(problem.order), math.floor(LARGEST_SHARE * len(problem.order))
@@ -195,14 +206,14 @@ def _from_subsets(
                 estimate, error = judged()
                 continue
         if needed > most:
-            return None
+            return None, subset
         size = min(max(needed, 2 * len(subset)), LARGEST_GROWTH * len(subset))
         before, larger = len(subset), error
         subset = drawn(problem, size, subset)
         estimate, error = judged()
         fallen = math.log(larger / max(error, 1e-30)) / math.log(len(subset) / before)
         power = min(max(fallen, LEAST_POWER), LARGEST_POWER)
-    return estimate
+    return estimate, subset
 
 
 @final
