@@ -38,7 +38,7 @@ from els.engine.approximate.costs import (
 from els.engine.approximate.estimate import Array, Estimate, Mask, Problem
 from els.engine.approximate.head import Head, can_search, nearest, search_cost
 from els.engine.approximate.lists import can_sample, first_share, least_share, list_cost, sampled
-from els.engine.approximate.subset import Subset, drawn, extrapolated
+from els.engine.approximate.subset import Subset, drawn, extrapolated, with_safety
 from els.engine.state import summed
 
 
@@ -190,6 +190,8 @@ def _from_subsets(
     def judged() -> tuple[Estimate, float]:
         """Head and subset, and their expected error, enlarged by the pilot pixels' check."""
         estimate = extrapolated(problem, head, subset)
+        if head is None:
+            estimate = with_safety(estimate, subset, total)
         if pilot is not None:
             estimate = estimate.enlarged(pilot.safety_factor(estimate, subset))
         return estimate, estimate.error(problem.interior)

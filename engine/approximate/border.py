@@ -8,21 +8,16 @@ there, so that border pixels get subsets of their own.
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from els.engine.approximate.allotments import Allotments, subset_allotments
 from els.engine.approximate.costs import (
     BORDER_IMAGES,
     BORDER_MARGIN,
     BORDER_POWER,
-    BORDER_SAFETY,
-    BORDER_SAFETY_FEW,
-    BORDER_SAFETY_PATCHES,
     PILOT_IMAGES,
 )
 from els.engine.approximate.estimate import Estimate, Problem
-from els.engine.approximate.subset import Subset, drawn, extrapolated, grown
+from els.engine.approximate.subset import Subset, drawn, extrapolated, grown, with_safety
 
 
 def first_subset(problem: Problem, before: Subset | None) -> Subset:
@@ -35,9 +30,7 @@ def first_subset(problem: Problem, before: Subset | None) -> Subset:
 
 def border_estimate(problem: Problem, subset: Subset) -> Estimate:
     """The border pixels from a subset."""
-    estimate = extrapolated(problem, None, subset)
-    in_subset = estimate.state.effective * torch.from_numpy(subset.sizes) / len(problem.order)
-    return estimate.enlarged(safety_factor(in_subset))
+    return with_safety(extrapolated(problem, None, subset), subset, len(problem.order))
 
 
 def estimate_to(aim: float, problem: Problem, subset: Subset, start: Estimate) -> Estimate:
@@ -78,14 +71,6 @@ def image_cost(problem: Problem) -> float:
     edges = reach * ((height - reach) ** 2 + (width - reach) ** 2) + reach**2
     pairs = edges / (height * width - inside)
     return problem.costs.border_pair * pairs / inside
-
-
-def safety_factor(effective: Tensor) -> Tensor:
-    """Factor of the jackknife's error, for a number of effective patches in a subset.
-
-    A subset that contains none of the heavy patches underestimates its own error.
-    """
-    return BORDER_SAFETY + BORDER_SAFETY_FEW / (1 + effective / BORDER_SAFETY_PATCHES)
 
 
 def _first_images(problem: Problem) -> int:

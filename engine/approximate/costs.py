@@ -94,13 +94,13 @@ LIST_SAFETY_POWER = 0.4
 
 # Share of the tolerance that is aimed at: a measured error is itself uncertain.
 MARGIN = 0.9
-# Safety factor of a border pixel's standard error with many effective patches in its subset; with n
-# it is this + BORDER_SAFETY_FEW / (1 + n / BORDER_SAFETY_PATCHES) (docs/performance.md).
-BORDER_SAFETY = 1.08
+# Safety factor of a pixel's standard error with many effective patches in its subset; with n it is
+# this + SUBSET_SAFETY_FEW / (1 + n / SUBSET_SAFETY_PATCHES) (docs/performance.md).
+SUBSET_SAFETY = 1.08
 # What it is larger with few.
-BORDER_SAFETY_FEW = 0.3
+SUBSET_SAFETY_FEW = 0.3
 # Effective patches at which that has fallen by half.
-BORDER_SAFETY_PATCHES = 400.0
+SUBSET_SAFETY_PATCHES = 400.0
 # Share of its aim that a step of the border aims at: another step costs as much.
 BORDER_MARGIN = 0.95
 # Largest difference of two clean pixels.

@@ -15,7 +15,14 @@ from typing import final
 import numpy as np
 import torch
 
-from els.engine.approximate.costs import CANCELLATION, GROUPS, LARGEST_EXCESS
+from els.engine.approximate.costs import (
+    CANCELLATION,
+    GROUPS,
+    LARGEST_EXCESS,
+    SUBSET_SAFETY,
+    SUBSET_SAFETY_FEW,
+    SUBSET_SAFETY_PATCHES,
+)
 from els.engine.approximate.estimate import Array, Estimate, Problem
 from els.engine.approximate.head import Head
 from els.engine.backends.backend import Members
@@ -105,15 +112,33 @@ def extrapolated(problem: Problem, head: Head | None, subset: Subset) -> Estimat
     spread = (means - means.mean(0)).square().sum(0) * (GROUPS - 1) / GROUPS
     all_mass = torch.where(state.is_known, state.mass, 1.0)
     omitted = (1 - rescaled(seen, state.reference).mass / all_mass).clamp(0, 1)
-    # One more image may differ from those of the subset and weigh as much as one of them.
+    # One image in so many may have a patch that differs, and weighs as much as each of those that
+    # matter in the subset.
     left = torch.from_numpy(1 - sizes / total)
-    least = left / torch.from_numpy(sizes)
+    least = left / torch.from_numpy(sizes) / (1 + state.effective / ratio)
     if head is not None:
         least = least * _share(scaled(summed(subset.groups), ratio), head.state)
     deviation = torch.hypot((spread * left).sqrt(), least)
     mode: Mode = "subset" if head is None else "topk+subset"
     worst, typical = deviation.amax(0, keepdim=True), deviation.mean(0, keepdim=True)
     return Estimate(state, Uncertainty(omitted, worst, "estimate", mode, len(subset), typical))
+
+
+def with_safety(estimate: Estimate, subset: Subset, total: int) -> Estimate:
+    """The estimate with errors as they are found to be, not as the jackknife tells.
+
+    A subset that contains none of the heavy patches underestimates its own error, the more the
+    fewer effective patches it has.
+
+    Args:
+        estimate: from a subset without a head.
+        subset: the subset.
+        total: images that there are.
+    """
+    effective = estimate.state.effective * torch.from_numpy(subset.sizes) / total
+    return estimate.enlarged(
+        SUBSET_SAFETY + SUBSET_SAFETY_FEW / (1 + effective / SUBSET_SAFETY_PATCHES)
+    )
 
 
 def counts_of(sizes: Array) -> Array:
