@@ -28,8 +28,10 @@ from els.engine.approximate.costs import (
     LARGEST_POWER,
     LARGEST_SHARE,
     LEAST_LIST_GROWTH,
+    LEAST_PAIRS,
     LEAST_POWER,
     LIST_POWER,
+    LOADED_IMAGE,
     MARGIN,
     PILOT_IMAGES,
     PILOT_PIXELS,
@@ -50,7 +52,7 @@ def estimate_to(tolerance: float, problem: Problem, k: int) -> Estimate:
         problem: of which image.
         k: size of a head.
     """
-    if len(problem.order) <= 2 * PILOT_IMAGES:
+    if len(problem.order) <= 2 * PILOT_IMAGES or _is_little(problem):
         return problem.exact()
     aim, interior = MARGIN * tolerance, problem.interior
     lists = _Lists(problem) if can_sample(problem) else None
@@ -77,6 +79,13 @@ def estimate_to(tolerance: float, problem: Problem, k: int) -> Estimate:
         left = _left(aim, estimate, interior)
         of_border = border.estimate_to(left, problem, subset, of_border)
     return estimate.with_others(interior, of_border)
+
+
+def _is_little(problem: Problem) -> bool:
+    """Whether everything takes no longer than subsets do beside their images."""
+    candidates = problem.pairs_per_image if problem.query.kind.is_equivariant else 1
+    each = problem.interior.size * (candidates + LOADED_IMAGE)
+    return len(problem.order) * each < LEAST_PAIRS
 
 
 @final

@@ -15,6 +15,11 @@ from __future__ import annotations
 GROUPS = 16
 # Images of the first subset of mode="auto".
 PILOT_IMAGES = 256
+# Pairs below which everything is computed at once: at 10^9 a second (two cores) ten times the 40 ms
+# that two subsets take beside their pairs.
+LEAST_PAIRS = 4e8
+# Pairs that loading an image takes for each of its pixels, from the time of LS.
+LOADED_IMAGE = 8
 # Images of the first subset of border pixels, at most, where products on a matrix unit weigh it.
 BORDER_IMAGES = 2048
 # Exponent with which the error of a subset falls with its size at first, without a head.

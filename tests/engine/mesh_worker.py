@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from els.engine import ScoreMachine
+from els.engine.approximate import auto
 from els.engine.backends.native_kernels import is_compiled
 from els.engine.mesh import ProcessMesh, process_mesh
 from els.index import PatchDatabase
@@ -19,7 +20,8 @@ IMAGES = RNG.integers(0, 256, (37, 2, 6, 8), dtype=np.uint8)
 IMAGES[36] = IMAGES[35]
 IMAGES[4] = IMAGES[30]
 LABELS = np.where(np.arange(37) >= 35, 3, np.arange(37) % 3)
-# Enough images for mode="auto" to take a part of them.
+# Enough images for mode="auto" to take a part of them, once it is told so.
+auto.LEAST_PAIRS = 0
 MANY = np.random.default_rng(22).integers(0, 256, (1200, 1, 5, 5)).astype(np.uint8)
 RUN = {"n": 10, "steps": 3, "patch_sizes": [1, 3, 5], "eta": 0.5, "batch_size": 2, "shard_size": 4}
 # The native one last, where it was compiled.

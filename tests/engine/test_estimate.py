@@ -148,6 +148,7 @@ def test_auto_meets_its_tolerance(
     db: PatchDatabase, sigma: float, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
     monkeypatch.setattr("els.engine.approximate.border.PILOT_IMAGES", 48)
     monkeypatch.setattr("els.engine.approximate.head.SEARCHED_CODE", 0.1)
     machine = ScoreMachine(db, "ELS", "zeros")
@@ -189,6 +190,7 @@ def test_no_image_is_weighed_twice_where_all_are(db: PatchDatabase, boundary: st
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchBackend, "states", spy)
+        patch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
         answer = ask(machine, query(0.6), 0.6, mode="auto", tolerance=1e-7)
     assert answer.modes == ("exact",)
     assert sorted(np.concatenate(weighed).tolist()) == list(range(1000))
@@ -340,6 +342,7 @@ def test_every_estimate_is_a_number_and_none_claims_to_know_what_it_does_not(
     x = torch.from_numpy(scale * (few.images[seed % len(few)] / 255 - 0.5 + sigma * noise)).float()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 8)
+        patch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
         patch.setattr("els.engine.approximate.border.PILOT_IMAGES", 8)
         machine = ScoreMachine(few, "ELS", boundary, backend=backend, threads=1)
         assume(mode != "lists" or machine.has_lists(3, alpha, sigma))

@@ -475,6 +475,7 @@ def test_auto_reads_lists_where_they_are_cheapest(
     # On so few images everything is cheaper than many short lists, but that is not the point here.
     costs = replace(LIST_COSTS, list_ranked=1.0)
     monkeypatch.setattr(NativeBackend, "costs", lambda *_: costs)
+    monkeypatch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
     machine = ScoreMachine(many_lists, "ELS", boundary)  # type: ignore[arg-type]
     x = torch.from_numpy(noisy(many_lists, sigma))[None].float()
     arguments = {"alpha": ALPHA, "sigma": sigma, "patch_size": 5}
