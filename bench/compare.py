@@ -321,6 +321,7 @@ def _ask(machine: ScoreMachine, x: Tensor, arguments: dict[str, Any]) -> _Answer
         part = machine.posterior(image, **arguments)
         means.append(part.mean.cpu())
         times.append(time.perf_counter() - before)
+        assert part.expected_error is not None
         claims.append(float(part.expected_error.mean()))
         omitted.append(float(part.omitted_mass.mean()))
     return _Answers(

@@ -109,6 +109,7 @@ def cells(db: PatchDatabase, queries: np.ndarray, tolerance: float, seeds: int) 
                     )
                     times[0] += (time.perf_counter() - start) / seeds
                     errors.append(float((answer.mean - truth).abs().mean()))
+                    assert answer.expected_error is not None
                     claims.append(float(answer.expected_error.mean()))
                     modes.append(answer.modes[0])
             times /= len(noisy)

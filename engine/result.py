@@ -71,14 +71,15 @@ class LocalPosterior:
             extrapolated, 0 to 1, ``[B, H, W]``; 0 where the posterior is exact.
         mean_error: error of the mean, in units of a pixel in [-1, 1], the worst channel,
             ``[B, H, W]``: a bound or a standard error; see ``error_kinds``.
-        expected_error: absolute error of the mean that is to be expected, averaged over channels,
-            ``[B, H, W]``; where ``mean_error`` is a bound, one of this error. Its average over
-            the pixels of an image is what a tolerance limits.
         error_kinds: of each image: ``exact``; ``bound``: the error is never larger; ``estimate``:
             it is a standard error, measured or, for ``topk`` with an inexact index, what would
             bound the error if the index had found the nearest.
         modes: what was computed for each image, ``auto`` resolved.
         subset_images: how many training images each image's subset had, 0 without one.
+        expected_error: absolute error of the mean that is to be expected, averaged over channels,
+            ``[B, H, W]``; where ``mean_error`` is a bound, one of this error. Its average over
+            the pixels of an image is what a tolerance limits. None where a posterior was made by
+            other code, which does not say.
     """
 
     mean: Tensor
@@ -88,10 +89,10 @@ class LocalPosterior:
     top_addresses: Tensor | None
     omitted_mass: Tensor
     mean_error: Tensor
-    expected_error: Tensor
     error_kinds: tuple[ErrorKind, ...]
     modes: tuple[Mode, ...]
     subset_images: tuple[int, ...]
+    expected_error: Tensor | None = None
 
 
 def require_tolerance(tolerance: object) -> None:
@@ -139,8 +140,8 @@ def finish(
         addresses,
         torch.cat([each.omitted_mass for each in uncertainties]).to(mean.device, wide),
         torch.cat([each.mean_error for each in uncertainties]).to(mean.device, wide),
-        torch.cat([each.expected for each in uncertainties]).to(mean.device, wide),
         tuple(each.kind for each in uncertainties),
         tuple(each.mode for each in uncertainties),
         tuple(each.images for each in uncertainties),
+        torch.cat([each.expected for each in uncertainties]).to(mean.device, wide),
     )

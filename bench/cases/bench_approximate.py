@@ -116,6 +116,7 @@ def test_speed_up(
     )
     error = float((answer.mean - mean).abs().mean())
     assert error <= 0.015
+    assert answer.expected_error is not None
     options = {"mode": "auto", "tolerance": 0.01, "seed": 1}
     benchmark.pedantic(ask, (machine, work), options, rounds=2)
     benchmark.extra_info |= {

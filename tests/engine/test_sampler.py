@@ -52,7 +52,7 @@ class Toy:
         mean = torch.from_numpy(self.denoise(x.numpy(), alpha, sigma))
         none = torch.zeros_like(mean[:, 0])
         return LocalPosterior(
-            mean, none, None, None, None, none, none, none, ("exact",), ("exact",), (0,)
+            mean, none, None, None, None, none, none, ("exact",), ("exact",), (0,)
         )
 
 
