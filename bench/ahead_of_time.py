@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from els.storage.files import write_text
 
 if TYPE_CHECKING:
     from els.triton_kernels.configurations import Configuration
@@ -432,11 +433,9 @@ def main(
             asdict(case) | asdict(outcome) for case, outcome in zip(chosen, outcomes, strict=True)
         ]
         lines = ",\n".join(json.dumps(row) for row in rows)
-        output.write_text(f'{{"triton": "{triton.__version__}", "cases": [\n{lines}\n]}}\n')
-    for failure in failures:
-        typer.echo(failure, err=True)
+        write_text(output, f'{{"triton": "{triton.__version__}", "cases": [\n{lines}\n]}}\n')
     if failures:
-        sys.exit(1)
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def rows_of(
         groups: of pixels, likewise.
         which: the rows of each group, ``image * R + r`` for its r-th pixel, int64 ``[G, M]``.
         parts: float16 parts, 2 or 3; 0 for float64.
-        are_added: whether scores of the m-th rows of all groups are added, so that they share a
-            scale, and whether float16 holds them.
+        are_added: whether scores of the m-th rows of all groups are added. Such rows have the same
+            power, and float16 holds all of them or none.
     """
     length, layout = groups.queries.shape[1], groups.query_layout
     # Kernels read plain rows, and what follows has the strides of ``which``.
@@ -173,7 +173,7 @@ def rows_of(
     largest = bytes_of_x.abs().amax(-1)
     if are_added:
         farthest, largest = (each.amax(0).expand_as(each) for each in (farthest, largest))
-    # Others become rows of zeros, of which nothing is known.
+    # Rows that float16 does not hold become zeros, of which nothing is known.
     is_held = (slopes * farthest < _MOST_LOGIT) & (slopes > torch.finfo(torch.float32).tiny)
     slopes = torch.where(is_held, slopes, 1.0)
     bytes_of_x = torch.where(is_held.unsqueeze(-1), bytes_of_x, 0.0)

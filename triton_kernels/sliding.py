@@ -263,12 +263,14 @@ class Sliding:
             shifted = (values.roll(-down, 0) for down in range(-radius, radius + 1))
             return of_pixels(torch.stack(list(shifted)).sum(0))
 
-        # Where sums of whole parts left what is exact, every step may have rounded.
         def by_column(values: Tensor) -> Tensor:
-            return values[: self.batch * height * width].reshape(self.batch, height, width).amax(1)
+            """The largest over displacements, ``[Q]``."""
+            used = values[: self.batch * height * width].reshape(self.batch, height, width)
+            return used.amax(1).flatten()
 
-        highest = by_column(self.sums[0].amax((0, 1))).flatten() + self.starts
-        farthest = torch.maximum(highest, by_column(-self.lowest.amin(0)).flatten())
+        # Where sums of whole parts left what is exact, every step may have rounded.
+        highest = by_column(self.sums[0].amax((0, 1))) + self.starts
+        farthest = torch.maximum(highest, by_column(-self.lowest.amin(0)))
         inexact = torch.where(farthest > _EXACT * rows.power[0], farthest, 0.0) / 2
         fractions = of_windows(rows.fractions.square()).sqrt()
         return Rows(

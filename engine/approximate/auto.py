@@ -56,21 +56,20 @@ def estimate_to(tolerance: float, problem: Problem, k: int) -> Estimate:
         return problem.exact()
     aim, interior = MARGIN * tolerance, problem.interior
     lists = _Lists(problem) if can_sample(problem) else None
-    whole, subset, estimate, of_border = None, None, None, None
+    subset, estimate, of_border = None, None, None
     if lists is None or list_cost(problem, least_share(problem)) > CHEAP_LISTS * PILOT_IMAGES:
-        estimate, whole = _from_subsets(aim, problem, k, lists)
-        subset = whole
+        estimate, subset = _from_subsets(aim, problem, k, lists)
     if estimate is None and lists is not None:
         start, interior_aim = sampled(problem, lists.share, interior), aim
         if problem.has_border:
-            subset = border.first_subset(problem, subset)
-            of_border = border.border_estimate(problem, subset)
-            border_aim = _border_aim(aim, problem, lists, start, subset, of_border)
-            of_border = border.estimate_to(border_aim, problem, subset, of_border)
+            at_border = border.first_subset(problem, subset)
+            of_border = border.border_estimate(problem, at_border)
+            border_aim = _border_aim(aim, problem, lists, start, at_border, of_border)
+            of_border = border.estimate_to(border_aim, problem, at_border, of_border)
             interior_aim = _left(aim, of_border, ~interior)
         estimate = lists.estimate_to(interior_aim, start)
     if estimate is None:
-        return _everything(problem, whole)
+        return _everything(problem, subset)
     if not problem.has_border:
         return estimate
     if of_border is None:
@@ -82,7 +81,7 @@ def estimate_to(tolerance: float, problem: Problem, k: int) -> Estimate:
 
 
 def _is_little(problem: Problem) -> bool:
-    """Whether everything takes no longer than subsets do beside their images."""
+    """Whether everything takes so little time that subsets cannot save any to speak of."""
     candidates = problem.pairs_per_image if problem.query.kind.is_equivariant else 1
     each = problem.interior.size * (candidates + LOADED_IMAGE)
     return len(problem.order) * each < LEAST_PAIRS

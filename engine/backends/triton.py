@@ -284,7 +284,7 @@ class TritonBackend(ListSampling):
             most = int(is_wanted.sum(1).max())
             if not most:
                 continue
-            # With a border, others are several: one for each distance from an edge.
+            # Pixels near an edge are in sets of several groups, one for each distance from it.
             if method == "sliding" and len(groups.queries) == 1:
                 yield self._sliding(query, parts, block_images, detailed=detailed)
                 continue
@@ -426,7 +426,8 @@ class TritonBackend(ListSampling):
             for each in chosen:
                 kth = nearest.logits[each.rows.images, each.rows.pixels, -1].clamp(min=_FAR)
                 counts, addresses = each.select(block, _threshold(each.rows, kth), room)
-                # Rows behind them repeat the last one, with its candidates in another order.
+                # Rows after the distinct ones repeat the last, and may have its candidates in
+                # another order.
                 distinct = batch * each.groups.queries.shape[1]
                 place = each.rows.images[:, :distinct], each.rows.pixels[:, :distinct]
                 found[place] = addresses[:, :distinct]

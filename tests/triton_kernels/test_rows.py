@@ -324,7 +324,7 @@ def test_matrix_units_err_as_claimed(patch_size: int, beta: float, brightness: i
     rows = make_rows(torch.from_numpy(x), np.array([alpha]), sigma, groups, parts)
     chosen = torch.from_numpy(rng.permutation(side**2)[:24])
     windows = groups.candidate_windows[0].long()
-    patches = torch.from_numpy(padded_bytes(images - 128.0))[:, windows].flatten(0, 1)
+    patches = torch.from_numpy(padded_channels(images - 128.0))[:, windows].flatten(0, 1)
     keys = layout.arranged(patches, key_extras(patches, layout))
     whole, *fractions = rows.coordinates[:, 0, chosen].double()
     zero = torch.zeros(len(chosen), len(keys), dtype=torch.float64)
@@ -338,16 +338,11 @@ def test_matrix_units_err_as_claimed(patch_size: int, beta: float, brightness: i
             rest = multiplied(part, keys, rest)
         scores = multiplied(whole, keys, zero) + rest
     logits = rows.slopes[0, chosen].double()[:, None] * scores + rows.constant[0, chosen][:, None]
-    noisy = torch.from_numpy(padded_bytes(x))[0, groups.query_windows[0][chosen].long()]
-    errors, weights = errors_of(logits, noisy, alpha * ((patches + 128) / 127.5 - 1), sigma)
-    found = (weights * errors.square()).sum(1).sqrt()
+    noisy = torch.from_numpy(padded_channels(x))[0, groups.query_windows[0][chosen].long()]
+    found = weighted_errors(logits, noisy, alpha * ((patches + 128) / 127.5 - 1), sigma)
     all_scores = torch.zeros_like(rows.constant)
     all_scores[0, chosen] = scores.amax(1)
-    claimed = rows.errors(all_scores)[0, chosen]
-    assert claimed.median() < 1e-4
-    assert found.square().mean().sqrt() <= claimed.square().mean().sqrt()
-    # Pixels that claim more than the most are computed again.
-    assert (found <= (4 * claimed).clamp(min=MOST_ERROR)).all()
+    check_claims(found, rows.errors(all_scores)[0, chosen])
 
 
 @pytest.mark.parametrize("beta", [0.4, 0.7, 0.9, 0.98])
@@ -406,7 +401,7 @@ def test_sums_that_slide_err_as_claimed(beta: float, brightness: int) -> None:
     whole_groups = make_groups((channels, side, side), patch_size)[0]
     clean = alpha * (images / 127.5 - 1)
     noisy, patches = (
-        torch.from_numpy(padded_bytes(values))[:, windows[0].long()].flatten(0, 1)
+        torch.from_numpy(padded_channels(values))[:, windows[0].long()].flatten(0, 1)
         for values, windows in (
             (x, whole_groups.query_windows),
             (clean, whole_groups.candidate_windows),
@@ -414,29 +409,33 @@ def test_sums_that_slide_err_as_claimed(beta: float, brightness: int) -> None:
     )
     # Candidates by image, row and column; keys of a row by image and column.
     patches = patches.unflatten(0, (len(images), side - 2 * radius, -1)).transpose(0, 1)
-    errors, weights = errors_of(logits, noisy, patches.flatten(0, 2), sigma)
-    found = (weights * errors.square()).sum(1).sqrt()
-    claimed = rows.errors(sliding.states[0].amax(0))[0]
-    assert claimed.median() < 1e-4
-    assert found.square().mean().sqrt() <= claimed.square().mean().sqrt()
-    assert (found <= (4 * claimed).clamp(min=MOST_ERROR)).all()
+    found = weighted_errors(logits, noisy, patches.flatten(0, 2), sigma)
+    check_claims(found, rows.errors(sliding.states[0].amax(0))[0])
 
 
-def padded_bytes(images: NDArray[np.float64]) -> NDArray[np.float64]:
+def padded_channels(images: NDArray[np.float64]) -> NDArray[np.float64]:
     """Four channels a pixel, the last of them 0: ``[n, H * W * 4]``."""
     values = np.moveaxis(images, 1, -1).reshape(len(images), -1, images.shape[1])
     return np.pad(values, ((0, 0), (0, 0), (0, 4 - images.shape[1]))).reshape(len(images), -1)
 
 
-def errors_of(
+def weighted_errors(
     logits: torch.Tensor, noisy: torch.Tensor, clean: torch.Tensor, sigma: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors of logits to base 2 but for what is common, and the posterior's weights."""
+) -> torch.Tensor:
+    """Root-mean-square errors of logits to base 2, but for what is common, under the posterior."""
     distances = torch.cdist(noisy, clean, compute_mode="donot_use_mm_for_euclid_dist").square()
     exact = -distances / (2 * sigma**2 * math.log(2))
     weights = torch.softmax(exact * math.log(2), dim=1)
     errors = logits - exact
-    return errors - (weights * errors).sum(1, keepdim=True), weights
+    errors = errors - (weights * errors).sum(1, keepdim=True)
+    return (weights * errors.square()).sum(1).sqrt()
+
+
+def check_claims(found: torch.Tensor, claimed: torch.Tensor) -> None:
+    assert claimed.median() < 1e-4
+    assert found.square().mean().sqrt() <= claimed.square().mean().sqrt()
+    # Pixels that claim more than the most are computed again.
+    assert (found <= (4 * claimed).clamp(min=MOST_ERROR)).all()
 
 
 def smooth(count: int, shape: tuple[int, int, int]) -> NDArray[np.int64]:
