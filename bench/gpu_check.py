@@ -59,8 +59,8 @@ def make_importable() -> dict[str, str]:
         return dict(os.environ)
     folder = Path(tempfile.mkdtemp(prefix="els-"))
     (folder / "els").mkdir()
-    for package in ("index", "engine", "triton_kernels", "bench"):
-        (folder / "els" / package).symlink_to(ROOT / package)
+    for package in ROOT.glob("*/__init__.py"):
+        (folder / "els" / package.parent.name).symlink_to(package.parent)
     sys.path.insert(0, str(folder))
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     return dict(os.environ) | {"PYTHONPATH": path}
@@ -95,7 +95,7 @@ class Scale:
     matrix: int
 
 
-FULL = Scale(32, (3, 5, 9, 17), (1, 16), 10_000, 50_000, 8192, 256, 4096, 132 * 64, 8192)
+FULL = Scale(32, (3, 5, 9, 17), (1, 16), 10_000, 50_000, 2048, 256, 4096, 132 * 64, 8192)
 REHEARSAL = Scale(6, (3,), (1, 2), 5, 7, 4, 4, 4, 2, 16)
 
 
@@ -347,21 +347,23 @@ def sampled_means(images: Any, work: Any, rows: Any, columns: Any) -> Any:
 
 
 def tune(check: Check, works: list[Any], images: Any) -> None:
-    """Other configurations of the exact kernel beside the shipped one, some images, batch 1."""
+    """Other configurations of the exact kernel beside the shipped one, some images."""
     from els.engine import ScoreMachine
     from els.engine.backends.triton import TritonBackend
     from els.index import PatchDatabase
     from els.triton_kernels.configurations import CANDIDATES, SHIPPED
 
     some = PatchDatabase.from_arrays(images[: check.scale.tuned])
+    batch = max(check.scale.batches)
     for work in works:
+        pairs = replace(work.of(batch), db=some).pairs("circular")
         for configuration in (SHIPPED.plain, *CANDIDATES):
             if not check.can_afford(15, f"tuning P = {work.patch_size}, {configuration}"):
                 return
             backend = TritonBackend(configurations=replace(SHIPPED, plain=configuration))
             machine = ScoreMachine(some, "ELS", "circular", backend)
             try:
-                seconds = check.seconds_of(partial(ask, machine, work, 1))
+                seconds = check.seconds_of(partial(ask, machine, work, batch))
             except Exception as error:
                 # Long patches do not fit the shared memory with every configuration.
                 check.add(
@@ -375,8 +377,9 @@ def tune(check: Check, works: list[Any], images: Any) -> None:
                 what="tuning",
                 patch_size=work.patch_size,
                 configuration=str(configuration),
-                seconds=seconds,
-                pairs_per_second=work.pairs("circular") // len(work.x) * len(some) / seconds,
+                batch=batch,
+                seconds_per_image_step=seconds / batch,
+                pairs_per_second=pairs / seconds,
             )
 
 
@@ -420,7 +423,7 @@ def exact(
     for batch in batches:
         for work in works:
             patch_size, beta = work.patch_size, work.sigma**2
-            a_query = work.pairs(machine.boundary) // len(work.x) * count
+            a_query = work.pairs(machine.boundary) // len(work.x)
             label = f"exact {machine.boundary} {name} N = {count} P = {patch_size} batch {batch}"
             label += f" beta {beta:.3g}"
             key = patch_size, beta
@@ -657,6 +660,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="tiny: tries the program itself")
     parser.add_argument("--no-tests", action="store_true", help="timings only")
+    parser.add_argument(
+        "--seconds", type=float, default=_SECONDS, help="that it may take (default %(default)s)"
+    )
     parser.add_argument("--sanitize", action="store_true", help="for compute-sanitizer")
     options = parser.parse_args()
     environment = make_importable()
@@ -674,7 +680,7 @@ def main() -> None:
         REHEARSAL if options.rehearse else FULL,
         "cpu" if interpreted else "cuda",
         Path(os.environ.get("OUT") or ROOT / "bench" / "results") / "gpu-check.json",
-        _SECONDS - (0 if options.no_tests else _TESTS_SECONDS),
+        options.seconds - (0 if options.no_tests else _TESTS_SECONDS),
     )
     check.attempt("measurements", lambda: measure(check))
     if not options.no_tests:

@@ -8,7 +8,7 @@ squared differences in float64; the softmax goes on from tile to tile as in Flas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -328,6 +328,10 @@ class Attention:
         states = rows.constant.new_zeros((channels + 3, splits, group_count, count))
         states[0] = LOWEST_FLOAT64.value
         return cls(groups, rows, states, keys, configuration)
+
+    def fresh(self) -> Self:
+        """The same rows and a copy of their states."""
+        return replace(self, states=self.states.clone())
 
     def add(self, images: Tensor, *, entropy: bool) -> None:
         """Add the candidates of a block of images to the states, in place.

@@ -5,10 +5,11 @@ base 2 is, but for what is the same for all candidates,
 
     slope * (<u, v> - |v|^2 / 2),    slope = log2(e) * (alpha / (127.5 sigma))^2.
 
-A *key* holds v, the two digits of ``|v|^2`` and two constants, of which the query's row makes its
-own constant: all whole numbers up to 4096, exact in float16, so that one matrix product gives the
-score. Long patches are cut into segments with digits and constants each, so that sums return to
-near zero after each segment.
+A *key* holds v, three digits of ``|v|^2`` and two constants, of which the query's row makes its own
+constant: all whole numbers up to 4096, exact in float16, so that one matrix product gives the
+score. The lowest digit is the norm's last bit: without it, half the norm is a whole number. Long
+patches are cut into segments with digits and constants each, so that sums return to near zero after
+each segment.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from els.triton_kernels.pixel_groups import Layout, PixelGroups
 
 # What is subtracted from bytes.
 MIDDLE = tl.constexpr(128)
-# Base of the digits of a segment's squared norm: float16 holds whole numbers up to 2048.
+# Base of the digits of half a segment's squared norm: float16 holds whole numbers up to 2048.
 NORM_BASE = tl.constexpr(2048)
-# The first of a key's constants; the other is 1.
+# The first of a key's constants; the other, behind it, is 1.
 CONSTANT = tl.constexpr(4096)
+# Its place behind the coordinates of a segment.
+HIGH = tl.constexpr(2)
 # Keys that a program of the bank's kernel makes.
 KEYS_PER_PROGRAM = 32
 # The same where they are interpreted, and every operation takes as long.
@@ -89,12 +92,14 @@ def bank_kernel(
         b_byte = tl.load(p_image + b_address, mask=b_address >= 0, other=MIDDLE)
         b_column = b_byte.to(tl.int32) - MIDDLE
         norm = tl.sum(b_column * b_column, 1)[:, None]
-        b_column = tl.where(o_column == SEGMENT, norm % NORM_BASE, b_column)
-        b_column = tl.where(o_column == SEGMENT + 1, norm // NORM_BASE, b_column)
+        half = norm // 2
+        b_column = tl.where(o_column == SEGMENT, half % NORM_BASE, b_column)
+        b_column = tl.where(o_column == SEGMENT + 1, half // NORM_BASE, b_column)
         # What lies outside altogether adds nothing.
         known = (tl.max(b_address, 1) >= 0).to(tl.int32)[:, None]
-        b_column = tl.where(o_column == SEGMENT + 2, CONSTANT * known, b_column)
-        b_column = tl.where(o_column == SEGMENT + 3, known, b_column)
+        b_column = tl.where(o_column == SEGMENT + HIGH, CONSTANT * known, b_column)
+        b_column = tl.where(o_column == SEGMENT + HIGH + 1, known, b_column)
+        b_column = tl.where(o_column == SEGMENT + 4, norm % 2, b_column)
         p_key = keys + o_row * (SEGMENTS * WIDTH) + i * WIDTH + o_column
         tl.store(p_key, b_column.to(tl.float16), mask=m_key & (o_column < WIDTH))
     o_value = tl.arange(0, 8)[None, :]

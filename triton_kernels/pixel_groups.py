@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Columns of a segment that are not coordinates: two digits, two constants.
-EXTRAS = 4
+# Columns of a segment that are not coordinates: three digits, two constants.
+EXTRAS = 5
 # Columns of the longest patch that is one segment: two digits hold its norm.
 _LONGEST_SEGMENT = 256
 # Columns of each segment of a longer one.

@@ -3,20 +3,21 @@
 A row's coordinates are ``u = 127.5 x / alpha - 0.5`` (x in the units of bytes, less 128), cut into
 the nearest whole numbers and one or two float16 *fractions*. Products of whole parts are whole
 numbers: their sums are exact. The row's constant is the whole number that brings the scores of
-candidates at the distance that true noise makes near zero, so that adding the fractions rounds
-little. Rows of large u (alpha near 0) are scaled by a power of two.
+candidates that matter near zero, so that adding the fractions rounds little: at first of those
+at the distance that true noise makes. Rows of large u (alpha near 0)
+are scaled by a power of two.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from els.triton_kernels.bank import CONSTANT, NORM_BASE
-from els.triton_kernels.pixel_groups import PixelGroups
+from els.triton_kernels.bank import CONSTANT, HIGH, NORM_BASE
+from els.triton_kernels.pixel_groups import Layout, PixelGroups
 
 _LOG2E = 1 / math.log(2.0)
 # Bytes for each unit of a clean pixel, and the byte of the pixel 0.
@@ -32,6 +33,8 @@ _LARGEST = 2048.0
 _HALF_ROUNDING = 2.0**-12 / math.sqrt(12)
 # Rounding of a sum in float32 by a matrix unit, which may cut what a processor would round.
 _SUM_ROUNDING = 2.0**-23
+# Logits to base 2 by which candidates that matter differ.
+_HEAVY_LOGITS = 4.0
 # Products that a matrix unit adds at once, at least.
 AT_ONCE = 8
 # Largest of a key's coordinates.
@@ -89,6 +92,24 @@ class Rows:
         scores = scores.to(torch.float64)
         return scores if self.parts == 0 else self.slopes * scores + self.constant
 
+    def centred(self, logits: Tensor, layout: Layout) -> Rows:
+        """The same rows with constants that bring candidates of given logits near the score zero.
+
+        Args:
+            logits: to base 2, float64 ``[G, M]``; rows whose logit is not finite stay.
+            layout: of the rows, of one segment.
+        """
+        scores = self.scores(logits)
+        shift = torch.where(scores.isfinite(), scores, 0.0).round()
+        place = layout.segment + HIGH.value
+        before = self.coordinates[0, ..., place : place + 2].to(torch.float64)
+        before = CONSTANT.value * before[..., 0] + before[..., 1]
+        digits, after = _digits(before - shift)
+        coordinates = self.coordinates.clone()
+        coordinates[0, ..., place : place + 2] = digits.to(torch.float16)
+        constant = self.constant - self.slopes * (after - before)
+        return replace(self, coordinates=coordinates, constant=constant)
+
     def errors(self, scores: Tensor) -> Tensor:
         """Root-mean-square errors of the logits of scores, ``[..., G, M]``, in float64.
 
@@ -103,7 +124,9 @@ class Rows:
         apart = (-2 * self.logits(scores) / slopes).clamp(min=0).mul(2).sqrt()
         each = _SUM_ROUNDING * math.sqrt(self.steps)
         of_score = each if self.is_one_sum else _SUM_ROUNDING
-        sums = each * self.fractions + of_score * scores.abs()
+        # Others that matter may have larger scores than the nearest, where its own is near zero.
+        largest = torch.maximum(scores.abs(), _HEAVY_LOGITS / slopes)
+        sums = each * self.fractions + of_score * largest
         # A coordinate's rounding is that of its last part; distances of scores are shrunk by the
         # power's root.
         rounding = _HALF_ROUNDING * (1.0 if self.parts == 2 else 2.0**-12) / self.power.sqrt()
@@ -189,30 +212,29 @@ def rows_of(
     norm = 0.5 * layout.cut(stored.square()).sum(-1) / scale
     noise = torch.where(is_held, (_BYTES_PER_UNIT * sigma / alpha).square(), 0.0).unsqueeze(-1)
     noise = 0.5 * scale * noise * layout.cut(is_inside.to(torch.float64)).sum(-1)
-    constant = (torch.minimum(norm, noise) - norm).round()
-    low = (constant + CONSTANT.value // 2).remainder(CONSTANT.value) - CONSTANT.value // 2
-    high = ((constant - low) / CONSTANT.value).clamp(-_LARGEST, _LARGEST)
-    extras = torch.stack(
-        [(-0.5 * scale).expand_as(low), (-0.5 * NORM_BASE.value * scale).expand_as(low), high, low],
-        dim=-1,
-    ).to(torch.float16)
+    digits, constant = _digits((torch.minimum(norm, noise) - norm).round())
+    unit, nothing = scale.expand_as(norm), torch.zeros_like(norm)
+    norms = [-unit, -NORM_BASE.value * unit]
+    extras = [torch.stack([*norms, *digits.unbind(-1), nothing], dim=-1)]
+    # Sums of whole parts stay whole numbers without the norm's last bit, a half.
+    extras.append(torch.stack([*[nothing] * 4, -0.5 * unit], dim=-1))
+    extras += [torch.zeros_like(extras[0])] * (parts - 2)
     coordinates = torch.stack(
         [
-            layout.arranged(half, extras if i == 0 else torch.zeros_like(extras))
-            for i, half in enumerate(halves)
+            layout.arranged(half, extra.to(torch.float16))
+            for half, extra in zip(halves, extras, strict=True)
         ]
     )
     slopes = (slopes / power).to(torch.float32)
-    constant = (CONSTANT.value * high + low).sum(-1)
-    # Sums of whole parts, near zero after each segment, are multiples of half the power. Where they
-    # are not exact, they round too.
+    # Sums of whole parts, near zero after each segment, are multiples of the power. Where they are
+    # not exact, they round too.
     bound = _LARGEST_BYTE * layout.cut(halves[0].to(torch.float64).abs()).sum(-1).amax(-1)
     inexact = torch.where(bound > _EXACT * power, bound, 0.0) / 2
     fractions = _LARGEST_BYTE * halves[1].to(torch.float64).square().sum(-1).sqrt() + inexact
     return Rows(
         coordinates,
         slopes,
-        -slopes * (constant + norm.sum(-1)),
+        -slopes * (constant.sum(-1) + norm.sum(-1)),
         images,
         pixels,
         fractions=torch.where(is_held, fractions, torch.nan),
@@ -220,3 +242,13 @@ def rows_of(
         steps=(parts - 1) * layout.columns / AT_ONCE,
         power=power,
     )
+
+
+def _digits(constant: Tensor) -> tuple[Tensor, Tensor]:
+    """A whole number as what a key's constants are multiplied with, ``[..., 2]``, and their sum.
+
+    Float16 holds both digits; what is beyond them is left away.
+    """
+    low = (constant + CONSTANT.value // 2).remainder(CONSTANT.value) - CONSTANT.value // 2
+    high = ((constant - low) / CONSTANT.value).clamp(-_LARGEST, _LARGEST)
+    return torch.stack([high, low], dim=-1), CONSTANT.value * high + low

@@ -7,8 +7,8 @@ down in both images, it is the same sum, more the row that enters, less the row 
 
 So a program owns row displacements d, columns of the query, and columns of training images, and
 walks down the training rows. Keys and query rows are windows of a single row; see :mod:`.bank` and
-:mod:`.queries`. Sums of whole parts are multiples of half a row's power of two, hence exact up to
-2^23 times that power, and what was added is subtracted exactly.
+:mod:`.queries`. Sums of whole parts are multiples of a row's power of two, hence exact up to 2^24
+times that power, and what was added is subtracted exactly.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from els.triton_kernels.pixel_groups import Layout, PixelGroups
 from els.triton_kernels.queries import AT_ONCE, Rows
 
 # What sums of whole parts start from, in units of a row's power. Candidates that matter end near
-# it, farther ones lower: from here to -2^23 there is more room for them than from 0.
-_START = 6e6
+# it, farther ones lower: from here to -2^24 there is more room for them than from 0.
+_START = 1.2e7
 # Columns of one product: more would be no faster, and fill more registers.
 _CHUNK = 32
-# Multiples of a half up to this are exact in float32.
-_EXACT = 2.0**23
+# Whole numbers up to this are exact in float32.
+_EXACT = 2.0**24
 
 
 @triton.jit(
@@ -200,6 +200,10 @@ class Sliding:
         coordinates = torch.cat([row_windows.coordinates, leaving], dim=-1)
         rows = replace(row_windows, coordinates=coordinates)
         return cls(groups, rows, radius, first, batch, channels, sums, lowest, keys, configuration)
+
+    def fresh(self) -> Self:
+        """The same rows and a copy of their states."""
+        return replace(self, sums=self.sums.clone(), lowest=self.lowest.clone())
 
     def add(self, images: Tensor, *, entropy: bool) -> None:
         """Add the candidates of a block of images to the states, in place.

@@ -43,6 +43,10 @@ _LN2 = math.log(2.0)
 # Bytes of the bank of a block of images, near what the second-level caches of GPUs hold; fixed, so
 # that results do not depend on where images lie.
 _BANK_BYTES = 64 << 20
+# Float16 parts of a row, at most.
+_MOST_PARTS = 3
+# So many candidates tell how far the heaviest ones are.
+_CENTRED_KEYS = 1 << 16
 # Bytes of the rows of a batch while they are made, and for each coordinate of a row.
 _ROW_BYTES = 1 << 30
 _BYTES_PER_COORDINATE = 64
@@ -140,9 +144,10 @@ class TritonBackend(ListSampling):
         self, images: Images, query: PosteriorQuery, groups: Sequence[Members]
     ) -> list[PosteriorState]:
         """See :class:`els.engine.backends.backend.Backend`."""
-        state = self._local_state if query.kind.is_local else image_state
         with self._on_device():
-            return [moved(state(images, query, members), "cpu") for members in groups]
+            if query.kind.is_local:
+                return self._local_states(images, query, groups)
+            return [moved(image_state(images, query, members), "cpu") for members in groups]
 
     def weigh(
         self, images: Images, query: PosteriorQuery, addresses: Tensor
@@ -166,36 +171,42 @@ class TritonBackend(ListSampling):
             )
             return moved(state, "cpu"), (_LN2 * logits).reshape(addresses.shape).cpu()
 
-    def _local_state(
-        self, images: Images, query: PosteriorQuery, members: Members
-    ) -> PosteriorState:
-        """The state of a machine that compares patches, on the CPU."""
+    def _local_states(
+        self, images: Images, query: PosteriorQuery, groups: Sequence[Members]
+    ) -> list[PosteriorState]:
+        """The states of a machine that compares patches, on the CPU."""
         from els.triton_kernels.queries import MOST_ERROR
 
-        if len(members) == 0:
-            return empty(query)
         wanted = np.ones(query.x[:, 0].shape, dtype=np.bool_)
         if query.pixels is not None:
             wanted &= query.pixels
-        state = moved(empty(replace(query, top=0)), "cpu")
-        is_unsure = wanted
+        states = [moved(empty(replace(query, top=0)), "cpu") for _ in groups]
+        unsure = [wanted if len(members) else np.zeros_like(wanted) for members in groups]
         for method in self._methods(query):
-            found, errors = self._attended(images, query, members, is_unsure, method)
-            state = where(torch.from_numpy(is_unsure), found, state)
-            is_unsure = is_unsure & ~(errors.numpy() <= MOST_ERROR)
-            if not is_unsure.any():
+            left = [i for i, pixels in enumerate(unsure) if pixels.any()]
+            if not left:
                 break
+            some = [groups[i] for i in left]
+            together = np.logical_or.reduce([unsure[i] for i in left])
+            found = self._attended(images, query, some, together, method)
+            for i, (state, errors) in zip(left, found, strict=True):
+                states[i] = where(torch.from_numpy(unsure[i]), state, states[i])
+                unsure[i] = unsure[i] & ~(errors.numpy() <= MOST_ERROR)
         if query.top:
-            # Both compute the heaviest logit; where it is large, their roundings differ by more
-            # than weights may.
-            top = self._top(images, query, members, wanted)
-            state = replace(state, reference=top.logits[..., 0], top=top)
-        return state
+            for i, members in enumerate(groups):
+                top = self._top(images, query, members, wanted)
+                # Both compute the heaviest logit; where it is large, their roundings differ by more
+                # than weights may.
+                states[i] = replace(states[i], reference=top.logits[..., 0], top=top)
+        return states
 
     def _methods(self, query: PosteriorQuery) -> list[_Method]:
         """How states are computed: each serves the pixels that the one before knows too roughly."""
-        first: _Method = "sliding" if self._slides(query) else "products"
-        return [first, "fine products", "differences"]
+        if self._slides(query):
+            return ["sliding", "fine products", "differences"]
+        if all(parts == _MOST_PARTS for _, parts in self._batches(query, "products")):
+            return ["products", "differences"]
+        return ["products", "fine products", "differences"]
 
     @staticmethod
     def _slides(query: PosteriorQuery) -> bool:
@@ -210,48 +221,82 @@ class TritonBackend(ListSampling):
         self,
         images: Images,
         query: PosteriorQuery,
-        members: Members,
+        groups: Sequence[Members],
         wanted: npt.NDArray[np.bool_],
         method: _Method,
-    ) -> tuple[PosteriorState, Tensor]:
+    ) -> list[tuple[PosteriorState, Tensor]]:
         """States of the wanted pixels, and errors of their logits to base 2, on the CPU.
 
         Args:
             images: the whole database.
             query: what to compute.
-            members: ascending image numbers, at least one.
+            groups: ascending image numbers, at least one each.
             wanted: pixels, ``[B, H, W]``; of others nothing is known.
             method: how.
         """
-        state = moved(empty(replace(query, top=0)), "cpu")
-        errors = torch.full_like(state.mass, torch.nan)
-        block_images = self._block_images(query, members, method)
+        everything = np.sort(np.concatenate(groups))
+        block_images = self._block_images(query, max(map(len, groups)), method)
+        shape = (len(groups), 4 + query.x.shape[1], len(query.x), query.x[0, 0].numel())
+        fields = torch.full(shape, torch.nan, dtype=torch.float64)
         for batch, parts in self._batches(query, method):
             part = _images_of(query, batch)
-            attentions = list(
-                self._attentions(
+            attentions = [
+                self._centred(each, images, everything, block_images)
+                for each in self._attentions(
                     part, wanted[batch], parts, block_images, method, detailed=query.entropy
                 )
+            ]
+            on_device = fields.new_full(
+                (*shape[:2], len(batch), shape[3]), torch.nan, device=self.device
             )
-            for block in self._images.blocks(images, members, block_images):
-                for attention in attentions:
-                    attention.add(block, entropy=query.entropy)
-            fields = torch.full(
-                (4 + query.x.shape[1], *part.x.shape[:1], part.x[0, 0].numel()),
-                torch.nan,
-                dtype=torch.float64,
-                device=self.device,
-            )
-            for attention in attentions:
-                rows, found = _merged(attention)
-                fields[:, rows.images, rows.pixels] = found
+            for i, members in enumerate(groups):
+                fresh = [each.fresh() for each in attentions]
+                for block in self._images.blocks(images, members, block_images):
+                    for attention in fresh:
+                        attention.add(block, entropy=query.entropy)
+                for attention in fresh:
+                    rows, found = _merged(attention)
+                    on_device[i][:, rows.images, rows.pixels] = found
             # The only time that a step waits for the device.
-            on_cpu = fields.cpu().reshape(len(fields), *part.x[:, 0].shape)
-            state.reference[batch], state.mass[batch], errors[batch] = on_cpu[:3]
-            if state.logit_sum is not None:
-                state.logit_sum[batch] = on_cpu[3]
-            state.centre[batch] = on_cpu[4:].movedim(0, 1)
-        return state, errors
+            fields[:, :, batch] = on_device.cpu()
+        return [
+            (
+                PosteriorState(
+                    reference,
+                    mass,
+                    torch.stack(centre, dim=1),
+                    logit_sum if query.entropy else None,
+                ),
+                errors,
+            )
+            for reference, mass, errors, logit_sum, *centre in fields.unflatten(
+                3, query.x.shape[2:]
+            )
+        ]
+
+    def _centred(
+        self,
+        attention: Attention | Sliding,
+        images: Images,
+        members: Members,
+        block_images: int,
+    ) -> Attention | Sliding:
+        """With rows whose scores are near zero for the heaviest candidates of some members.
+
+        So that they round less; rows of several sums gain nothing, and few members do not pay.
+        """
+        from els.triton_kernels.attention import Attention
+
+        if not isinstance(attention, Attention) or not attention.rows.is_one_sum:
+            return attention
+        some = min(-(-_CENTRED_KEYS // attention.groups.candidates.shape[1]), block_images)
+        if some >= len(members):
+            return attention
+        seen = attention.fresh()
+        seen.add(self._images.block(images, members[:some]), entropy=True)
+        rows, (reference, mass, _, logit_sum, *_) = _merged(seen)
+        centre = (reference + logit_sum / mass) / _LN2
+        return replace(attention, rows=rows.centred(centre, attention.groups.query_layout))
 
     def _attentions(
         self,
@@ -353,7 +398,7 @@ class TritonBackend(ListSampling):
         )
         parts = parts_needed(coordinates, query.alpha, query.sigma).numpy()
         if method == "fine products":
-            parts[:] = 3
+            parts[:] = _MOST_PARTS
         elif method == "differences":
             parts[:] = 0
         for each in np.unique(parts).tolist():
@@ -369,6 +414,10 @@ class TritonBackend(ListSampling):
         wanted: npt.NDArray[np.bool_],
     ) -> TopPatches:
         """The heaviest candidates, for as many queries at a time as memory allows."""
+        if len(members) == 0:
+            nothing = moved(empty(query), "cpu").top
+            assert nothing is not None
+            return nothing
         batch, height, width = wanted.shape
         most = max(groups.candidates.shape[1] for groups, _ in self._groups(query))
         room = max(_LEAST_ROOM, _ROOM * query.top, 2 * most)
@@ -403,7 +452,7 @@ class TritonBackend(ListSampling):
         """
         batch, pixels = len(wanted), wanted[0].size
         numbers = torch.tensor(members, device=self.device)
-        block_images = self._block_images(query, members, "products")
+        block_images = self._block_images(query, len(members), "products")
 
         def attentions(parts: int) -> list[Attention]:
             found = self._attentions(query, wanted, parts, block_images, "products", detailed=True)
@@ -473,8 +522,8 @@ class TritonBackend(ListSampling):
             shape=tuple(query.x.shape[1:]),
         )
 
-    def _block_images(self, query: PosteriorQuery, members: Members, method: _Method) -> int:
-        """How many images a block has: as many as its bank has room for."""
+    def _block_images(self, query: PosteriorQuery, most: int, method: _Method) -> int:
+        """How many images a block has: as many as its bank has room for, and at most that many."""
         from els.triton_kernels.bank import key_bytes
 
         banks = [
@@ -484,7 +533,7 @@ class TritonBackend(ListSampling):
         ]
         if method == "sliding":
             banks.append(key_bytes(self._row_groups(query)))
-        return min(len(members), max(1, _BANK_BYTES // max(banks)))
+        return min(most, max(1, _BANK_BYTES // max(banks)))
 
 
 @lru_cache(_GROUPS_KEPT)

@@ -101,7 +101,7 @@ def packed(images: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(words).view(torch.int32).reshape(n, -1).to(triton_backend(1).device)
 
 
-# D of 3, 27, 252 and 484: short, with digits, the longest segment, and several.
+# D of 3, 27, 196 and 484: short, with digits, the longest segment, and several.
 shapes = pytest.mark.parametrize(
     ("shape", "patch_size"),
     [((3, 4, 5), 1), ((3, 6, 5), 3), ((4, 9, 8), 7), ((4, 12, 11), 11)],
@@ -144,11 +144,13 @@ def check_bank(bank: Bank, groups: PixelGroups, images: NDArray[np.uint8]) -> No
                 part = patch[i * layout.segment : (i + 1) * layout.segment]
                 assert segment[: len(part)].tolist() == part.tolist()
                 assert (segment[len(part) : layout.segment] == 0).all()
-                low, high, constant, one = segment[layout.segment : layout.segment + 4]
-                assert low + NORM_BASE.value * high == np.square(part).sum()
+                extras = segment[layout.segment : layout.segment + 5]
+                low, high, constant, one, bit = extras
+                assert extras.max() <= 4096
+                assert bit + 2 * (low + NORM_BASE.value * high) == np.square(part).sum()
                 inside = window[i * layout.segment : (i + 1) * layout.segment].max() >= 0
                 assert (constant, one) == ((CONSTANT.value, 1) if inside else (0, 0))
-                assert (segment[layout.segment + 4 :] == 0).all()
+                assert (segment[layout.segment + 5 :] == 0).all()
             centre = int(groups.candidates[g, candidate])
             expected = [*images[image].reshape(len(images[0]), -1)[:, centre].astype(int) - 128, 1]
             expected += [0] * (8 - len(expected))
@@ -260,9 +262,10 @@ def key_extras(patches: torch.Tensor, layout: Layout) -> torch.Tensor:
     missing = layout.segments * layout.segment - layout.coordinates
     cut = torch.nn.functional.pad(patches, (0, missing))
     norm = cut.unflatten(-1, (layout.segments, layout.segment)).square().sum(-1)
-    digits = [norm % NORM_BASE.value, norm // NORM_BASE.value]
+    half = norm // 2
+    digits = [half % NORM_BASE.value, half // NORM_BASE.value]
     constants = [torch.full_like(norm, CONSTANT.value), torch.ones_like(norm)]
-    return torch.stack([*digits, *constants], dim=-1)
+    return torch.stack([*digits, *constants, norm % 2], dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,10 @@ def multiplied(rows: torch.Tensor, keys: torch.Tensor, sums: torch.Tensor) -> to
     [(3, 0.006), (3, 0.05), (5, 0.1), (5, 0.3), (7, 0.3), (9, 0.5), (9, 0.8), (11, 0.7)],
 )
 @pytest.mark.parametrize("brightness", [0, 120], ids=["plain", "bright"])
-def test_matrix_units_err_as_claimed(patch_size: int, beta: float, brightness: int) -> None:
+@pytest.mark.parametrize("is_centred", [False, True], ids=["", "centred"])
+def test_matrix_units_err_as_claimed(
+    patch_size: int, beta: float, brightness: int, is_centred: bool
+) -> None:
     """Weighted errors of logits that an emulated unit computes, by pixel."""
     side, channels = 16, 3
     shape = (channels, side, side)
@@ -326,6 +332,14 @@ def test_matrix_units_err_as_claimed(patch_size: int, beta: float, brightness: i
     windows = groups.candidate_windows[0].long()
     patches = torch.from_numpy(padded_channels(images - 128.0))[:, windows].flatten(0, 1)
     keys = layout.arranged(patches, key_extras(patches, layout))
+    noisy = torch.from_numpy(padded_channels(x))[0, groups.query_windows[0].long()]
+    clean = alpha * ((patches + 128) / 127.5 - 1)
+    if is_centred and layout.segments == 1:
+        exact = exact_logits(noisy, clean, sigma)
+        heavy = (torch.softmax(exact * math.log(2), dim=1) * exact).sum(1)
+        before, rows = rows, rows.centred(heavy.unsqueeze(0), layout)
+        assert rows.scores(heavy.unsqueeze(0)).abs().max() <= 0.5 / float(rows.power.min()) + 1
+        assert (before.errors(before.scores(heavy)) >= rows.errors(rows.scores(heavy))).all()
     whole, *fractions = rows.coordinates[:, 0, chosen].double()
     zero = torch.zeros(len(chosen), len(keys), dtype=torch.float64)
     if layout.segments == 1:
@@ -338,8 +352,7 @@ def test_matrix_units_err_as_claimed(patch_size: int, beta: float, brightness: i
             rest = multiplied(part, keys, rest)
         scores = multiplied(whole, keys, zero) + rest
     logits = rows.slopes[0, chosen].double()[:, None] * scores + rows.constant[0, chosen][:, None]
-    noisy = torch.from_numpy(padded_channels(x))[0, groups.query_windows[0][chosen].long()]
-    found = weighted_errors(logits, noisy, alpha * ((patches + 128) / 127.5 - 1), sigma)
+    found = weighted_errors(logits, noisy[chosen], clean, sigma)
     all_scores = torch.zeros_like(rows.constant)
     all_scores[0, chosen] = scores.amax(1)
     check_claims(found, rows.errors(all_scores)[0, chosen])
@@ -419,12 +432,17 @@ def padded_channels(images: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.pad(values, ((0, 0), (0, 0), (0, 4 - images.shape[1]))).reshape(len(images), -1)
 
 
+def exact_logits(noisy: torch.Tensor, clean: torch.Tensor, sigma: float) -> torch.Tensor:
+    """To base 2, ``[rows, candidates]``."""
+    distances = torch.cdist(noisy, clean, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return -distances / (2 * sigma**2 * math.log(2))
+
+
 def weighted_errors(
     logits: torch.Tensor, noisy: torch.Tensor, clean: torch.Tensor, sigma: float
 ) -> torch.Tensor:
     """Root-mean-square errors of logits to base 2, but for what is common, under the posterior."""
-    distances = torch.cdist(noisy, clean, compute_mode="donot_use_mm_for_euclid_dist").square()
-    exact = -distances / (2 * sigma**2 * math.log(2))
+    exact = exact_logits(noisy, clean, sigma)
     weights = torch.softmax(exact * math.log(2), dim=1)
     errors = logits - exact
     errors = errors - (weights * errors).sum(1, keepdim=True)
