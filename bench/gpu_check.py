@@ -72,6 +72,7 @@ class Scale:
 
     Attributes:
         side: of the images.
+        wide: side of larger ones.
         patch_sizes: each at its own noise; the first also at the least noise.
         batches: queries at once.
         small: images of the smaller database.
@@ -84,6 +85,7 @@ class Scale:
     """
 
     side: int
+    wide: int
     patch_sizes: tuple[int, ...]
     batches: tuple[int, ...]
     small: int
@@ -95,8 +97,8 @@ class Scale:
     matrix: int
 
 
-FULL = Scale(32, (3, 5, 9, 17), (1, 16), 10_000, 50_000, 2048, 256, 4096, 132 * 64, 8192)
-REHEARSAL = Scale(6, (3,), (1, 2), 5, 7, 4, 4, 4, 2, 16)
+FULL = Scale(32, 64, (3, 5, 9, 17), (1, 16), 10_000, 50_000, 2048, 256, 4096, 132 * 64, 8192)
+REHEARSAL = Scale(6, 8, (3,), (1, 2), 5, 7, 4, 4, 4, 2, 16)
 
 
 class Check:
@@ -445,6 +447,7 @@ def exact(
                 what="exact",
                 boundary=machine.boundary,
                 data=name,
+                side=check.scale.side,
                 images=count,
                 patch_size=patch_size,
                 beta=beta,
@@ -614,7 +617,7 @@ def measure(check: Check) -> None:
     spare = max(scale.batches)
 
     def machine_and_works(count: int, make: Callable[..., Any]) -> tuple[Any, list[Any]]:
-        images = make(count + spare, scale.side, seed=count)
+        images = make(count + spare, check.scale.side, seed=count)
         db = PatchDatabase.from_arrays(images[:-spare])
         machine = ScoreMachine(db, "ELS", "circular", backend="triton", device=None)
         return machine, works_of(check, db, images[-spare:])
@@ -632,6 +635,10 @@ def measure(check: Check) -> None:
     check.attempt("exact", lambda: exact(check, broken, "smooth", works, (first,), rates))
     check.attempt("tuning", lambda: tune(check, plain, large.db.images))
     check.attempt("top-k", lambda: approximate(check, large, "smooth", plain))
+    check.scale = replace(scale, side=scale.wide)
+    wide, wide_works = machine_and_works(scale.small, smooth_images)
+    check.attempt("exact", lambda: exact(check, wide, "smooth", wide_works, (first,), rates))
+    check.scale = scale
     noise, noise_works = machine_and_works(scale.small, random_images)
     check.attempt("exact", lambda: exact(check, noise, "random", noise_works, (first,), rates))
 

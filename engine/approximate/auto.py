@@ -27,6 +27,7 @@ from els.engine.approximate.costs import (
     LARGEST_LIST_GROWTH,
     LARGEST_POWER,
     LARGEST_SHARE,
+    LEAST_GPU_PAIRS,
     LEAST_LIST_GROWTH,
     LEAST_PAIRS,
     LEAST_POWER,
@@ -84,7 +85,8 @@ def _is_little(problem: Problem) -> bool:
     """Whether everything takes so little time that subsets cannot save any to speak of."""
     candidates = problem.pairs_per_image if problem.query.kind.is_equivariant else 1
     each = problem.interior.size * (candidates + LOADED_IMAGE)
-    return len(problem.order) * each < LEAST_PAIRS
+    least = LEAST_GPU_PAIRS if problem.query.x.is_cuda else LEAST_PAIRS
+    return len(problem.order) * each < least
 
 
 @final

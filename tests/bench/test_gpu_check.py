@@ -21,7 +21,7 @@ from els.bench.workloads import workload
 from els.engine import ScoreMachine
 from els.index import PatchDatabase
 
-TINY = Scale(4, (3,), (1, 2), 3, 4, 2, 2, 2, 1, 4)
+TINY = Scale(4, 5, (3,), (1, 2), 3, 4, 2, 2, 2, 1, 4)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
