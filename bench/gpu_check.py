@@ -590,6 +590,7 @@ def provenance() -> Row:
         return str(getattr(sys.modules.get(module), "__version__", "unknown"))
 
     import torch
+    import triton  # noqa: F401 - its version is asked for
 
     device: Row = {"device": "interpreted"}
     if torch.cuda.is_available():
@@ -689,11 +690,12 @@ def main() -> None:
         Path(os.environ.get("OUT") or ROOT / "bench" / "results") / "gpu-check.json",
         options.seconds - (0 if options.no_tests else _TESTS_SECONDS),
     )
+    # First, for whoever stops the program.
+    check.attempt("provenance", lambda: check.where.update(provenance()))
     check.attempt("measurements", lambda: measure(check))
     if not options.no_tests:
         seconds = max(1.0, check.left + _TESTS_SECONDS)
         check.attempt("tests", lambda: run_tests(check, environment, seconds))
-    check.attempt("provenance", lambda: check.where.update(provenance()))
     check.write()
     print(f"{time.monotonic() - check.start:.0f} s; written to {check.path}", flush=True)
     if check.failures:

@@ -7,13 +7,13 @@ import math
 from els.bench.tables.results import case_of, load, provenance, table
 
 # The modelled run: ImageNet at 64 x 64 x 3, boundary-broken ELS at P = 9, batches of 16 from 10,000
-# samples. Of the GPUs only the order is known; a faster one waits more for the others, and a slower
-# network as well. Seconds for a message to the next rank, bytes per second between two ranks.
+# samples. A faster GPU waits more for the others, and a slower network as well. Seconds for a
+# message to the next rank, bytes per second between two ranks.
 _MODEL = {"images": 1_280_000, "side": 64, "channels": 3, "patch_size": 9, "samples": 10_000}
 # Images of a batch.
 _MODEL_BATCH = 16
-# Pairs a second of a GPU: the order aimed at, not measured.
-_MODEL_PAIRS_PER_SECOND = 1e12
+# Pairs a second of an H100 at P = 9, in batches of 16 (bench/results/gpu-check.json).
+_MODEL_PAIRS_PER_SECOND = 3.2e11
 # Seconds of a hop between two ranks.
 _MODEL_LATENCY = 10e-6
 # Bytes a second between two ranks.
