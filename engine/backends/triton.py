@@ -269,8 +269,8 @@ class TritonBackend(ListSampling):
                 ),
                 errors,
             )
-            for reference, mass, errors, logit_sum, *centre in fields.unflatten(
-                3, query.x.shape[2:]
+            for reference, mass, errors, logit_sum, *centre in fields.reshape(
+                *shape[:3], *query.x.shape[2:]
             )
         ]
 
