@@ -40,6 +40,11 @@ class Estimate:
         """That of an exact state."""
         return cls(state, Uncertainty.none(state.mass))
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is no estimate."""
+        return self.uncertainty.kind == "exact"
+
     def errors(self) -> Array:
         """Expected absolute errors of the mean, ``[H, W]``."""
         errors: Array = self.uncertainty.expected[0].numpy()
@@ -155,6 +160,15 @@ class Problem:
     def costs(self) -> Costs:
         """What the backend's work costs, border pixels by :attr:`border_query`."""
         return self.backend.costs(self.border_query)
+
+    @property
+    def border_image_cost(self) -> float:
+        """What an image costs a border pixel, in images of the exact kernel for another pixel."""
+        _, _, height, width = self.query.x.shape
+        reach = self.query.patch_size - 1
+        inside = (height - reach) * (width - reach)
+        edges = reach * ((height - reach) ** 2 + (width - reach) ** 2) + reach**2
+        return self.costs.border_pair * edges / (height * width - inside) / inside
 
     @property
     def pairs_per_image(self) -> int:

@@ -14,8 +14,6 @@ from els.engine.approximate.costs import (
     INDEX_ROUNDING,
     LARGEST_QUERY,
     RANGE,
-    SEARCHED_BYTE,
-    SEARCHED_CODE,
 )
 from els.engine.approximate.estimate import Estimate, Mask, Problem, Situation
 from els.engine.kinds import Kind
@@ -65,13 +63,6 @@ def can_search(problem: Problem) -> bool:
     largest = float(problem.query.x.abs().max())
     is_there = problem.index is not None and obstacle(problem.situation) is None
     return is_there and largest < LARGEST_QUERY * problem.alpha
-
-
-def search_cost(problem: Problem, effort: int) -> float:
-    """What a search for every pixel costs, in images of the exact kernel."""
-    assert problem.index is not None
-    codes, size = problem.index.codes_read(effort)
-    return codes * (SEARCHED_CODE + SEARCHED_BYTE * size) / problem.pairs_per_image
 
 
 def nearest(

@@ -12,6 +12,8 @@ It does not contain heavy patches that were not read; a safety factor accounts f
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import final
 
 import numpy as np
 import torch
@@ -20,24 +22,80 @@ from torch import Tensor
 from els.engine.approximate import head
 from els.engine.approximate.costs import (
     LARGEST_FIRST_SHARE,
+    LARGEST_SHARE,
     LEAST_SHARE,
-    LIST_POWER,
     LIST_SAFETY,
     LIST_SAFETY_PATCHES,
     LIST_SAFETY_POWER,
     LIST_SAFETY_REDUCED,
-    LOOK_IMAGES,
-    MANY_PATCHES,
     RANGE,
-    SHARE_CODE_BYTES,
-    SHARE_CODE_POWER,
-    SHARE_OF_SMALL_CODES,
 )
 from els.engine.approximate.estimate import Array, Estimate, Mask, Problem, Situation
+from els.engine.approximate.growth import Samples
 from els.engine.backends.backend import ListQuery
 from els.engine.result import Uncertainty
 from els.engine.state import PosteriorState
 from els.index.patches.index import DEFAULT_EFFORT
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ListPart:
+    """The interior from lists that are read more and more (:class:`.growth.Part`).
+
+    Attributes:
+        problem: with an index whose lists can be sampled.
+        shares: of the codes, that each interior pixel has read, float64 ``[Q]``.
+        estimate: from them.
+        spent: on everything read until now, in images of the exact kernel.
+    """
+
+    problem: Problem
+    shares: Array
+    estimate: Estimate
+    spent: float
+
+    @classmethod
+    def first(cls, problem: Problem) -> ListPart:
+        """With the first share for every pixel."""
+        share = first_share(problem)
+        shares = np.full(int(problem.interior.sum()), share)
+        estimate = sampled(problem, share, problem.interior)
+        return cls(problem, shares, estimate, list_cost(problem, share))
+
+    @property
+    def pixels(self) -> Mask:
+        """See :class:`.growth.Part`."""
+        return self.problem.interior
+
+    @property
+    def samples(self) -> Samples:
+        """Of each pixel; all codes together still err, as codes do."""
+        one = np.ones_like(self.shares)
+        whole = list_cost(self.problem, 1.0) - list_cost(self.problem, 0.0)
+        errors = self.estimate.errors()[self.pixels]
+        return Samples(one, errors, self.shares, whole * one, one, np.inf * one)
+
+    def can_afford(self, shares: Array) -> bool:
+        """Whether reading so much costs less than everything."""
+        return self.spent + self._cost(shares) <= LARGEST_SHARE * len(self.problem.order)
+
+    def grown(self, sizes: Array) -> ListPart:
+        """See :class:`.growth.Part`; pixels that read more are read anew."""
+        is_larger = sizes > self.shares
+        if not is_larger.any():
+            return self
+        again = self.pixels.copy()
+        again[self.pixels] = is_larger
+        fresh = sampled(self.problem, sizes[is_larger], again)
+        estimate = fresh.with_others(again, self.estimate)
+        spent = self.spent + self._cost(sizes)
+        return replace(self, shares=sizes, estimate=estimate, spent=spent)
+
+    def _cost(self, shares: Array) -> float:
+        nothing = list_cost(self.problem, 0.0)
+        each = nothing + (list_cost(self.problem, 1.0) - nothing) * shares
+        return float(np.where(shares > self.shares, each, 0.0).mean())
 
 
 def obstacle(situation: Situation) -> str | None:
@@ -73,33 +131,19 @@ def list_cost(problem: Problem, share: float) -> float:
     return read / problem.pairs_per_image
 
 
-def least_share(problem: Problem) -> float:
-    """The share of the codes that suffices where many patches share a pixel.
-
-    Lists of long codes say less about their patches. Where the interior is a part of the image, so
-    is its error.
-    """
-    assert problem.index is not None
-    _, size = problem.index.codes_read()
-    inside = float(problem.interior.mean())
-    share = math.pow(size / SHARE_CODE_BYTES, SHARE_CODE_POWER) * SHARE_OF_SMALL_CODES
-    return max(min(share * math.pow(inside, 1 / LIST_POWER), LARGEST_FIRST_SHARE), LEAST_SHARE)
-
-
 def first_share(problem: Problem) -> float:
-    """The share that is read at first.
+    """The share that is read at first: as many lists as a search probes, within limits.
 
-    Where few patches share a pixel they must be found, which takes as many lists as a search would
-    probe. If that costs much, a few images tell whether it is so.
+    Where few patches share a pixel they must be found.
     """
     assert problem.index is not None
-    share, probed = least_share(problem), min(DEFAULT_EFFORT / problem.index.lists, 1.0)
-    if list_cost(problem, probed) - list_cost(problem, share) < LOOK_IMAGES:
-        return max(share, probed)
-    some = np.sort(problem.order[:LOOK_IMAGES])
-    (state,) = problem.backend.states(problem.images, problem.query, [some])
-    effective = np.median(state.effective[0].numpy()[problem.interior])
-    return share if effective > MANY_PATCHES else probed
+    probed = DEFAULT_EFFORT / problem.index.lists
+    return min(max(probed, LEAST_SHARE), LARGEST_FIRST_SHARE)
+
+
+def first_cost(problem: Problem) -> float:
+    """What reading it costs, in images of the exact kernel."""
+    return list_cost(problem, first_share(problem))
 
 
 def sampled(problem: Problem, share: float | Array, pixels: Mask) -> Estimate:

@@ -173,17 +173,14 @@ class Auto:
 
     Attributes:
         tolerance: mean absolute error of the posterior mean over the pixels of an image, > 0.
-        k: size of a head, 1 to 4,096.
     """
 
     tolerance: float
-    k: int = 256
     mode: ClassVar[Mode] = "auto"
     needs_index: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_tolerance(self.tolerance)
-        require_integer("k", self.k, 1, MAX_TOP)
 
     def obstacle(self, situation: Situation) -> str | None:
         """See :class:`Method`."""
@@ -191,7 +188,7 @@ class Auto:
 
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
-        return auto.estimate_to(float(self.tolerance), problem, self.k)
+        return auto.estimate_to(float(self.tolerance), problem)
 
 
 def method_named(
@@ -228,7 +225,7 @@ def method_named(
         TopK(k),
         Subset(subset),
         TopKSubset(k, subset),
-        *([Auto(tolerance, k)] if tolerance is not None else []),
+        *([Auto(tolerance)] if tolerance is not None else []),
     )
     return next(method for method in all_of_them if method.mode == mode)
 

@@ -17,13 +17,15 @@ import torch
 
 from els.engine.approximate.costs import (
     CANCELLATION,
+    FIRST_IMAGES,
     GROUPS,
     LARGEST_EXCESS,
     SUBSET_SAFETY,
     SUBSET_SAFETY_FEW,
     SUBSET_SAFETY_PATCHES,
 )
-from els.engine.approximate.estimate import Array, Estimate, Problem
+from els.engine.approximate.estimate import Array, Estimate, Mask, Problem
+from els.engine.approximate.growth import Samples
 from els.engine.approximate.head import Head
 from els.engine.backends.backend import Members
 from els.engine.query import PosteriorQuery
@@ -41,6 +43,86 @@ from els.engine.state import (
     where,
     without_each,
 )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SubsetPart:
+    """Some pixels of an image from a subset of the images, or from all (:class:`.growth.Part`).
+
+    Attributes:
+        problem: of which image.
+        pixels: the interior's, or those of the border, ``[H, W]``.
+        subset: of the images.
+        estimate: from it, or exact.
+    """
+
+    problem: Problem
+    pixels: Mask
+    subset: Subset
+    estimate: Estimate
+
+    @classmethod
+    def first(cls, problem: Problem, pixels: Mask) -> SubsetPart:
+        """The smallest that knows its error; see the attributes."""
+        is_border = not pixels[problem.interior].any()
+        subset = drawn(problem, FIRST_IMAGES, border_only=is_border)
+        return cls(problem, pixels, subset, _judged(problem, subset))
+
+    @property
+    def samples(self) -> Samples:
+        """A subset of each pixel where the backend serves few border pixels, else one of all."""
+        total = len(self.problem.order)
+        count, errors = np.array([float(self.pixels.sum())]), self.estimate.errors()[self.pixels]
+        sizes = np.broadcast_to(self.subset.sizes, self.pixels.shape)[self.pixels]
+        if not self._are_apart:
+            errors, sizes = errors.mean(keepdims=True), sizes[:1]
+        if self.estimate.is_exact:
+            sizes = np.full_like(sizes, total)
+        everything = np.full_like(sizes, total)
+        cost = self.problem.border_image_cost if self._is_border else 1.0
+        return Samples(
+            np.ones_like(sizes) if self._are_apart else count,
+            errors,
+            sizes,
+            np.full_like(sizes, cost),
+            everything,
+            everything,
+        )
+
+    def grown(self, sizes: Array) -> SubsetPart:
+        """See :class:`.growth.Part`."""
+        problem, now, total = self.problem, self.samples.sizes, len(self.problem.order)
+        if (sizes <= now).all():
+            return self
+        if not self._are_apart:
+            if sizes[0] >= total:
+                return replace(self, estimate=_completed(problem, self.subset, self._is_border))
+            subset = drawn(problem, int(sizes[0]), self.subset, border_only=self._is_border)
+            return replace(self, subset=subset, estimate=_judged(problem, subset))
+        # Few different sizes, since each is a pass over some images.
+        doubled = FIRST_IMAGES * np.exp2(np.ceil(np.log2(sizes / FIRST_IMAGES)))
+        wanted = np.broadcast_to(self.subset.sizes, self.pixels.shape).copy()
+        wanted[self.pixels] = np.where(sizes > now, np.minimum(doubled, total), now)
+        subset = grown(problem, self.subset, wanted)
+        estimate = _judged(problem, subset)
+        if (wanted[self.pixels] >= total).all():
+            estimate = Estimate.exact(estimate.state)
+        return replace(self, subset=subset, estimate=estimate)
+
+    def joined(self, other: SubsetPart) -> SubsetPart:
+        """The same from the other part's subset, which serves all pixels, if it is no smaller."""
+        if other.samples.sizes.max() < self.samples.sizes.max():
+            return self
+        return replace(self, subset=other.subset, estimate=other.estimate)
+
+    @property
+    def _is_border(self) -> bool:
+        return not self.pixels[self.problem.interior].any()
+
+    @property
+    def _are_apart(self) -> bool:
+        return self._is_border and self.problem.costs.border_image > 0
 
 
 @final
@@ -81,6 +163,19 @@ def drawn(
     group_of = np.full(len(problem.db), -1, dtype=np.int64)
     group_of[chosen] = np.arange(len(chosen)) % GROUPS
     return Subset(groups, np.full((1, 1), float(len(chosen))), group_of)
+
+
+def _completed(problem: Problem, subset: Subset, is_border: bool) -> Estimate:
+    """Everything, of which a subset is done already."""
+    query = problem.border_query if is_border else problem.query
+    left = np.sort(problem.order[len(subset) :])
+    (rest,) = problem.backend.states(problem.images, query, [left])
+    return Estimate.exact(merge(summed(subset.groups), rest))
+
+
+def _judged(problem: Problem, subset: Subset) -> Estimate:
+    """A subset's estimate, with its safety factor."""
+    return with_safety(extrapolated(problem, None, subset), subset, len(problem.order))
 
 
 def grown(problem: Problem, subset: Subset, sizes: Array) -> Subset:

@@ -147,10 +147,9 @@ def test_a_head_leaves_less_to_the_subset(db: PatchDatabase) -> None:
 def test_auto_meets_its_tolerance(
     db: PatchDatabase, sigma: float, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.auto.FIRST_IMAGES", 48)
     monkeypatch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
-    monkeypatch.setattr("els.engine.approximate.border.PILOT_IMAGES", 48)
-    monkeypatch.setattr("els.engine.approximate.head.SEARCHED_CODE", 0.1)
+    monkeypatch.setattr("els.engine.approximate.subset.FIRST_IMAGES", 48)
     machine = ScoreMachine(db, "ELS", "zeros")
     x = query(sigma, batch=2)
     exact = ask(machine, x, sigma).mean
@@ -341,9 +340,9 @@ def test_every_estimate_is_a_number_and_none_claims_to_know_what_it_does_not(
     noise = np.random.default_rng(seed).standard_normal(few.shape)
     x = torch.from_numpy(scale * (few.images[seed % len(few)] / 255 - 0.5 + sigma * noise)).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 8)
+        patch.setattr("els.engine.approximate.auto.FIRST_IMAGES", 8)
         patch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
-        patch.setattr("els.engine.approximate.border.PILOT_IMAGES", 8)
+        patch.setattr("els.engine.approximate.subset.FIRST_IMAGES", 8)
         machine = ScoreMachine(few, "ELS", boundary, backend=backend, threads=1)
         assume(mode != "lists" or machine.has_lists(3, alpha, sigma))
         answer = machine.posterior(

@@ -106,9 +106,9 @@ def test_ranks_agree_with_each_other_and_with_one(
     def no_products(*_: object, **__: object) -> None:
         raise AssertionError("products read all images")
 
-    monkeypatch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.auto.FIRST_IMAGES", 48)
     monkeypatch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
-    monkeypatch.setattr("els.engine.approximate.border.PILOT_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.subset.FIRST_IMAGES", 48)
     # On a processor with a matrix unit, the border's products; here as if it had one.
     with_errors = lambda _, query: query.logit_error > 0  # noqa: E731
     monkeypatch.setattr(NativeBackend, "_multiplies", with_errors)
@@ -162,9 +162,10 @@ def test_auto_samples_lists_where_that_pays(
             sampled.append(1)
             return self._inner.sample_lists(*arguments, **options)
 
-    monkeypatch.setattr("els.engine.approximate.auto.PILOT_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.auto.FIRST_IMAGES", 48)
+    monkeypatch.setattr("els.engine.approximate.subset.FIRST_IMAGES", 48)
     monkeypatch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
     machine = ScoreMachine(db, "ELS", "circular", Priced(NativeBackend(1)))
     x = torch.zeros(1, 1, 6, 7)
-    machine.posterior(x, alpha=0.8, sigma=0.6, patch_size=3, mode="auto", tolerance=0.02)
+    machine.posterior(x, alpha=0.8, sigma=0.6, patch_size=3, mode="auto", tolerance=0.002)
     assert bool(sampled) == pays

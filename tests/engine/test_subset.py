@@ -1,18 +1,16 @@
 """Subsets in groups: sums without each, sizes that pixels need, orders that are stratified."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from els.engine.approximate.allotments import (
-    images_needed,
-    share_allotments,
-    subset_allotments,
-)
 from els.engine.approximate.costs import GROUPS
 from els.engine.approximate.estimate import stratified
+from els.engine.approximate.growth import Samples, larger_sizes
 from els.engine.approximate.subset import counts_of
 from els.engine.state import PosteriorState, merge, only_where, rescaled, where, without_each
 
@@ -34,13 +32,6 @@ def test_every_beginning_has_its_share_of_every_class(
         # Each class is off by less than one, and so is where the beginning ends, per class.
         expected = len(taken) * count / len(order)
         assert abs((labels[taken] == label).sum() - expected) <= 1 + len(counts)
-
-
-def test_the_size_of_a_subset_for_an_error() -> None:
-    assert images_needed(0.02, 0.02, 100, 10_000, 0.5) == 100
-    assert 380 < images_needed(0.02, 0.01, 100, 10_000, 0.5) <= 400
-    assert 1350 < images_needed(0.02, 0.01, 100, 10_000, 0.25) < 1400
-    assert images_needed(0.02, 1e-9, 100, 1000, 0.5) == 1000
 
 
 def groups_of(seed: int, reference: float = 0.0) -> PosteriorState:
@@ -104,70 +95,83 @@ def test_groups_merge_at_some_pixels() -> None:
         torch.testing.assert_close(of_merged, expected, rtol=1e-12, atol=1e-12)
 
 
+def samples_of(
+    errors: list[float],
+    sizes: list[float],
+    *,
+    costs: float = 1.0,
+    pixels: float = 1.0,
+    most: float = 10_000.0,
+    population: float = 10_000.0,
+) -> Samples:
+    one = np.ones(len(errors))
+    return Samples(
+        pixels * one, np.array(errors), np.array(sizes), costs * one, most * one, population * one
+    )
+
+
+def grown(aim: float, *samples: Samples) -> list[np.ndarray]:
+    return larger_sizes([SimpleNamespace(samples=each) for each in samples], aim)
+
+
+def expected_error(samples: Samples, sizes: np.ndarray) -> np.ndarray:
+    left = (1 / sizes - 1 / samples.population) / (1 / samples.sizes - 1 / samples.population)
+    return samples.errors * np.sqrt(left)
+
+
+def test_the_size_of_a_subset_for_an_error() -> None:
+    (sizes,) = grown(0.01, samples_of([0.02], [100.0]))
+    assert 380 < sizes[0] < 400
+    # No further than an error tells of another, and the next step then.
+    (sizes,) = grown(0.001, samples_of([0.02], [100.0]))
+    assert sizes[0] == 800
+    # Nearly everything is everything, and no step is too short to be worth it.
+    (sizes,) = grown(1e-9, samples_of([0.02], [1000.0]))
+    assert sizes[0] == 10_000
+    (sizes,) = grown(0.0199, samples_of([0.02], [100.0]))
+    assert sizes[0] == pytest.approx(150)
+
+
 @given(
-    errors=st.lists(st.floats(1e-6, 1), min_size=2, max_size=20),
-    power=st.floats(0.2, 0.5),
+    errors=st.lists(st.floats(1e-4, 1), min_size=2, max_size=20),
+    share=st.floats(0.4, 0.95),
+    costs=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
 )
-def test_more_images_go_to_the_pixels_that_err_most(errors: list[float], power: float) -> None:
-    error, sizes = np.array(errors), np.full(len(errors), 64.0)
-    ways = subset_allotments(error, sizes, 64, 10_000, power, image_cost=0.0)
-    assert (np.diff(ways.costs) >= 0).all()
-    assert (np.diff(ways.errors) <= 1e-12).all()
-    assert ways.errors[-1] == 0
-    assert (ways.sizes[-1] == 10_000).all()
-    steps = np.log2(ways.sizes / 64)
-    assert ((ways.sizes == 10_000) | (steps == np.rint(steps))).all()
-    order = np.argsort(error)
-    assert (np.diff(ways.sizes[:, order], axis=1) >= 0).all()
-    # Never worse than to serve all pixels alike, but for sizes that are powers of two.
-    for size in (128, 256, 512, 1024, 2048):
-        alike = float(np.mean(error * ((1 / size - 1e-4) / (1 / 64 - 1e-4)) ** power))
-        chosen = ways.cheapest(alike)
-        assert ways.errors[chosen] <= alike
-        assert ways.costs[chosen] <= 2 * size
+def test_samples_grow_where_errors_fall_most_for_the_work(
+    errors: list[float], share: float, costs: tuple[float, float]
+) -> None:
+    half = len(errors) // 2
+    samples = [
+        samples_of(part, [64.0] * len(part), costs=cost)
+        for part, cost in zip((errors[:half], errors[half:]), costs, strict=True)
+    ]
+    aim = share * float(np.mean(errors))
+    sizes = grown(aim, *samples)
+    left, worth, limits = [], [], []
+    for each, larger in zip(samples, sizes, strict=True):
+        assert (larger >= each.sizes).all()
+        assert (larger <= 8 * each.sizes * (1 + 1e-12)).all()
+        # In one part, what errs more grows no less.
+        order = np.argsort(each.errors, kind="stable")
+        assert (np.diff(larger[order]) >= -1e-9 * larger.max()).all()
+        left.append(expected_error(each, larger))
+        worth.append(each.errors * np.sqrt(each.sizes) / larger**1.5 / each.costs)
+        limits.append((larger > 1.6 * each.sizes) & (larger < 7.9 * each.sizes))
+    is_largest = all((s >= 8 * 64 * (1 - 1e-9)).all() for s in sizes)
+    assert is_largest or np.concatenate(left).mean() <= aim * (1 + 1e-9)
+    free = np.concatenate(worth)[np.concatenate(limits)]
+    assert len(free) == 0 or free.max() <= free.min() * (1 + 1e-6)
 
 
-def test_the_cheapest_costs_something() -> None:
-    error, sizes = np.array([0.5, 0.1]), np.array([64.0, 64.0])
-    ways = subset_allotments(error, sizes, 64, 10_000, 0.5, image_cost=0.5)
-    assert ways.costs[0] == 0
-    assert ways.costs[ways.cheapest(1.0)] > 0
-    assert ways.errors[ways.cheapest(0.0)] == 0
-    ways = share_allotments(np.array([0.5]), np.array([0.01]), 0.8, 1.5, 8.0, (1.0, 1.0))
-    assert ways.cheapest(0.0) == len(ways.errors) - 1
+def test_a_sample_that_many_pixels_share_counts_for_all_of_them() -> None:
+    alone, shared = samples_of([0.1], [64.0]), samples_of([0.001], [64.0], pixels=99.0)
+    first, second = grown(0.0016, alone, shared)
+    assert first[0] > 64
+    assert second[0] == 64
 
 
-def test_few_pixels_are_not_worth_many_images() -> None:
-    error, sizes = np.array([1.0, *[0.02] * 19]), np.full(20, 64.0)
-    largest = []
-    for image_cost in (0.0, 2.0):
-        ways = subset_allotments(error, sizes, 64, 10_000, 0.5, image_cost)
-        chosen = ways.cheapest(0.035)
-        assert ways.errors[chosen] <= 0.035
-        largest.append(ways.sizes[chosen].max())
-        images = largest[-1] - 64
-        assert ways.costs[chosen] == pytest.approx(
-            (ways.sizes[chosen] - 64).mean() + image_cost * images
-        )
-    assert largest[1] < largest[0]
-
-
-def test_pixels_that_err_little_are_not_read_anew() -> None:
-    error, shares = np.array([0.1, 0.1, 1e-4, 1e-4]), np.full(4, 0.01)
-    ways = share_allotments(error, shares, 0.8, 1.5, 8.0, (10.0, 1000.0))
-    chosen = ways.cheapest(0.03)
-    growth = ways.sizes[chosen] / shares
-    assert growth[2:].tolist() == [1, 1]
-    assert (growth[:2] >= 1.5).all()
-    assert ways.errors[chosen] == pytest.approx(np.mean(error * growth**-0.8))
-    assert ways.costs[chosen] == pytest.approx(np.mean([10 + 1000 * 0.01 * growth[0]] * 2 + [0, 0]))
-    assert ways.costs[0] == 0
-    np.testing.assert_allclose(ways.sizes[-1], 8 * shares)
-
-
-def test_no_pixel_reads_more_than_everything() -> None:
-    error, shares = np.array([0.1, 0.1, 0.1]), np.array([0.2, 0.9, 1.0])
-    ways = share_allotments(error, shares, 0.8, 1.5, 8.0, (10.0, 1000.0))
-    chosen = ways.cheapest(1e-6)
-    assert (ways.sizes[chosen] == 1.0).all()
-    assert ways.sizes.max() == 1.0
+def test_lists_never_tell_everything() -> None:
+    lists = samples_of([0.1, 0.1, 1e-4], [0.2, 0.9, 0.01], most=1.0, population=np.inf)
+    (shares,) = grown(1e-6, lists)
+    assert shares[:2].tolist() == [1, 1]
+    assert shares[2] == pytest.approx(0.08)
