@@ -58,7 +58,9 @@ def estimate_to(tolerance: float, problem: Problem) -> Estimate:
             continue
         if isinstance(interior, SubsetPart):
             border = border.joined(interior)
-        border = border.grown(sizes[1])
+        # What serves the interior serves the border, too, so that its own images come last.
+        if interior is parts[0] or isinstance(interior, ListPart):
+            border = border.grown(sizes[1])
     if border is None:
         return interior.estimate
     if interior.estimate.is_exact:
@@ -68,8 +70,9 @@ def estimate_to(tolerance: float, problem: Problem) -> Estimate:
 
 def _is_little(problem: Problem) -> bool:
     """Whether everything takes so little time that subsets cannot save any to speak of."""
-    candidates = problem.pairs_per_image if problem.query.kind.is_equivariant else 1
-    each = problem.interior.size * (candidates + LOADED_IMAGE)
+    interior = problem.interior
+    each = int(interior.sum()) * problem.pairs_per_image + interior.size * LOADED_IMAGE
+    each += problem.border_pairs if problem.has_border else 0
     least = LEAST_GPU_PAIRS if problem.query.x.is_cuda else LEAST_PAIRS
     return len(problem.order) * each < least
 

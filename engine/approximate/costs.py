@@ -15,9 +15,9 @@ from __future__ import annotations
 GROUPS = 16
 # Images of the first subset of mode="auto".
 FIRST_IMAGES = 256
-# Pairs below which everything is computed at once. Two cores weigh 10^9 a second; what subsets take
-# beside their pairs is some 15 ms for images of 28 x 28 pixels.
-LEAST_PAIRS = 4e8
+# Pairs below which everything is computed at once. Two cores weigh 2 to 5 * 10^9 a second; what
+# subsets take beside their pairs is 20 to 30 ms for images of 28 x 28 or 32 x 32 pixels.
+LEAST_PAIRS = 2e9
 # The same on a GPU: an H100 weighs up to 1.7 * 10^12 pairs a second, and a subset takes some 40 ms.
 LEAST_GPU_PAIRS = 5e11
 # Pairs that loading an image takes for each of its pixels, from the time of LS.

@@ -162,17 +162,23 @@ class Problem:
         return self.backend.costs(self.border_query)
 
     @property
+    def border_pairs(self) -> int:
+        """Pairs of all border pixels with their candidates in one image."""
+        rows, columns = (int((~self.interior).all(axis).sum()) for axis in (1, 0))
+        height, width = self.interior.shape
+        return rows * (width - columns) ** 2 + columns * (height - rows) ** 2 + rows * columns
+
+    @property
     def border_image_cost(self) -> float:
         """What an image costs a border pixel, in images of the exact kernel for another pixel."""
-        _, _, height, width = self.query.x.shape
-        reach = self.query.patch_size - 1
-        inside = (height - reach) * (width - reach)
-        edges = reach * ((height - reach) ** 2 + (width - reach) ** 2) + reach**2
-        return self.costs.border_pair * edges / (height * width - inside) / inside
+        pairs = self.border_pairs / int((~self.interior).sum())
+        return self.costs.border_pair * pairs / self.pairs_per_image
 
     @property
     def pairs_per_image(self) -> int:
         """Candidates of an interior pixel in one image: the pairs that an image costs it."""
+        if not self.query.kind.is_equivariant:
+            return 1
         height, width = (length - self.query.patch_size + 1 for length in self.query.x.shape[2:])
         return int(height * width)
 

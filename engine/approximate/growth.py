@@ -67,8 +67,8 @@ def larger_sizes(parts: Sequence[Part], aim: float) -> list[Array]:
 
     Errors are taken to fall as those of means of independent draws, with the square root of the
     size. The work is least where ``e(n') / (n' c)`` is the same for all samples that grow, so that
-    ``n' ~ (e sqrt(n) / c)^(2/3)``. None grows beyond what its error can tell of a larger one, and
-    none by less than what another step is worth.
+    ``n' ~ (e sqrt(n) / c)^(2/3)``. None grows by less than what another step is worth, and none
+    beyond what its error can tell, unless even this leads to everything.
 
     Args:
         parts: whose error is larger than the aim.
@@ -78,15 +78,14 @@ def larger_sizes(parts: Sequence[Part], aim: float) -> list[Array]:
     joined = Samples(*(np.concatenate([getattr(s, f.name) for s in each]) for f in fields(Samples)))
     sizes, most = joined.sizes, joined.most
     scale = np.power(joined.errors * np.sqrt(sizes) / joined.costs, 2 / 3)
-    limits = np.minimum(LARGEST_GROWTH * sizes, most)
     left = np.maximum(1 / sizes - 1 / joined.population, 1e-300)
     shares = joined.pixels / joined.pixels.sum()
 
     def at(level: float) -> Array:
-        wanted = np.minimum(level * scale, limits)
-        wanted = np.where(wanted < np.minimum(LEAST_GROWTH * sizes, limits), sizes, wanted)
-        all_of_it = (wanted > sizes) & (wanted > LARGEST_SHARE * most)
-        larger: Array = np.where(all_of_it, most, wanted)
+        wanted = np.clip(level * scale, sizes, most)
+        wanted = np.where(wanted < LEAST_GROWTH * sizes, sizes, wanted)
+        is_all = (wanted > LARGEST_SHARE * most) & np.isfinite(joined.population)
+        larger: Array = np.where(is_all, most, wanted)
         return larger
 
     def misses(level: float) -> bool:
@@ -95,10 +94,12 @@ def larger_sizes(parts: Sequence[Part], aim: float) -> list[Array]:
 
     worth = scale > 0
     low = float((sizes[worth] / scale[worth]).min())
-    high = float((limits[worth] / scale[worth]).max())
+    high = float((most[worth] / scale[worth]).max()) * LEAST_GROWTH
     for _ in range(_HALVINGS):
         middle = float(np.sqrt(low * high))
         low, high = (middle, high) if misses(middle) else (low, middle)
+    wanted = at(high)
+    is_step = (wanted < most) | np.isinf(joined.population)
+    larger = np.where(is_step, np.minimum(wanted, LARGEST_GROWTH * sizes), wanted)
     ends = np.cumsum([0, *(len(s.sizes) for s in each)])
-    larger = at(high)
     return [larger[first:last] for first, last in pairwise(ends)]

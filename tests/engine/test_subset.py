@@ -123,11 +123,12 @@ def test_the_size_of_a_subset_for_an_error() -> None:
     (sizes,) = grown(0.01, samples_of([0.02], [100.0]))
     assert 380 < sizes[0] < 400
     # No further than an error tells of another, and the next step then.
-    (sizes,) = grown(0.001, samples_of([0.02], [100.0]))
+    (sizes,) = grown(0.004, samples_of([0.02], [100.0]))
     assert sizes[0] == 800
     # Nearly everything is everything, and no step is too short to be worth it.
-    (sizes,) = grown(1e-9, samples_of([0.02], [1000.0]))
-    assert sizes[0] == 10_000
+    for aim in (1e-9, 0.001):
+        (sizes,) = grown(aim, samples_of([0.02], [100.0]))
+        assert sizes[0] == 10_000
     (sizes,) = grown(0.0199, samples_of([0.02], [100.0]))
     assert sizes[0] == pytest.approx(150)
 
@@ -150,15 +151,15 @@ def test_samples_grow_where_errors_fall_most_for_the_work(
     left, worth, limits = [], [], []
     for each, larger in zip(samples, sizes, strict=True):
         assert (larger >= each.sizes).all()
-        assert (larger <= 8 * each.sizes * (1 + 1e-12)).all()
+        assert ((larger <= 8 * 64 * (1 + 1e-12)) | (larger == 10_000)).all()
         # In one part, what errs more grows no less.
         order = np.argsort(each.errors, kind="stable")
         assert (np.diff(larger[order]) >= -1e-9 * larger.max()).all()
         left.append(expected_error(each, larger))
         worth.append(each.errors * np.sqrt(each.sizes) / larger**1.5 / each.costs)
         limits.append((larger > 1.6 * each.sizes) & (larger < 7.9 * each.sizes))
-    is_largest = all((s >= 8 * 64 * (1 - 1e-9)).all() for s in sizes)
-    assert is_largest or np.concatenate(left).mean() <= aim * (1 + 1e-9)
+    is_limited = any((s == 8 * 64).any() for s in sizes)
+    assert is_limited or np.concatenate(left).mean() <= aim * (1 + 1e-9)
     free = np.concatenate(worth)[np.concatenate(limits)]
     assert len(free) == 0 or free.max() <= free.min() * (1 + 1e-6)
 
@@ -173,5 +174,5 @@ def test_a_sample_that_many_pixels_share_counts_for_all_of_them() -> None:
 def test_lists_never_tell_everything() -> None:
     lists = samples_of([0.1, 0.1, 1e-4], [0.2, 0.9, 0.01], most=1.0, population=np.inf)
     (shares,) = grown(1e-6, lists)
-    assert shares[:2].tolist() == [1, 1]
+    np.testing.assert_allclose(shares[:2], [1, 0.9])
     assert shares[2] == pytest.approx(0.08)
