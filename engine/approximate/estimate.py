@@ -166,7 +166,8 @@ class Problem:
         """Pairs of all border pixels with their candidates in one image."""
         rows, columns = (int((~self.interior).all(axis).sum()) for axis in (1, 0))
         height, width = self.interior.shape
-        return rows * (width - columns) ** 2 + columns * (height - rows) ** 2 + rows * columns
+        inside = height - rows, width - columns
+        return int(rows * inside[1] ** 2 + columns * inside[0] ** 2 + rows * columns)
 
     @property
     def border_image_cost(self) -> float:
