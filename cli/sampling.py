@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import StrEnum
@@ -29,7 +29,7 @@ from els.cli.options import patch_sizes_given
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
-    from els.runs.run import RunReport, StepProgress
+    from els.runs.run import RunReport, StepProgress, StepSummary
     from els.runs.status import RunStatus
 
 commands = typer.Typer()
@@ -303,9 +303,38 @@ def _print_report(report: RunReport, n: int) -> None:
     if seconds is None:
         return
     typer.echo(f"seconds per image-step (median): {seconds:.4g}")
+    summaries = report.by_step()
+    if any(summary.modes for summary in summaries):
+        _print_steps(summaries)
+        return
     for size, of_size in report.seconds_by_patch_size().items():
         if size is not None:
             typer.echo(f"  patch size {size:3d}: {of_size:.4g}")
+
+
+def _print_steps(summaries: Sequence[StepSummary]) -> None:
+    """What a tolerance saved, step by step."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("step", "P", "s per image", "computed", "of the exact work", "expected error"):
+        table.add_column(title, justify="left" if title == "computed" else "right")
+    for summary in summaries:
+        many = sum(summary.modes.values())
+        computed = ", ".join(
+            mode if count == many else f"{mode} ({count} of {many})"
+            for mode, count in summary.modes.items()
+        )
+        table.add_row(
+            str(summary.step),
+            "" if summary.patch_size is None else str(summary.patch_size),
+            f"{summary.seconds_per_image:.3g}",
+            computed,
+            f"{summary.work:.1%}",
+            f"{summary.error:.4f}",
+        )
+    print_table(table)
+    exact = all(set(summary.modes) == {"exact"} for summary in summaries)
+    if exact:
+        typer.echo("Every step was exact: approximations would have saved nothing.")
 
 
 @contextmanager

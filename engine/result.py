@@ -31,6 +31,8 @@ class Uncertainty:
         mode: what was computed.
         images: how many images the subset had; 0 without one.
         typical: the mean over channels of the standard error, ``[1, H, W]``.
+        work: share of the exact posterior's pairs that were weighed or cost as much, by the fixed
+            prices of the approximations; None where what was done has no price.
     """
 
     omitted_mass: Tensor
@@ -39,6 +41,7 @@ class Uncertainty:
     mode: Mode
     images: int
     typical: Tensor
+    work: float | None = 1.0
 
     @property
     def expected(self) -> Tensor:
@@ -50,6 +53,22 @@ class Uncertainty:
         """That of an exact posterior; ``like`` has its shape, ``[1, H, W]``."""
         zero = torch.zeros_like(like, dtype=torch.float64)
         return cls(zero, zero, "exact", "exact", 0, zero)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the posterior of one image says of itself.
+
+    Attributes:
+        mode: what was computed.
+        error: mean absolute error of the posterior mean that is to be expected, or its bound: what
+            a tolerance limits.
+        work: see :class:`LocalPosterior`.
+    """
+
+    mode: Mode
+    error: float
+    work: float | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,10 @@ class LocalPosterior:
             ``[B, H, W]``; where ``mean_error`` is a bound, one of this error. Its average over
             the pixels of an image is what a tolerance limits. None where a posterior was made by
             other code, which does not say.
+        work: of each image, the share of the exact posterior's pairs that were weighed or cost as
+            much: not measured, but by the fixed prices with which ``auto`` compares methods. None
+            for ``topk`` and ``topk+subset``, whose search has no price; empty for a posterior that
+            was made by other code.
     """
 
     mean: Tensor
@@ -93,6 +116,18 @@ class LocalPosterior:
     modes: tuple[Mode, ...]
     subset_images: tuple[int, ...]
     expected_error: Tensor | None = None
+    work: tuple[float | None, ...] = ()
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """Mode, error and work of each image; empty for a posterior that was made by other code."""
+        if self.expected_error is None:
+            return ()
+        errors = self.expected_error.double().mean((1, 2)).tolist()
+        return tuple(
+            Claim(mode, error, work)
+            for mode, error, work in zip(self.modes, errors, self.work, strict=True)
+        )
 
 
 def require_tolerance(tolerance: object) -> None:
@@ -144,4 +179,5 @@ def finish(
         tuple(each.mode for each in uncertainties),
         tuple(each.images for each in uncertainties),
         torch.cat([each.expected for each in uncertainties]).to(mean.device, wide),
+        tuple(each.work for each in uncertainties),
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from els.engine.patch_sizes import PATCH_SIZES, patch_sizes_for
-from els.engine.result import require_tolerance
+from els.engine.result import Claim, LocalPosterior, require_tolerance
 from els.engine.schedule import Cosine, Schedule
 from els.index import PatchDatabase
 
@@ -76,6 +76,7 @@ class StepState:
         x_t: noisy images that the step started from, float64 on the CPU, ``[B, C, H, W]``.
         predicted: posterior mean of the clean images, float64 on the CPU, ``[B, C, H, W]``.
         x_next: noisy images that the step ended with; at step 1 the final images.
+        claims: what the posterior of each image says of itself; empty where it is exact by request.
     """
 
     step: int
@@ -87,6 +88,7 @@ class StepState:
     x_t: Tensor
     predicted: Tensor
     x_next: Tensor
+    claims: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def _ddim(
         alpha_next, sigma_next = _scales(plan, step - 1)
         size = None if plan.patch_sizes is None else plan.patch_sizes[step - 1]
         query = x.to(machine.device, torch.float32)
-        clean = posterior(
+        answer = posterior(
             query,
             alpha=alpha,
             sigma=sigma,
@@ -289,7 +291,9 @@ def _ddim(
             labels=labels,
             entropy=False,
             **_approximation(plan, indices, step),
-        ).mean.to("cpu", torch.float64)
+        )
+        clean = answer.mean.to("cpu", torch.float64)
+        claims = answer.claims if isinstance(answer, LocalPosterior) and plan.tolerance else ()
         eps = (x - alpha * clean) / sigma
         # Between two levels of pure noise (alpha = 0) the signal is 0 before and after.
         kept = alpha / alpha_next if alpha_next > 0 else 1.0
@@ -299,7 +303,9 @@ def _ddim(
         if fresh > 0:
             noise = [_noise(plan.seed, index, step, shape) for index in indices]
             x_next += fresh * torch.stack(noise)
-        yield StepState(step, step / plan.steps, alpha, sigma, size, indices, x, clean, x_next)
+        yield StepState(
+            step, step / plan.steps, alpha, sigma, size, indices, x, clean, x_next, claims
+        )
         x = x_next
 
 

@@ -11,13 +11,13 @@ import platform
 import shutil
 import time
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, final
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch
 
 from els.engine.machines import ScoreMachine
 from els.engine.mesh import ProcessMesh, SharedTask
+from els.engine.result import Claim
 from els.engine.sampler import (
     DEFAULT_BATCH,
     Resumption,
@@ -76,6 +77,7 @@ class StepProgress:
         patch_size: of the step; None for IS and ES.
         images: samples in the batch.
         seconds: that the step took, for all of them.
+        claims: what their posteriors say of themselves; empty without a tolerance.
     """
 
     finished: int
@@ -83,6 +85,29 @@ class StepProgress:
     patch_size: int | None
     images: int
     seconds: float
+    claims: tuple[Claim, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """A step of all batches of a process.
+
+    Attributes:
+        step: counts down from the number of steps, the noise, to 1.
+        patch_size: None for IS and ES.
+        seconds_per_image: median.
+        modes: how many posteriors were computed in which mode, the most frequent first.
+        error: mean absolute error of the posterior mean that is to be expected, the mean over
+            images; 0 for exact ones.
+        work: share of the exact pairs, likewise.
+    """
+
+    step: int
+    patch_size: int | None = None
+    seconds_per_image: float = 0.0
+    modes: dict[str, int] = field(default_factory=dict)
+    error: float = 0.0
+    work: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +127,25 @@ class RunReport:
     def seconds_per_image_step(self) -> float | None:
         """Median over the steps; None if nothing was computed."""
         return median(step.seconds / step.images for step in self.steps) if self.steps else None
+
+    def by_step(self) -> list[StepSummary]:
+        """What the steps computed and claim, from noise to clean."""
+        summaries = []
+        for number in sorted({step.step for step in self.steps}, reverse=True):
+            steps = [step for step in self.steps if step.step == number]
+            claims = [claim for step in steps for claim in step.claims]
+            summary = StepSummary(
+                number, steps[0].patch_size, median(step.seconds / step.images for step in steps)
+            )
+            if claims:
+                summary = replace(
+                    summary,
+                    modes=dict(Counter(claim.mode for claim in claims).most_common()),
+                    error=mean(claim.error for claim in claims),
+                    work=mean(1.0 if claim.work is None else claim.work for claim in claims),
+                )
+            summaries.append(summary)
+        return summaries
 
     def seconds_by_patch_size(self) -> dict[int | None, float]:
         """Median seconds per image-step of each patch size (None for IS and ES), ascending."""
@@ -345,6 +389,8 @@ def _end(run: RunFolder, report: RunReport) -> None:
         "computed": report.computed,
         "seconds_per_image_step": report.seconds_per_image_step(),
     }
+    if settings.plan.tolerance is not None:
+        sessions[-1]["steps"] = [asdict(summary) for summary in report.by_step()]
     _write_manifest(run, settings, sessions)
 
 
@@ -532,7 +578,9 @@ class _Watch:
     def __call__(self, state: StepState) -> None:
         seconds = time.perf_counter() - self._clock
         images = len(state.indices)
-        timing = StepProgress(self._finished, state.step, state.patch_size, images, seconds)
+        timing = StepProgress(
+            self._finished, state.step, state.patch_size, images, seconds, state.claims
+        )
         self.timings.append(timing)
         if self._keep_states:
             self.states.append(state)

@@ -61,18 +61,28 @@ def estimate_to(tolerance: float, problem: Problem) -> Estimate:
         # What serves the interior serves the border, too, so that its own images come last.
         if interior is parts[0] or isinstance(interior, ListPart):
             border = border.grown(sizes[1])
+    return _together(problem, interior, border)
+
+
+def _together(problem: Problem, interior: Part, border: SubsetPart | None) -> Estimate:
+    """Interior and border as one, with the work of both."""
+    total = len(problem.order)
     if border is None:
-        return interior.estimate
+        return interior.estimate.with_work(interior.work / total)
+    inside = int(problem.interior.sum()) * problem.pairs_per_image
+    all_pairs = inside + problem.border_pairs
+    work = (inside * interior.work + problem.border_pairs * border.work) / all_pairs / total
     if interior.estimate.is_exact:
-        return border.estimate.with_others(border.pixels, interior.estimate)
-    return interior.estimate.with_others(interior.pixels, border.estimate)
+        estimate = border.estimate.with_others(border.pixels, interior.estimate)
+    else:
+        estimate = interior.estimate.with_others(interior.pixels, border.estimate)
+    return estimate.with_work(work)
 
 
 def _is_little(problem: Problem) -> bool:
     """Whether everything takes so little time that subsets cannot save any to speak of."""
-    interior = problem.interior
-    each = int(interior.sum()) * problem.pairs_per_image + interior.size * LOADED_IMAGE
-    each += problem.border_pairs if problem.has_border else 0
+    # A border pixel has fewer candidates, of which each costs more.
+    each = problem.interior.size * (problem.pairs_per_image + LOADED_IMAGE)
     least = LEAST_GPU_PAIRS if problem.query.x.is_cuda else LEAST_PAIRS
     return len(problem.order) * each < least
 

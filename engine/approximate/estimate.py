@@ -59,6 +59,10 @@ class Estimate:
         """Whether each of some pixels, ``[H, W]``, has candidates."""
         return bool(self.state.is_known[0].numpy()[pixels].all())
 
+    def with_work(self, work: float) -> Estimate:
+        """The same with another share of the exact work."""
+        return replace(self, uncertainty=replace(self.uncertainty, work=work))
+
     def enlarged(self, factor: float | Tensor) -> Estimate:
         """The same with errors times a factor, or one for each pixel."""
         now = self.uncertainty

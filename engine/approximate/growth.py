@@ -53,6 +53,10 @@ class Part(Protocol):
     def samples(self) -> Samples:
         """From what."""
 
+    @property
+    def work(self) -> float:
+        """Images of the exact kernel that all of it cost."""
+
     def grown(self, sizes: Array) -> Part:
         """The same from samples of other sizes, ``[U]``, none smaller."""
 

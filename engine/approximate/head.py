@@ -123,7 +123,7 @@ def truncated(problem: Problem, k: int) -> Estimate:
     omitted = torch.where(pixels, torch.sigmoid(log_ratio), 0.0)
     kind: ErrorKind = "bound" if head.is_exact else "estimate"
     bound = RANGE * omitted
-    return Estimate(state, Uncertainty(omitted, bound, kind, "topk", 0, bound))
+    return Estimate(state, Uncertainty(omitted, bound, kind, "topk", 0, bound, None))
 
 
 def recall(problem: Problem, k: int) -> float:

@@ -47,13 +47,13 @@ class ListPart:
         problem: with an index whose lists can be sampled.
         shares: of the codes, that each interior pixel has read, float64 ``[Q]``.
         estimate: from them.
-        spent: on everything read until now, in images of the exact kernel.
+        work: of everything read until now, in images of the exact kernel.
     """
 
     problem: Problem
     shares: Array
     estimate: Estimate
-    spent: float
+    work: float
 
     @classmethod
     def first(cls, problem: Problem) -> ListPart:
@@ -78,7 +78,7 @@ class ListPart:
 
     def can_afford(self, shares: Array) -> bool:
         """Whether reading so much costs less than everything."""
-        return self.spent + self._cost(shares) <= LARGEST_SHARE * len(self.problem.order)
+        return self.work + self._cost(shares) <= LARGEST_SHARE * len(self.problem.order)
 
     def grown(self, sizes: Array) -> ListPart:
         """See :class:`.growth.Part`; pixels that read more are read anew."""
@@ -89,8 +89,8 @@ class ListPart:
         again[self.pixels] = is_larger
         fresh = sampled(self.problem, sizes[is_larger], again)
         estimate = fresh.with_others(again, self.estimate)
-        spent = self.spent + self._cost(sizes)
-        return replace(self, shares=sizes, estimate=estimate, spent=spent)
+        work = self.work + self._cost(sizes)
+        return replace(self, shares=sizes, estimate=estimate, work=work)
 
     def _cost(self, shares: Array) -> float:
         nothing = list_cost(self.problem, 0.0)
@@ -214,6 +214,7 @@ def sampled(problem: Problem, share: float | Array, pixels: Mask) -> Estimate:
             "lists",
             0,
             placed(typical, RANGE),
+            list_cost(problem, float(np.mean(share))) / len(problem.order),
         ),
     )
 

@@ -90,6 +90,12 @@ class SubsetPart:
             everything,
         )
 
+    @property
+    def work(self) -> float:
+        """See :class:`.growth.Part`; images of the pixels' mean subset."""
+        samples = self.samples
+        return float((samples.pixels * samples.sizes).sum() / samples.pixels.sum())
+
     def grown(self, sizes: Array) -> SubsetPart:
         """See :class:`.growth.Part`."""
         problem, now, total = self.problem, self.samples.sizes, len(self.problem.order)
@@ -216,7 +222,10 @@ def extrapolated(problem: Problem, head: Head | None, subset: Subset) -> Estimat
     deviation = torch.hypot((spread * left).sqrt(), least)
     mode: Mode = "subset" if head is None else "topk+subset"
     worst, typical = deviation.amax(0, keepdim=True), deviation.mean(0, keepdim=True)
-    return Estimate(state, Uncertainty(omitted, worst, "estimate", mode, len(subset), typical))
+    work = None if head is not None else len(subset) / total
+    return Estimate(
+        state, Uncertainty(omitted, worst, "estimate", mode, len(subset), typical, work)
+    )
 
 
 def with_safety(estimate: Estimate, subset: Subset, total: int) -> Estimate:

@@ -471,3 +471,25 @@ def test_what_is_wrong_is_said(db: PatchDatabase) -> None:
     unlabelled = replace(db, labels=None)
     few = ask(ScoreMachine(unlabelled, "ELS"), x, 0.5, mode="subset", subset=64)
     assert few.modes == ("subset",)
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+def test_posteriors_say_what_they_cost_and_claim(db: PatchDatabase, boundary: str) -> None:
+    machine = ScoreMachine(db, "ELS", boundary)
+    x = query(0.6, batch=2)
+    subset = ask(machine, x, 0.6, mode="subset", subset=COUNT // 4)
+    assert subset.work == (0.25, 0.25)
+    for claim, mode, error in zip(subset.claims, subset.modes, subset.expected_error, strict=True):
+        assert (claim.mode, claim.error) == (mode, pytest.approx(float(error.mean())))
+    assert [claim.work for claim in ask(machine, x, 0.6).claims] == [1.0, 1.0]
+    assert ask(machine, x, 0.6, mode="topk", k=8).work == (None, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
+        patch.setattr("els.engine.approximate.auto.FIRST_IMAGES", 48)
+        patch.setattr("els.engine.approximate.subset.FIRST_IMAGES", 48)
+        works = [
+            ask(machine, x, 0.6, mode="auto", tolerance=tolerance).work[0]
+            for tolerance in (1.0, 0.03, 1e-6)
+        ]
+    assert 0 < works[0] <= works[1] <= works[2] == 1.0
+    assert works[0] < 0.5

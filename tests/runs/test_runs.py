@@ -816,3 +816,22 @@ def test_a_run_of_any_number_of_samples_is_counted(machine: ScoreMachine, tmp_pa
     (tmp_path / "run.json").write_text("[" * 100_000)
     with pytest.raises(RunError, match="nested too deeply"):
         read_settings(tmp_path)
+
+
+def test_a_run_with_a_tolerance_says_what_its_steps_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
+    images = np.random.default_rng(5).integers(0, 256, (1500, 1, 6, 6)).astype(np.uint8)
+    machine = ScoreMachine(PatchDatabase.from_arrays(images), "ELS", "circular")
+    report = sample_run(machine, tmp_path / "run", n=2, steps=3, patch_sizes=3, tolerance=0.05)
+    steps = report.by_step()
+    assert [step.step for step in steps] == [3, 2, 1]
+    assert all(sum(step.modes.values()) == 2 for step in steps)
+    assert all(0 <= step.error <= 0.05 for step in steps)
+    assert any(0 < step.work < 1 for step in steps)
+    written = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"][-1]["steps"]
+    assert written == [dataclasses.asdict(step) for step in steps]
+    exact = sample_run(machine, tmp_path / "exact", n=1, steps=1, patch_sizes=3)
+    assert [(step.modes, step.work) for step in exact.by_step()] == [({}, 1.0)]
+    assert "steps" not in json.loads((tmp_path / "exact" / "run.json").read_text())["sessions"][-1]
