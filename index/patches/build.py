@@ -1,9 +1,11 @@
 """Building a patch index, resumably."""
 
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -54,11 +56,14 @@ from els.storage.manifests import package_version, sealed
 
 IndexProgress = Callable[[str, int, int], object]
 """Called with (stage, done, in all): training, adding, merging, writing, tabulating."""
+_Nearest = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.int64]]]
 _PLAN = "plan.json"
 _TRAINED = "trained.faiss"
 _LOCK = "lock"
 _VARIANCE = 0.9995
 _ITERATIONS = 10
+# Lists from which on k-means has two levels.
+_TWO_LEVELS_FROM = 1024
 
 
 def build_index(
@@ -162,7 +167,7 @@ class _Plan:
     def of(
         cls, patches: PatchRows, factory: str | None, memory: int, report: IndexProgress
     ) -> Self:
-        report("training", 0, _ITERATIONS)
+        report("training", 0, 1)
         lists = choose_lists(patches.count, min(patches.dimension, REDUCED_MOST), patches.count)
         # A fifth of the memory for the sample as bytes and, while training, as floats.
         most = max(1, memory // 5 // (5 * patches.dimension))
@@ -220,53 +225,94 @@ class _Plan:
                 f"factory {self.factory!r} cannot be trained on {len(sample)} distinct patches of "
                 f"dimension {self.patches.dimension} ({error}); leave it out to have one chosen"
             ) from error
-        report("training", _ITERATIONS, _ITERATIONS)
+        report("training", 1, 1)
         return index
 
 
 def _train_lists(
     ivf: Any, sample: NDArray[np.float32], threads: int, report: IndexProgress
 ) -> None:
-    """Puts centroids into the coarse quantizer: k-means by Lloyd's iterations.
+    """Puts centroids into the coarse quantizer, by k-means in two levels if there are many.
+
+    The second level divides each cluster of the first, so that a vector is compared with about
+    ``2 sqrt(lists)`` centroids in an iteration and not with all of them.
 
     Args:
         ivf: the inverted lists.
         sample: vectors in random order, ``[n, d]``.
         threads: how many work.
-        report: called after every iteration.
+        report: called as clusters are divided.
     """
-    faiss = faiss_module()
-    centroids = sample[: ivf.nlist].copy()
-    for iteration in range(_ITERATIONS):
-        report("training", iteration, _ITERATIONS)
-        flat = faiss.IndexFlatL2(ivf.d)
-        flat.add(centroids)
-        distances, lists = _nearest(flat, threads)(sample)
-        sizes = np.bincount(lists, minlength=ivf.nlist)
-        sums = np.stack([np.bincount(lists, column, ivf.nlist) for column in sample.T], axis=1)
-        centroids = (sums / np.maximum(sizes, 1)[:, None]).astype(np.float32)
-        # A list without vectors moves to one that is far from its centroid.
-        empty = np.flatnonzero(sizes == 0)
-        centroids[empty] = sample[np.argsort(-distances, kind="stable")[: len(empty)]]
+    if ivf.nlist < _TWO_LEVELS_FROM:
+        centroids = _centroids(sample, ivf.nlist, threads)
+    else:
+        count = round(math.sqrt(ivf.nlist))
+        coarse = _centroids(sample[: PATCHES_PER_LIST * count], count, threads)
+        _, clusters = _nearest(coarse, threads)(sample)
+        lists = _proportional(np.bincount(clusters, minlength=count), ivf.nlist)
+
+        def divided(cluster: int) -> NDArray[np.float32]:
+            return _centroids(sample[clusters == cluster], int(lists[cluster]), 1)
+
+        parts = []
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                for part in pool.map(divided, range(count)):
+                    parts.append(part)
+                    report("training", len(parts), count)
+            except BaseException:
+                # An interruption does not wait for all clusters.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        centroids = np.concatenate(parts)
     ivf.quantizer.train(centroids)
     ivf.quantizer.add(centroids)
 
 
-def _nearest(
-    quantizer: Any, threads: int
-) -> Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """Finds squared distance and number of vectors' nearest centroids; on a GPU if there is one."""
+def _centroids(sample: NDArray[np.float32], count: int, threads: int) -> NDArray[np.float32]:
+    """k-means by Lloyd's iterations, from the first vectors: ``[count, d]``."""
+    centroids = sample[:count].copy()
+    for _ in range(_ITERATIONS if count else 0):
+        distances, nearest = _nearest(centroids, threads)(sample)
+        sizes = np.bincount(nearest, minlength=count)
+        sums = np.stack([np.bincount(nearest, column, count) for column in sample.T], axis=1)
+        centroids = (sums / np.maximum(sizes, 1)[:, None]).astype(np.float32)
+        # A centroid without vectors moves to one that is far from its own.
+        empty = np.flatnonzero(sizes == 0)
+        centroids[empty] = sample[np.argsort(-distances, kind="stable")[: len(empty)]]
+    return centroids
+
+
+def _proportional(sizes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Parts of a count in proportion to sizes, whose sum is no smaller; none above its size."""
+    parts: NDArray[np.int64] = sizes * count // sizes.sum()
+    remainders = sizes * count % sizes.sum()
+    parts[np.argsort(-remainders, kind="stable")[: count - parts.sum()]] += 1
+    return parts
+
+
+def _nearest(centroids: Any, threads: int) -> _Nearest:
+    """Finds squared distance and number of vectors' nearest centroids; on a GPU if there is one.
+
+    Args:
+        centroids: float32 ``[n, d]``, or an index of them.
+        threads: how many work.
+    """
     faiss = faiss_module()
+    index = centroids
+    if isinstance(centroids, np.ndarray):
+        index = faiss.IndexFlatL2(centroids.shape[1])
+        index.add(centroids)
     if has_gpu(faiss):
-        flat = faiss.IndexFlatL2(quantizer.d)
-        flat.add(quantizer.reconstruct_n(0, quantizer.ntotal))
-        quantizer, threads = faiss.index_cpu_to_all_gpus(flat), 1
+        flat = faiss.IndexFlatL2(index.d)
+        flat.add(index.reconstruct_n(0, index.ntotal))
+        index, threads = faiss.index_cpu_to_all_gpus(flat), 1
 
     def search(
         vectors: NDArray[np.float32],
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         distances, lists = by_chunks(
-            lambda chunk: quantizer.search(vectors[chunk], 1),
+            lambda chunk: index.search(vectors[chunk], 1),
             len(vectors),
             chunk_rows(vectors),
             threads,
@@ -301,10 +347,8 @@ def _adder(index: Any, threads: int) -> Callable[[NDArray[np.float32], NDArray[n
     if ivf is None:
         add: Callable[[NDArray[np.float32], NDArray[np.int64]], object] = index.add_with_ids
         return add
-    nearest, steps = (
-        _nearest(faiss.downcast_index(ivf.quantizer), threads),
-        transforms(faiss, index),
-    )
+    nearest = _nearest(faiss.downcast_index(ivf.quantizer), threads)
+    steps = transforms(faiss, index)
 
     def add_assigned(levels: NDArray[np.float32], addresses: NDArray[np.int64]) -> None:
         for step in steps:
