@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -27,6 +28,8 @@ from typer.models import OptionInfo
 
 _Arguments = ParamSpec("_Arguments")
 
+# Seconds between two lines of progress where there is no terminal.
+_LOG_SECONDS = 30.0
 # An argument of the library that has another name on the command line.
 _SIZES = "patch_sizes"
 
@@ -111,7 +114,31 @@ def progress_bar(unit: str, *extra: TextColumn) -> Iterator[Progress]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     ) as progress:
-        yield progress
+        if progress.console.is_terminal:
+            yield progress
+            return
+        # A log file has no bar that moves: a line now and then instead.
+        stopped = threading.Event()
+        log = threading.Thread(target=_logged, args=(progress, unit, stopped), daemon=True)
+        log.start()
+        try:
+            yield progress
+        finally:
+            stopped.set()
+            log.join()
+
+
+def _logged(progress: Progress, unit: str, stopped: threading.Event) -> None:
+    """Print how far the last of the tasks is, until stopped."""
+    while not stopped.wait(_LOG_SECONDS):
+        if progress.tasks:
+            task = progress.tasks[-1]
+            total = "" if task.total is None else f" of {task.total:,.0f}"
+            elapsed = round(task.elapsed or 0.0)
+            typer.echo(
+                f"{task.description}: {task.completed:,.0f}{total} {unit} after {elapsed} s",
+                err=True,
+            )
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from els.index import PatchDatabase
 
 commands = typer.Typer()
+
+# Images that tell how long an exact posterior takes.
+_TRIED_IMAGES = 256
 
 
 @commands.command(epilog="Example: els build photos.zip -o db --resize 32")
@@ -105,8 +110,10 @@ def build_indices(
     sizes = patch_sizes_given(patch_sizes)
     if isinstance(sizes, str):
         raise ValueError(f"--patch-sizes must be odd numbers such as 3,5,9, got {sizes!r}")
+    chosen = [sizes] if isinstance(sizes, int) else list(sizes)
+    _announce(db, [size for size in chosen if overwrite or not db.has_index(size)], threads)
     table = Table("patch size", "patches", "factory", "size", box=None, pad_edge=False)
-    for size in [sizes] if isinstance(sizes, int) else sizes:
+    for size in chosen:
         if db.has_index(size) and not overwrite:
             made = db.open_index(size)
             if factory not in (None, made.factory):
@@ -129,6 +136,56 @@ def build_indices(
     print_table(table)
 
 
+def _announce(db: PatchDatabase, sizes: Sequence[int], threads: int | None) -> None:
+    """Say what the indices will cost, and what that is beside the work that they save."""
+    from els.engine.approximate.auto import is_little
+    from els.engine.backends.cores import available_cores
+    from els.index.patches.factory import build_cost
+    from els.index.patches.rows import PatchRows
+
+    for size in sizes:
+        rows = PatchRows.of(db, size)
+        seconds, most = build_cost(rows.count, rows.dimension, threads or available_cores())
+        step = _exact_seconds(db, size)
+        typer.echo(
+            f"P {size}: {rows.count:,} patches; about {_duration(seconds)} and at most "
+            f"{most / 1e6:,.1f} MB. An exact step of one image takes {_duration(step)}, so the "
+            f"index costs as much as {seconds / step:,.0f} of them.",
+            err=True,
+        )
+        pixels = math.prod(db.shape[1:])
+        if is_little(len(db), pixels, rows.count // len(db)):
+            typer.echo(
+                f"P {size}: with so few images --tolerance computes every step exactly; the index "
+                "serves mode='topk' and 'lists' alone.",
+                err=True,
+            )
+
+
+def _exact_seconds(db: PatchDatabase, patch_size: int) -> float:
+    """Of an exact posterior of one image, from some training images."""
+    import torch
+
+    from els.engine import ScoreMachine
+    from els.index import PatchDatabase
+
+    some = PatchDatabase.from_arrays(db.images[:_TRIED_IMAGES])
+    machine = ScoreMachine(some)
+    x = torch.zeros((1, *db.shape), device=machine.device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        machine.posterior(x, alpha=0.9, sigma=0.4, patch_size=patch_size, entropy=False)
+        times.append(time.perf_counter() - start)
+    return min(times) * len(db) / len(some)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def _described(db: PatchDatabase) -> Table:
     channels, height, width = db.shape
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -137,6 +194,12 @@ def _described(db: PatchDatabase) -> Table:
     table.add_row("size", f"{db.size_bytes / 1e6:,.1f} MB")
     table.add_row("content", db.content_hash)
     table.add_row("path", str(db.path))
+    for row, size in enumerate(db.index_sizes):
+        index = db.open_index(size)
+        told = f"P {size:2d}  {index.size_bytes / 1e6:9,.1f} MB  {index.factory}"
+        table.add_row("" if row else "indices", told)
+    if not db.index_sizes:
+        table.add_row("indices", "none")
     if db.labels is None:
         table.add_row("classes", "none")
         return table

@@ -251,6 +251,12 @@ class PatchDatabase:
 
         return open_index(self, patch_size)
 
+    @property
+    def index_sizes(self) -> tuple[int, ...]:
+        """Patch sizes that have an index, ascending."""
+        sizes = range(1, min(self.shape[1:]) + 1, 2)
+        return tuple(size for size in sizes if self.path is not None and self.has_index(size))
+
     def has_index(self, patch_size: int) -> bool:
         """Whether there is an index of this patch size; `open_index` checks it."""
         from els.index.patches.files import index_folder

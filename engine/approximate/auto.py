@@ -27,7 +27,8 @@ def estimate_to(tolerance: float, problem: Problem) -> Estimate:
         tolerance: mean absolute error of the posterior mean over the pixels.
         problem: of which image.
     """
-    if len(problem.order) <= 2 * FIRST_IMAGES or _is_little(problem):
+    least = LEAST_GPU_PAIRS if problem.query.x.is_cuda else LEAST_PAIRS
+    if is_little(len(problem.order), problem.interior.size, problem.pairs_per_image, least):
         return problem.exact()
     aim, lists_cost = MARGIN * tolerance, None
     if can_sample(problem):
@@ -79,12 +80,18 @@ def _together(problem: Problem, interior: Part, border: SubsetPart | None) -> Es
     return estimate.with_work(work)
 
 
-def _is_little(problem: Problem) -> bool:
-    """Whether everything takes so little time that subsets cannot save any to speak of."""
-    # A border pixel has fewer candidates, of which each costs more.
-    each = problem.interior.size * (problem.pairs_per_image + LOADED_IMAGE)
-    least = LEAST_GPU_PAIRS if problem.query.x.is_cuda else LEAST_PAIRS
-    return len(problem.order) * each < least
+def is_little(images: int, pixels: int, candidates: int, least: float = LEAST_PAIRS) -> bool:
+    """Whether everything takes so little time that it is computed at once.
+
+    Args:
+        images: whose patches are candidates.
+        pixels: of an image.
+        candidates: of a pixel in each of them.
+        least: pairs from which on a part is tried, by default on a CPU.
+    """
+    # A pixel near a border has fewer candidates, of which each costs more.
+    pairs = images * pixels * (candidates + LOADED_IMAGE)
+    return images <= 2 * FIRST_IMAGES or pairs < least
 
 
 def _first_border(problem: Problem, interior: Part) -> SubsetPart | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,38 @@ def test_info_counts_classes(db: Path) -> None:
     assert "[red]" in result.stdout
     assert PatchDatabase.open(db).content_hash in result.stdout
     assert "verified" in result.stdout
+
+
+def test_an_index_says_what_it_costs_and_info_lists_it(db: Path) -> None:
+    pytest.importorskip("faiss")
+    assert "indices  none" in els("info", db).stdout
+    made = els("index", db, "--patch-sizes", "3,5")
+    assert made.exit_code == 0, made.stderr
+    for size, count in ((3, 144), (5, 48)):
+        found = re.search(
+            rf"P {size}: {count} patches; about 1 s and at most (\S+) MB", made.stderr
+        )
+        assert found
+        assert "An exact step of one image takes" in made.stderr
+        assert f"P {size}: with so few images --tolerance computes every step" in made.stderr
+        index = PatchDatabase.open(db).open_index(size)
+        assert index.size_bytes <= 1e6 * float(found[1]) + 1e5
+    told = els("info", db).stdout
+    assert re.search(r"indices  P  3 .* Flat\s+P  5 .* Flat", told)
+    again = els("index", db, "--patch-sizes", "3")
+    assert again.exit_code == 0
+    assert "patches; about" not in again.stderr
+
+
+def test_a_log_gets_lines_of_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_LOG_SECONDS", 0.01)
+    with console.progress_bar("images") as progress:
+        task = progress.add_task("reading", total=7)
+        progress.update(task, completed=3)
+        time.sleep(0.2)
+    assert "reading: 3 of 7 images after 0 s" in capsys.readouterr().err
 
 
 def test_info_finds_damage(db: Path) -> None:
