@@ -99,7 +99,7 @@ def bank_kernel(
         known = (tl.max(b_address, 1) >= 0).to(tl.int32)[:, None]
         b_column = tl.where(o_column == SEGMENT + HIGH, CONSTANT * known, b_column)
         b_column = tl.where(o_column == SEGMENT + HIGH + 1, known, b_column)
-        b_column = tl.where(o_column == SEGMENT + 4, norm % 2, b_column)
+        b_column = tl.where(o_column == SEGMENT + HIGH + 2, norm % 2, b_column)
         p_key = keys + o_row * (SEGMENTS * WIDTH) + i * WIDTH + o_column
         tl.store(p_key, b_column.to(tl.float16), mask=m_key & (o_column < WIDTH))
     o_value = tl.arange(0, 8)[None, :]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Columns of a segment that are not coordinates: three digits, two constants.
 EXTRAS = 5
-# Columns of the longest patch that is one segment: two digits hold its norm.
+# Columns of the longest patch that is one segment: three digits hold its norm.
 _LONGEST_SEGMENT = 256
 # Columns of each segment of a longer one.
 _SEGMENT = 64

@@ -3,9 +3,8 @@
 A row's coordinates are ``u = 127.5 x / alpha - 0.5`` (x in the units of bytes, less 128), cut into
 the nearest whole numbers and one or two float16 *fractions*. Products of whole parts are whole
 numbers: their sums are exact. The row's constant is the whole number that brings the scores of
-candidates that matter near zero, so that adding the fractions rounds little: at first of those
-at the distance that true noise makes. Rows of large u (alpha near 0)
-are scaled by a power of two.
+candidates that matter near zero, so that adding the fractions rounds little: at first of those at
+the distance that true noise makes. Rows of large u (alpha near 0) are scaled by a power of two.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ _LARGEST = 2048.0
 _HALF_ROUNDING = 2.0**-12 / math.sqrt(12)
 # Rounding of a sum in float32 by a matrix unit, which may cut what a processor would round.
 _SUM_ROUNDING = 2.0**-23
-# Logits to base 2 by which candidates that matter differ.
+# Logits to base 2 by which candidates that matter differ: an emulated matrix unit errs less than
+# what this makes of it (tests/triton_kernels/test_rows.py).
 _HEAVY_LOGITS = 4.0
 # Products that a matrix unit adds at once, at least.
 AT_ONCE = 8

@@ -7,6 +7,8 @@ samples grow together until the error meets the tolerance, in the end to everyth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from els.engine.approximate.costs import (
     FIRST_IMAGES,
     LEAST_GPU_PAIRS,
@@ -39,7 +41,7 @@ def estimate_to(tolerance: float, problem: Problem) -> Estimate:
     else:
         interior = SubsetPart.first(problem, problem.interior)
     border = _first_border(problem, interior)
-    while error(parts := [interior] if border is None else [interior, border]) > aim:
+    while not _meet(parts := [interior] if border is None else [interior, border], aim):
         sizes = larger_sizes(parts, aim)
         if isinstance(interior, ListPart):
             # Where all codes are read, the rest of the error is that of the codes.
@@ -63,6 +65,14 @@ def estimate_to(tolerance: float, problem: Problem) -> Estimate:
         if interior is parts[0] or isinstance(interior, ListPart):
             border = border.grown(sizes[1])
     return _together(problem, interior, border)
+
+
+def _meet(parts: Sequence[Part], aim: float) -> bool:
+    """Whether the error is met, and lists have read something for every pixel."""
+    is_known = all(
+        part.estimate.is_known(part.pixels) for part in parts if isinstance(part, ListPart)
+    )
+    return is_known and error(parts) <= aim
 
 
 def _together(problem: Problem, interior: Part, border: SubsetPart | None) -> Estimate:

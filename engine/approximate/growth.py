@@ -87,7 +87,7 @@ def larger_sizes(parts: Sequence[Part], aim: float) -> list[Array]:
 
     def at(level: float) -> Array:
         wanted = np.clip(level * scale, sizes, most)
-        wanted = np.where(wanted < LEAST_GROWTH * sizes, sizes, wanted)
+        wanted = np.where(wanted < np.minimum(LEAST_GROWTH * sizes, most), sizes, wanted)
         is_all = (wanted > LARGEST_SHARE * most) & np.isfinite(joined.population)
         larger: Array = np.where(is_all, most, wanted)
         return larger

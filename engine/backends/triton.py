@@ -237,7 +237,7 @@ class TritonBackend(ListSampling):
         everything = np.sort(np.concatenate(groups))
         block_images = self._block_images(query, max(map(len, groups)), method)
         shape = (len(groups), 4 + query.x.shape[1], len(query.x), query.x[0, 0].numel())
-        fields = torch.full(shape, torch.nan, dtype=torch.float64)
+        fields = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
         for batch, parts in self._batches(query, method):
             part = _images_of(query, batch)
             attentions = [

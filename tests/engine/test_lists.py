@@ -12,7 +12,9 @@ import torch
 from backends import INSTRUCTION_SETS
 
 from els.engine import ScoreMachine
+from els.engine.approximate.estimate import Estimate
 from els.engine.approximate.lists import effective_blocks, standard_error
+from els.engine.approximate.lists import sampled as estimated
 from els.engine.backends.backend import ListQuery
 from els.engine.backends.native import LIST_COSTS, NativeBackend
 from els.engine.backends.native_kernels import kernel_module
@@ -491,6 +493,28 @@ def test_auto_reads_lists_where_they_are_cheapest(
     assert np.mean(errors) <= 2.5 * np.mean(claims) + 2e-5
     nothing = machine.posterior(x, **arguments, mode="auto", tolerance=1e-9)
     assert nothing.modes == ("exact",)
+
+
+def test_no_pixel_is_left_without_an_answer(
+    many_lists: PatchDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a pixel nothing was read, and the error of all others is well below the tolerance."""
+
+    def sampled_but_for_one(*arguments: object) -> Estimate:
+        estimate = estimated(*arguments)
+        estimate.state.mass[0, 6, 5] = 0.0
+        return estimate
+
+    costs = replace(LIST_COSTS, list_ranked=1.0)
+    monkeypatch.setattr(NativeBackend, "costs", lambda *_: costs)
+    monkeypatch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
+    monkeypatch.setattr("els.engine.approximate.lists.sampled", sampled_but_for_one)
+    machine = ScoreMachine(many_lists, "ELS", "circular")
+    x = torch.from_numpy(noisy(many_lists, 0.4))[None].float()
+    arguments = {"alpha": ALPHA, "sigma": 0.4, "patch_size": 5}
+    answer = machine.posterior(x, **arguments, mode="auto", tolerance=0.5)
+    assert torch.isfinite(answer.mean).all()
+    assert answer.modes != ("lists",)
 
 
 def test_what_is_wrong_is_said(
