@@ -7,13 +7,15 @@ without its error.
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ from els.storage.files import write_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
+
 _SUBSETS = (256, 1024, 4096)
 _HEADS = (64, 256, 1024)
 _SHARES = (0.002, 0.01, 0.05)
@@ -41,6 +45,14 @@ _LEAST_SHOWN = 1e-6  # an error in a picture with logarithmic axes
 _MOST_PAIRS = 1 << 32
 # Seeds that a generator of torch takes; larger ones start over.
 _SEEDS = 1 << 63
+# Times that each query is asked, so that a row can say its spread.
+_REPEATS = 3
+# Seconds after which twice is enough.
+_LONG = 30.0
+# Spread of a row's times from which it is marked: an idle machine repeats them within some percent.
+BUSY_SPREAD = 0.2
+# Processes that run or wait before the comparison starts, from which the machine is called busy.
+_BUSY_LOAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,9 @@ class Comparison:
         beta: noise variance; alpha is ``sqrt(1 - beta)``.
         patch_size: P.
         method: mode and its size, another backend, or a baseline.
-        seconds: per image, the median over queries.
+        seconds: per image, the median over queries of the median over repeats.
+        spread: of the repeats of a query, slowest less fastest over the median; the median over
+            queries.
         speed_up: of the exact default backend's seconds over these; None for a baseline that saw
             the first images only, which is not the same work.
         mean_error: mean absolute error of the posterior mean, over pixels, channels and queries.
@@ -66,6 +80,7 @@ class Comparison:
     patch_size: int
     method: str
     seconds: float
+    spread: float
     speed_up: float | None
     mean_error: float
     max_error: float
@@ -306,26 +321,61 @@ def _front(rows: Sequence[Comparison]) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class _Answers:
-    """The posteriors of all queries: means, errors and shares, and the median time of one."""
+    """The posteriors of all queries: means, errors and shares, and how long one took."""
 
     mean: Tensor
     claimed: float | None
     omitted: float | None
     seconds: float
+    spread: float
 
 
 def _ask(machine: ScoreMachine, x: Tensor, arguments: dict[str, Any]) -> _Answers:
     times, means, claims, omitted = [], [], [], []
     for image in torch.split(x.to(machine.device), 1):
-        before = time.perf_counter()
-        part = machine.posterior(image, **arguments)
+        part, taken = _timed(partial(machine.posterior, image, **arguments))
         means.append(part.mean.cpu())
-        times.append(time.perf_counter() - before)
+        times.append(taken)
         assert part.expected_error is not None
         claims.append(float(part.expected_error.mean()))
         omitted.append(float(part.omitted_mass.mean()))
     return _Answers(
-        torch.cat(means), float(np.mean(claims)), float(np.mean(omitted)), float(np.median(times))
+        torch.cat(means), float(np.mean(claims)), float(np.mean(omitted)), *_typical(times)
+    )
+
+
+def _timed(compute: Callable[[], T]) -> tuple[T, list[float]]:
+    """A result, and the seconds of each time that it was computed."""
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < _REPEATS and sum(times) < _LONG):
+        before = time.perf_counter()
+        result = compute()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - before)
+    return result, times
+
+
+def _typical(times: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Seconds and spread of a row, from those of each query."""
+    medians = [float(np.median(each)) for each in times]
+    spreads = [float(np.ptp(each)) / median for each, median in zip(times, medians, strict=True)]
+    return float(np.median(medians)), float(np.median(spreads))
+
+
+def busy_before() -> str | None:
+    """A warning where other work ran on this machine in the last minute; None where none did.
+
+    Call it before anything is computed: a load average counts this process, too.
+    """
+    if not hasattr(os, "getloadavg"):  # Windows
+        return None
+    load = os.getloadavg()[0]
+    if load <= _BUSY_LOAD:
+        return None
+    return (
+        f"the machine was busy before this began: load average {load:.1f} of the last minute on "
+        f"{os.cpu_count()} processors; times may be too long"
     )
 
 
@@ -401,12 +451,13 @@ class _Baselines:
         times, whole = [], exact.mean.clone()
         rows, columns = answered(self._db.shape, patch_size, self._boundary)
         for number, image in enumerate(torch.split(x, 1)):
-            before = time.perf_counter()
-            found = means(query_patches(image, patch_size, self._boundary)).cpu()
-            times.append(time.perf_counter() - before)
+            patches = query_patches(image, patch_size, self._boundary)
+            found, taken = _timed(partial(means, patches))
+            found = found.cpu()
+            times.append(taken)
             place = whole[number, :, rows, columns]
             place.copy_(found.T.reshape(place.shape))
-        return _Answers(whole, None, None, float(np.median(times)))
+        return _Answers(whole, None, None, *_typical(times))
 
     def _row(
         self,
@@ -453,6 +504,7 @@ def _compared(
         patch_size,
         method,
         given.seconds,
+        given.spread,
         exact.seconds / given.seconds,
         float(error.mean()),
         float(error.max()),

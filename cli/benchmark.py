@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
+_LEGEND = """
+method         subset N: N random images, extrapolated; topk K: the K nearest patches of an index;
+               lists S: a share S of an index's patches; auto T: what meets the tolerance T
+s / image-step seconds of one posterior, the median; spread: slowest less fastest, over that
+speed-up       of the exact posterior's seconds over these
+mean error     mean absolute error of the posterior mean, in pixel values of [-1, 1]; max: largest
+claimed        what the method itself expects of the mean error; topk: a bound
+omitted        share of the posterior weight that was not computed
+recall         share of the K nearest patches that the index found
+"""
+
 
 @commands.command(
     epilog="Example: els bench db --noise 0.006:3,0.05:3,0.2:7 --samples 2 "
@@ -71,6 +82,8 @@ def bench(
 ) -> None:
     """Compare approximate posteriors with exact ones: time, error, what they say of it."""
     from els.bench.compare import (
+        BUSY_SPREAD,
+        busy_before,
         compare_posteriors,
         compare_samples,
         held_out,
@@ -97,6 +110,9 @@ def bench(
 
         images = next(iter(open_source(queries).chunks(n)))[:n]
         clean = torch.from_numpy(decode(images))
+    busy = busy_before()
+    if busy is not None:
+        typer.echo(f"warning: {busy}", err=True)
     rows = list(
         compare_posteriors(
             db,
@@ -124,6 +140,13 @@ def bench(
         )
     write_comparison(output, db, rows, drawn)
     _print_comparison(rows, drawn)
+    uneven = sum(row.spread > BUSY_SPREAD for row in rows)
+    if uneven:
+        typer.echo(
+            f"warning: times of {uneven} of {len(rows)} rows vary by more than {BUSY_SPREAD:.0%}: "
+            "the machine was busy, or a row is too short to be timed",
+            err=True,
+        )
     for name in ("bench.json", "pareto.png"):
         if (output / name).exists():
             typer.echo(f"written: {output / name}")
@@ -147,8 +170,8 @@ def _noise_levels(text: str, side: int) -> list[tuple[float, int]]:
 
 def _print_comparison(rows: list[Comparison], samples: SampleComparison | None) -> None:
     table = Table(
-        *("beta", "P", "method", "s / image-step", "speed-up", "mean error", "max", "claimed"),
-        *("omitted", "recall"),
+        *("beta", "P", "method", "s / image-step", "spread", "speed-up", "mean error", "max"),
+        *("claimed", "omitted", "recall"),
         box=None,
         pad_edge=False,
     )
@@ -158,6 +181,7 @@ def _print_comparison(rows: list[Comparison], samples: SampleComparison | None) 
             str(row.patch_size),
             row.method,
             f"{row.seconds:.4f}",
+            f"{row.spread:.0%}",
             "" if row.speed_up is None else f"{row.speed_up:.1f}",
             f"{row.mean_error:.5f}",
             f"{row.max_error:.4f}",
@@ -166,6 +190,7 @@ def _print_comparison(rows: list[Comparison], samples: SampleComparison | None) 
             "" if row.recall is None else f"{row.recall:.3f}",
         )
     print_table(table)
+    typer.echo(_LEGEND)
     for method, note in dict.fromkeys((row.method, row.note) for row in rows if row.note):
         typer.echo(f"{method}: {note}")
     if samples is not None:

@@ -16,6 +16,7 @@ from els.bench.compare import (
     Comparison,
     _front,
     _kind,
+    _typical,
     compare_posteriors,
     compare_samples,
     held_out,
@@ -177,14 +178,36 @@ def test_the_command(db: PatchDatabase, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*arguments, "--samples", "1", "--sizes", "3"])
     assert done.exit_code == 0, done.output
     assert "auto 0.01" in done.output
+    assert "recall         share of the K nearest" in done.output
     assert "whole samples to 0.01" in done.output
     written = json.loads((out / "bench.json").read_text())
     assert written["database"]["content_hash"] == db.content_hash
     methods = {row["method"] for row in written["posteriors"]}
     assert methods >= {"exact", "topk 64", "auto 0.01", "chunked torch", "FAISS flat 256"}
     assert written["samples"]["r_squared"] <= 1
+    assert all(row["spread"] >= 0 for row in written["posteriors"])
     with Image.open(out / "pareto.png") as picture:
         assert picture.size[0] > 100
+
+
+def test_uneven_times_and_a_busy_machine_are_said(
+    db: PatchDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["bench", str(db.path), "-o", str(tmp_path), "--noise", "0.3:3", "-n", "1"]
+    monkeypatch.setattr(compare.os, "getloadavg", lambda: (3.2, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(compare, "BUSY_SPREAD", -1.0)
+    done = CliRunner().invoke(app, [*arguments, "--no-baselines"])
+    assert done.exit_code == 0, done.output
+    assert "load average 3.2" in done.output
+    assert "times of 7 of 7 rows vary" in done.output
+    monkeypatch.setattr(compare.os, "getloadavg", lambda: (0.1, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(compare, "BUSY_SPREAD", 1e9)
+    done = CliRunner().invoke(app, [*arguments, "--no-baselines"])
+    assert "warning" not in done.output
+
+
+def test_the_spread_is_of_repeats_and_not_of_queries() -> None:
+    assert _typical([[1.0, 1.1, 1.2], [10.0, 10.0, 10.0]]) == (5.55, pytest.approx(0.1 / 1.1))
 
 
 @pytest.mark.parametrize("noise", ["0.3", "0.3:x", "0:3", "2:3"])
@@ -204,7 +227,7 @@ def test_the_recall_of_one_query_at_a_time(db: PatchDatabase) -> None:
 
 def test_the_front_is_what_no_other_beats() -> None:
     def row(method: str, seconds: float, error: float) -> Comparison:
-        return Comparison(0.1, 3, method, seconds, None, error, error, None, None, None)
+        return Comparison(0.1, 3, method, seconds, 0.0, None, error, error, None, None, None)
 
     rows = [row("b", 2, 0.1), row("a", 1, 0.3), row("slow", 3, 0.2), row("c", 4, 0.05)]
     assert _front(rows) == [(1, 0.3), (2, 0.1), (4, 0.05)]
