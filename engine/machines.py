@@ -13,6 +13,7 @@ from torch import Tensor
 
 from els.engine.approximate import head
 from els.engine.approximate.estimate import Problem, Situation
+from els.engine.approximate.heaviest import with_heaviest
 from els.engine.approximate.methods import (
     MAX_TOP,
     Lists,
@@ -185,8 +186,10 @@ class ScoreMachine:
                 ignored by IS and ES.
             labels: only patches of images with this label are candidates: an int, or ints ``[B]``.
             entropy: whether to compute ``effective_patches``.
-            top: return the addresses and weights of this many heaviest patches per pixel; needs
-                ``mode="exact"``.
+            top: return the addresses and weights of this many heaviest patches per pixel, 0 to
+                4,096: of all images with ``mode="exact"``, of the subset's with ``"subset"``, of
+                those that the index finds with the others (and, for border pixels, of their
+                subset or of all). Their weights are shares of the estimated sum of all weights.
             mode: what to compute (docs/theory.md). ``"exact"``: everything. ``"topk"``: the k
                 nearest patches that the database's index finds, weighed exactly. ``"subset"``: a
                 random subset of the images, extrapolated. ``"topk+subset"``: both. ``"lists"``: a
@@ -392,8 +395,6 @@ class ScoreMachine:
             ValueError: if the method cannot be used; the message says why.
             DatabaseError: if it needs an index that is not there.
         """
-        if query.top:
-            raise ValueError(f"top={query.top} needs mode='exact', got mode={method.mode!r}")
         index = self.index(query.patch_size) if self.is_indexed else None
         situation = Situation(self.definition, index, self._backend, query.alpha, query.sigma)
         obstacle = method.obstacle(situation)
@@ -414,15 +415,17 @@ class ScoreMachine:
         index = None
         if self.is_indexed and method.mode != "subset":
             index = self.index(query.patch_size)
-        estimates = []
+        states, uncertainties = [], []
         for b, seed in enumerate(seeds):
             one = _rows(query, [b])
             problem = Problem(self._backend, self.db, index, one, members[b], seed)
-            estimates.append(method.estimate(problem))
-        state = stack([estimate.state for estimate in estimates])
+            estimate = method.estimate(problem)
+            uncertainties.append(estimate.uncertainty)
+            state = estimate.state
+            states.append(with_heaviest(problem, estimate, query.top) if query.top else state)
+        state = stack(states)
         if not query.entropy:
             state = replace(state, logit_sum=None)
-        uncertainties = [estimate.uncertainty for estimate in estimates]
         return finish(moved(state, self.device), query.x.dtype, uncertainties)
 
     def _members_of(

@@ -94,7 +94,8 @@ class LocalPosterior:
             it is a standard error, measured or, for ``topk`` with an inexact index, what would
             bound the error if the index had found the nearest.
         modes: what was computed for each image, ``auto`` resolved.
-        subset_images: how many training images each image's subset had, 0 without one.
+        subset_images: how many training images each image's subset had, 0 without one; with
+            ``lists``, that of the border pixels.
         expected_error: absolute error of the mean that is to be expected, averaged over channels,
             ``[B, H, W]``; where ``mean_error`` is a bound, one of this error. Its average over
             the pixels of an image is what a tolerance limits. None where a posterior was made by

@@ -95,7 +95,9 @@ class Walkthrough:
         boundary: of the machine.
         values: the sample, float32 ``[C, H, W]``, nominally in [-1, 1].
         plan_steps: how many steps drew it.
-        tolerance: of the posteriors that drew it; None for exact ones. The weights are exact.
+        tolerance: of the posteriors that drew it; None for exact ones. With one, weights and
+            effective patches are those posteriors' estimates, and the heaviest patches are of what
+            they read or the index found.
         step: where to begin to look; one of :attr:`steps`.
         steps: which are kept, counting down to 1, int64 ``[S]``.
         sigma: standard deviation of the noise, float64 ``[S]``.

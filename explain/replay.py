@@ -324,10 +324,7 @@ class _Recorder:
         entropy: bool = True,
         **approximation: Any,
     ) -> LocalPosterior:
-        """The machine's answer; the entropy is always asked for.
-
-        What is explained are exact weights; of an approximate run, the trajectory is the run's.
-        """
+        """The machine's answer, with entropy and heaviest patches."""
         answer = self._machine.posterior(
             x,
             alpha=alpha,
@@ -336,17 +333,8 @@ class _Recorder:
             labels=labels,
             entropy=True,
             top=self._tops[len(self.answers)],
+            **approximation,
         )
         kept = (answer.effective_patches, answer.top_weights, answer.top_addresses)
         self.answers.append(_Answer(*(tensor[0].cpu() for tensor in kept if tensor is not None)))
-        if not approximation:
-            return answer
-        return self._machine.posterior(
-            x,
-            alpha=alpha,
-            sigma=sigma,
-            patch_size=patch_size,
-            labels=labels,
-            entropy=False,
-            **approximation,
-        )
+        return answer

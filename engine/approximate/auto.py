@@ -87,7 +87,8 @@ def _together(problem: Problem, interior: Part, border: SubsetPart | None) -> Es
         estimate = border.estimate.with_others(border.pixels, interior.estimate)
     else:
         estimate = interior.estimate.with_others(interior.pixels, border.estimate)
-    return estimate.with_work(work)
+    images = max(part.estimate.uncertainty.images for part in (interior, border))
+    return estimate.with_work(work, images)
 
 
 def is_little(images: int, pixels: int, candidates: int, least: float = LEAST_PAIRS) -> bool:

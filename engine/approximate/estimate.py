@@ -59,9 +59,11 @@ class Estimate:
         """Whether each of some pixels, ``[H, W]``, has candidates."""
         return bool(self.state.is_known[0].numpy()[pixels].all())
 
-    def with_work(self, work: float) -> Estimate:
-        """The same with another share of the exact work."""
-        return replace(self, uncertainty=replace(self.uncertainty, work=work))
+    def with_work(self, work: float, images: int | None = None) -> Estimate:
+        """The same with another share of the exact work, and another number of images."""
+        now = self.uncertainty
+        images = now.images if images is None else images
+        return replace(self, uncertainty=replace(now, work=work, images=images))
 
     def enlarged(self, factor: float | Tensor) -> Estimate:
         """The same with errors times a factor, or one for each pixel."""
@@ -132,6 +134,7 @@ class Problem:
         self.index = index
         # The logit sum costs little, and a state without it could not be scaled.
         self.query = replace(query, entropy=True, top=0)
+        self._top = query.top
         self.members = members
         self.rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAM,)))
         self.order = stratified(members, db.labels, self.rng)
@@ -188,8 +191,9 @@ class Problem:
         return int(height * width)
 
     def exact(self) -> Estimate:
-        """The exact posterior."""
-        return Estimate.exact(self.backend.states(self.images, self.query, [self.members])[0])
+        """The exact posterior, with as many of its heaviest patches as the query asks for."""
+        query = replace(self.query, top=self._top)
+        return Estimate.exact(self.backend.states(self.images, query, [self.members])[0])
 
     def patches(self, pixels: Mask) -> npt.NDArray[np.float32]:
         """Noisy patches around some pixels, over alpha, ``[Q, C, P, P]``."""

@@ -413,7 +413,8 @@
       (data.tolerance === null
         ? ""
         : "The sample was drawn with approximate posteriors (mean absolute error " +
-          `${data.tolerance}); the weights here are exact ones. `) +
+          `${data.tolerance}); the weights are their estimates, and the patches the heaviest ` +
+          "of those that they read or that an index found. ") +
       `Each pixel has its ${top} heaviest patches at each step. They come from ` +
       `${data.numbers.length.toLocaleString("en")} images` +
       (others

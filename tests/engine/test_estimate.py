@@ -85,6 +85,52 @@ def test_a_head_of_everything_is_exact(db: PatchDatabase) -> None:
     assert (head.mean_error == 0).all()
 
 
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+@pytest.mark.parametrize("options", [{"mode": "topk"}, {"mode": "topk+subset"}, {"mode": "subset"}])
+def test_the_heaviest_patches_of_an_estimate(
+    db: PatchDatabase, boundary: str, options: dict[str, str]
+) -> None:
+    """Those of all patches where an exact index finds them, else of the subset's images."""
+    machine = ScoreMachine(db, "ELS", boundary)
+    x, images = query(0.4, batch=2), 96
+    exact = ask(machine, x, 0.4, top=COUNT * SIDE * SIDE // 20)
+    part = ask(machine, x, 0.4, k=40, subset=images, seed=3, top=7, **options)
+    plain = ask(machine, x, 0.4, k=40, subset=images, seed=3, **options)
+    assert torch.equal(part.mean, plain.mean)
+    assert part.top_weights.shape == (2, SIDE, SIDE, 7)
+    assert (part.top_weights.diff(dim=-1) <= 0).all()
+    is_subset = torch.full((SIDE, SIDE), options["mode"] == "subset")
+    if boundary == "zeros" and options["mode"] == "topk+subset":
+        is_subset[:] = True
+        is_subset[1:-1, 1:-1] = False
+    torch.testing.assert_close(
+        part.top_addresses[:, ~is_subset], exact.top_addresses[:, ~is_subset, :7]
+    )
+    # Weights are shares of the estimated mass: the logits behind them are exact.
+    logits = part.top_weights.log() + part.log_evidence.unsqueeze(-1)
+    true_logits = exact.top_weights.log() + exact.log_evidence.unsqueeze(-1)
+    for b in range(2):
+        numbers = torch.unique(part.top_addresses[b, is_subset] // (SIDE * SIDE))
+        assert len(numbers) <= images
+        for y, column in torch.nonzero(is_subset).tolist():
+            mine, every = part.top_addresses[b, y, column], exact.top_addresses[b, y, column]
+            of_subset = torch.isin(every // (SIDE * SIDE), numbers)
+            assert torch.equal(every[of_subset][:2], mine[:2])
+            near = logits[b, y, column, 0] - true_logits[b, y, column][of_subset][0]
+            assert near.abs() <= 1e-3
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+def test_the_heaviest_patches_of_auto(db: PatchDatabase, boundary: str) -> None:
+    """So few images are computed exactly, with whatever was asked for."""
+    machine = ScoreMachine(db, "ELS", boundary)
+    x = query(0.4)
+    exact, auto = ask(machine, x, 0.4, top=5), ask(machine, x, 0.4, top=5, mode="auto", tolerance=1)
+    assert auto.modes == ("exact",)
+    assert torch.equal(exact.top_addresses, auto.top_addresses)
+    assert torch.equal(exact.top_weights, auto.top_weights)
+
+
 # At small noise a pixel has few effective patches, and a sample of them is no normal variable: the
 # errors' size is right on average, but single pixels are further off than they claim more often.
 # Measured: 0.77, 0.85, 0.94 and 0.96 for subsets; more with a head.
@@ -458,8 +504,6 @@ def test_what_is_wrong_is_said(db: PatchDatabase) -> None:
         ask(machine, x, 0.5, mode="auto")
     with pytest.raises(ValueError, match=r"tolerance=0.1 is of mode='auto' only"):
         ask(machine, x, 0.5, mode="subset", tolerance=0.1)
-    with pytest.raises(ValueError, match="top=3 needs mode='exact'"):
-        ask(machine, x, 0.5, mode="subset", top=3)
     with pytest.raises(ValueError, match="subset=8 must be an integer from 32"):
         ask(machine, x, 0.5, mode="subset", subset=8)
     with pytest.raises(ValueError, match="k=0 must be an integer from 1"):

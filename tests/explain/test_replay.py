@@ -7,11 +7,13 @@ import pytest
 from PIL import Image
 
 from els.engine import ScoreMachine
+from els.engine.approximate import auto
+from els.engine.approximate.costs import FIRST_IMAGES
 from els.engine.sampler import plan_sampling
 from els.engine.schedule import Cosine
 from els.explain.explanation import Explanation
 from els.explain.picture import draw, require_picture, write_explanation
-from els.explain.replay import explain_run, explain_sample
+from els.explain.replay import explain_run, explain_sample, walk_run
 from els.index import PatchDatabase, decode
 from els.runs.folder import RunFolder
 from els.runs.run import sample_run
@@ -97,6 +99,27 @@ def test_one_label_gives_from_one_class(tmp_path: Path) -> None:
     _, run = made(tmp_path, "ELS", "zeros", 1, label=0)
     explanation, db = explain_run(run, 0)
     assert set(db.labels[explanation.heaviest[..., 0]].flat) == {0}
+
+
+def test_a_run_with_a_tolerance_is_explained_by_what_it_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "LEAST_PAIRS", 0)
+    images = np.random.default_rng(1).integers(0, 256, (1500, 1, HEIGHT, WIDTH), dtype=np.uint8)
+    db = PatchDatabase.build(images, path=tmp_path / "db")
+    machine = ScoreMachine(db, "ELS", "circular")
+    options = {"steps": 3, "patch_sizes": [3, 3, 5], "tolerance": 0.3}
+    report = sample_run(machine, tmp_path / "run", n=1, **options)
+    assert [list(step.modes) for step in report.by_step()] == [["subset"]] * 3
+    explanation, _ = explain_run(tmp_path / "run", 0, top=4)
+    # The random order of every step's question is its own.
+    for row in range(3):
+        assert len(np.unique(explanation.heaviest[row, ..., 0])) <= FIRST_IMAGES
+    walkthrough, _ = walk_run(tmp_path / "run", 0, top=4)
+    np.testing.assert_array_equal(
+        np.stack(db.locate(walkthrough.addresses[..., 0]), -1), explanation.heaviest
+    )
+    assert walkthrough.effective_patches.max() <= 1500 * HEIGHT * WIDTH * (1 + 1e-6)
 
 
 def test_the_data_is_beside_the_picture(tmp_path: Path) -> None:
