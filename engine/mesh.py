@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from els.engine.state import PosteriorState, best, rescaled
+from els.engine.state import PosteriorState, SamplingSums, best, rescaled
 
 # Longest wait of a rank for another of its group, at every step: a longer step is a hung rank.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -123,9 +123,16 @@ class ProcessMesh:
         planes = [own.mass.unsqueeze(1), own.centre]
         if own.logit_sum is not None:
             planes.append(own.logit_sum.unsqueeze(1))
+        if own.sampling is not None:
+            planes += [own.sampling.seen.unsqueeze(1), own.sampling.squares]
         sums = torch.cat(planes, dim=1)
         self._all_reduce(sums, dist.ReduceOp.SUM)
-        mass, centre, *logit_sums = torch.split(sums, [plane.shape[1] for plane in planes], dim=1)
+        merged = iter(torch.split(sums, [plane.shape[1] for plane in planes], dim=1))
+        mass, centre = next(merged)[:, 0], next(merged)
+        logit_sum = None if own.logit_sum is None else next(merged)[:, 0]
+        sampling = None
+        if own.sampling is not None:
+            sampling = SamplingSums(next(merged)[:, 0], next(merged))
         top = None
         if state.top is not None:
             top = best(
@@ -133,8 +140,7 @@ class ProcessMesh:
                 self._gathered(state.top.addresses),
                 state.top.logits.shape[-1],
             )
-        logit_sum = logit_sums[0][:, 0] if logit_sums else None
-        return PosteriorState(reference, mass[:, 0], centre, logit_sum, top)
+        return PosteriorState(reference, mass, centre, logit_sum, top, sampling)
 
     def largest(self, values: Tensor) -> Tensor:
         """The element-wise maximum over the group's ranks; errors as in :meth:`merge`."""

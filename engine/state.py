@@ -246,6 +246,11 @@ def merge_into(
     _each(lambda whole, merged: whole.copy_(merged), place, merge(place, part))
 
 
+def put(total: PosteriorState, part: PosteriorState, columns: Tensor) -> None:
+    """Write a state into some columns of ``total``, int64 ``[W']``, in place."""
+    _each(lambda whole, values: whole.index_copy_(-1, columns, values), total, part)
+
+
 def where(condition: Tensor, first: PosteriorState, second: PosteriorState) -> PosteriorState:
     """Pixel by pixel one state or the other, without tops.
 

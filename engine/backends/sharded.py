@@ -14,8 +14,11 @@ from els.engine.backends.backend import Backend, Costs, Images, ListQuery, Membe
 from els.engine.kinds import Kind
 from els.engine.mesh import ProcessMesh
 from els.engine.query import PosteriorQuery
-from els.engine.state import PosteriorState, TopPatches, stack, take
+from els.engine.state import PosteriorState, SamplingSums, TopPatches, put, stack, take
 from els.index.patches.lists import InvertedLists
+
+# Pixels of one row or so, which a rank samples together: the kernels weigh up to so many at once.
+_PIXELS_TOGETHER = 16
 
 
 @final
@@ -37,18 +40,16 @@ class ShardedBackend:
         self.name = f"{inner.name}, the images on {mesh.database_shards} ranks"
         self.device = inner.device
         self.threads = inner.threads
-        self.estimate_kernel = inner.estimate_kernel
+        # Pixels that are sampled together share what they read, so the division matters.
+        self.estimate_kernel = f"{inner.estimate_kernel}, {mesh.database_shards} shards"
 
     def supports(self, kind: Kind) -> bool:
         """See :class:`els.engine.backends.backend.Backend`."""
         return self._inner.supports(kind)
 
     def costs(self, query: PosteriorQuery) -> Costs:
-        """See :class:`els.engine.backends.backend.Backend`.
-
-        Every rank would sample the lists of all images, at S times the cost.
-        """
-        return Costs()
+        """See :class:`els.engine.backends.backend.Backend`; all of it is divided by S alike."""
+        return self._inner.costs(replace(query, logit_error=0.0))
 
     def states(
         self, images: Images, query: PosteriorQuery, groups: Sequence[Members]
@@ -77,8 +78,19 @@ class ShardedBackend:
         return self._inner.lists_obstacle(lists, alpha, sigma)
 
     def sample_lists(self, query: ListQuery) -> PosteriorState:
-        """See :class:`els.engine.backends.backend.Backend`; every rank samples all lists."""
-        return self._inner.sample_lists(query)
+        """See :class:`els.engine.backends.backend.Backend`; every rank serves some of the pixels.
+
+        Any list may be near any pixel, so that lists divided among the ranks would be read as
+        unevenly as they are heavy.
+        """
+        pixels, mesh = np.arange(len(query.y)), self._mesh
+        mine = np.flatnonzero(pixels // _PIXELS_TOGETHER % mesh.database_shards == mesh.shard)
+        state = _unknown(len(pixels), query.lists.centres.shape[1])
+        if len(mine):
+            shares = np.broadcast_to(np.asarray(query.share, dtype=np.float64), len(pixels))
+            few = replace(query, y=query.y[mine], rest=query.rest[mine], share=shares[mine])
+            put(state, self._inner.sample_lists(few), torch.from_numpy(mine))
+        return mesh.merge(state)
 
     def _shard(self, images: Images) -> tuple[Images, int]:
         """This rank's images, always as the same array, and the number of the first."""
@@ -87,6 +99,21 @@ class ShardedBackend:
         if self._own is None or self._whole is not images:
             self._whole, self._own = images, images[first:stop]
         return self._own, first
+
+
+def _unknown(pixels: int, channels: int) -> PosteriorState:
+    """The state of pixels for which nothing was sampled, ``H = 1``."""
+
+    def zeros(*planes: int) -> Tensor:
+        return torch.zeros(1, *planes, 1, pixels, dtype=torch.float64, device="cpu")
+
+    return PosteriorState(
+        torch.full_like(zeros(), -torch.inf),
+        zeros(),
+        zeros(channels),
+        zeros(),
+        sampling=SamplingSums(zeros(), zeros(1 + 2 * channels)),
+    )
 
 
 def _members_between(members: Members, first: int, stop: int) -> Members:
