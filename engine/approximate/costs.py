@@ -47,26 +47,12 @@ LARGEST_EXCESS = 50.0
 LEAST_SHARE = 1.5 * 2.0**-10
 # Largest share that is read at first.
 LARGEST_FIRST_SHARE = 1 / 32
-# Safety factor of the standard error where codes are not whole patches (docs/performance.md).
-LIST_SAFETY_REDUCED = 1.25
-# Where they are, it is 1 + this / (1 + (n / LIST_SAFETY_PATCHES)^LIST_SAFETY_POWER) for n effective
-# patches (docs/performance.md).
-LIST_SAFETY = 3.0
-# Effective patches at which it has fallen by half.
-LIST_SAFETY_PATCHES = 60.0
-# Power with which it falls.
-LIST_SAFETY_POWER = 0.4
-
 # All methods.
 
 # Share of the tolerance that is aimed at: a measured error is itself uncertain.
 MARGIN = 0.9
-# Safety factor of a pixel's standard error with many effective patches in its subset; with n it is
-# this + SUBSET_SAFETY_FEW / (1 + n / SUBSET_SAFETY_PATCHES) (docs/performance.md).
-SUBSET_SAFETY = 1.08
-# What it is larger with few.
-SUBSET_SAFETY_FEW = 0.3
-# Effective patches at which that has fallen by half.
-SUBSET_SAFETY_PATCHES = 400.0
+# Safety factor of the standard errors of subsets and lists: a spread contains nothing of heavy
+# patches that were not read. Fitted by python -m els.bench.safety (bench/results/safety.json).
+SAFETY = 1.25
 # Largest difference of two clean pixels.
 RANGE = 2.0

@@ -1,12 +1,9 @@
 """Posteriors from a sample of all patches of an index: its inverted lists (docs/theory.md).
 
-The backend reads every list with a density that falls with the distance of its centroid. The error
-of a mean v = a / l, with block sums a_b and l_b divided by their inclusion probability p, is the
-linearised
-
-    se^2 = sum_b (1 - p) (a_b - v l_b)^2 / l^2.
-
-It does not contain heavy patches that were not read; a safety factor accounts for them.
+The backend reads every list with a density that falls with the distance of its centroid, in blocks
+that are evenly spread over it, and divides their sums by it. The error of a mean is linearised
+(docs/theory.md, equation 13). It does not contain heavy patches that were not read: ``auto``
+multiplies it by a safety factor.
 """
 
 from __future__ import annotations
@@ -24,11 +21,8 @@ from els.engine.approximate.costs import (
     LARGEST_FIRST_SHARE,
     LARGEST_SHARE,
     LEAST_SHARE,
-    LIST_SAFETY,
-    LIST_SAFETY_PATCHES,
-    LIST_SAFETY_POWER,
-    LIST_SAFETY_REDUCED,
     RANGE,
+    SAFETY,
 )
 from els.engine.approximate.estimate import Array, Estimate, Mask, Problem, Situation
 from els.engine.approximate.growth import Samples
@@ -60,7 +54,7 @@ class ListPart:
         """With the first share for every pixel."""
         share = first_share(problem)
         shares = np.full(int(problem.interior.sum()), share)
-        estimate = sampled(problem, share, problem.interior)
+        estimate = sampled(problem, share, problem.interior).enlarged(SAFETY)
         return cls(problem, shares, estimate, list_cost(problem, share))
 
     @property
@@ -87,7 +81,7 @@ class ListPart:
             return self
         again = self.pixels.copy()
         again[self.pixels] = is_larger
-        fresh = sampled(self.problem, sizes[is_larger], again)
+        fresh = sampled(self.problem, sizes[is_larger], again).enlarged(SAFETY)
         estimate = fresh.with_others(again, self.estimate)
         work = self.work + self._cost(sizes)
         return replace(self, shares=sizes, estimate=estimate, work=work)
@@ -184,9 +178,7 @@ def sampled(problem: Problem, share: float | Array, pixels: Mask) -> Estimate:
     is_known = state.is_known
     mass = torch.where(is_known, state.mass, 1.0)
     omitted = torch.where(is_known, (1 - sums.seen / mass).clamp(0, 1), 1.0)
-    deviation = standard_error(state) * safety_factor(state.effective, lists.is_lossless).unsqueeze(
-        1
-    )
+    deviation = standard_error(state)
     # A spread needs several blocks, and knows as little of what is between them.
     unread = omitted / effective_blocks(state).clamp(min=1.0)
     deviation = torch.hypot(deviation, unread.unsqueeze(1))
@@ -233,18 +225,6 @@ def with_exact_border(problem: Problem, share: float) -> Estimate:
     query = problem.border_query
     (border,) = problem.backend.states(problem.images, query, [problem.members])
     return estimate.with_others(problem.interior, Estimate.exact(border))
-
-
-def safety_factor(effective: Tensor, is_lossless: bool) -> Tensor:
-    """Factor of the standard error, for a number of effective patches.
-
-    A spread does not contain heavy patches that were not read, which matters the more the fewer
-    patches share a pixel. Where codes are not whole patches, the variance that they leave unknown
-    is larger than that.
-    """
-    if not is_lossless:
-        return torch.full_like(effective, LIST_SAFETY_REDUCED)
-    return 1 + LIST_SAFETY / (1 + (effective / LIST_SAFETY_PATCHES) ** LIST_SAFETY_POWER)
 
 
 def effective_blocks(state: PosteriorState) -> Tensor:

@@ -20,9 +20,7 @@ from els.engine.approximate.costs import (
     FIRST_IMAGES,
     GROUPS,
     LARGEST_EXCESS,
-    SUBSET_SAFETY,
-    SUBSET_SAFETY_FEW,
-    SUBSET_SAFETY_PATCHES,
+    SAFETY,
 )
 from els.engine.approximate.estimate import Array, Estimate, Mask, Problem
 from els.engine.approximate.growth import Samples
@@ -181,7 +179,7 @@ def _completed(problem: Problem, subset: Subset, is_border: bool) -> Estimate:
 
 def _judged(problem: Problem, subset: Subset) -> Estimate:
     """A subset's estimate, with its safety factor."""
-    return with_safety(extrapolated(problem, None, subset), subset, len(problem.order))
+    return extrapolated(problem, None, subset).enlarged(SAFETY)
 
 
 def grown(problem: Problem, subset: Subset, sizes: Array) -> Subset:
@@ -225,23 +223,6 @@ def extrapolated(problem: Problem, head: Head | None, subset: Subset) -> Estimat
     work = None if head is not None else len(subset) / total
     return Estimate(
         state, Uncertainty(omitted, worst, "estimate", mode, len(subset), typical, work)
-    )
-
-
-def with_safety(estimate: Estimate, subset: Subset, total: int) -> Estimate:
-    """The estimate with errors as they are found to be, not as the jackknife tells.
-
-    A subset that contains none of the heavy patches underestimates its own error, the more the
-    fewer effective patches it has.
-
-    Args:
-        estimate: from a subset without a head.
-        subset: the subset.
-        total: images that there are.
-    """
-    effective = estimate.state.effective * torch.from_numpy(subset.sizes) / total
-    return estimate.enlarged(
-        SUBSET_SAFETY + SUBSET_SAFETY_FEW / (1 + effective / SUBSET_SAFETY_PATCHES)
     )
 
 

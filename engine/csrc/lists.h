@@ -426,7 +426,7 @@ class ListReader {
  private:
   // Of every query: reference exponent, then sums relative to it: mass, the part of it that was
   // read, logit_sum, centres; and for the variance of a mean, of blocks, squares of mass, mass
-  // times centre, and squares of centre.
+  // times centre, and squares of centre, less what evenly spread blocks of a list have in common.
   static constexpr int kReference = 0, kMass = 1, kSeen = 2, kLogitSum = 3, kCentre = 4,
                        kSquares = 4 + C, kFields = kSquares + 1 + 2 * C;
   // Of a row of sums: whole vectors.
@@ -585,6 +585,9 @@ class ListReader {
       transpose(rows);
       std::copy_n(rows, kLanes, state_ + field);
     }
+    weighed_ = 0;
+    begun_[0] = state_[kMass];
+    std::copy_n(state_ + kCentre, C, begun_ + 1);
   }
 
   float* row_of(int lane) {
@@ -611,6 +614,18 @@ class ListReader {
   }
 
   void close() {
+    // Blocks are evenly spread over the list, so that of n of them the number is nearly certain,
+    // and what they have in common errs as one of them: D^2 / n^2 of their sum D instead of D^2 /
+    // n.
+    const float n = static_cast<float>(weighed_);
+    const Vec shared = splat((n - 1.0f) / (n * n)) * varies_;
+    const Vec mass = state_[kMass] - begun_[0];
+    state_[kSquares] -= shared * mass * mass;
+    for (int c = 0; c < C; ++c) {
+      const Vec centre = state_[kCentre + c] - begun_[1 + c];
+      state_[kSquares + 1 + c] -= shared * mass * centre;
+      state_[kSquares + 1 + C + c] -= shared * centre * centre;
+    }
     for (int field = 0; field < kWidth; field += kLanes) {
       Vec rows[kLanes];
       std::copy_n(state_ + field, kLanes, rows);
@@ -638,6 +653,7 @@ class ListReader {
   }
 
   void weigh(const Block& block) {
+    ++weighed_;
     const std::int64_t size = sample_.sizes[list_], begin = block.number * kRows;
     const int rows = static_cast<int>(std::min<std::int64_t>(kRows, size - begin));
     const std::uint8_t* codes =
@@ -743,6 +759,7 @@ class ListReader {
     state_[kSeen] *= factor;
     for (int c = 0; c < C; ++c) state_[kCentre + c] *= factor;
     for (int field = kSquares; field < kFields; ++field) state_[field] *= square;
+    for (Vec& sum : begun_) sum *= factor;
     state_[kReference] = reference;
   }
 
@@ -757,6 +774,8 @@ class ListReader {
   float part_of_[kDeepest + 1];  // of a list, that a level reads
   std::vector<Block> blocks_;
   std::vector<std::uint8_t> padded_block_;
+  int weighed_ = 0;   // blocks of this list, for the current queries
+  Vec begun_[1 + C];  // mass and centres before it
   std::int64_t list_ = 0;
   int many_ = 0;
   const char* ahead_ = nullptr;  // where the block after this one is
