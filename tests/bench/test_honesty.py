@@ -1,12 +1,15 @@
 """The gate on mode="auto": what it measures, and what it objects to."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from els.bench import honesty
-from els.bench.honesty import Cell, cells
+from els.bench.honesty import NOISE, Cell, cells
+from els.bench.workloads import load_images
 from els.index import PatchDatabase
 
 GOOD = Cell(
@@ -39,3 +42,20 @@ def test_cells_of_a_small_database_are_exact(monkeypatch: pytest.MonkeyPatch) ->
     for cell in found:
         assert (cell.exact, cell.error, cell.claim, cell.kept) == (1.0, 0.0, 0.0, 1.0)
         assert not list(cell.objections())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_index", [False, True], ids=["no-index", "index"])
+@pytest.mark.parametrize("source", os.environ.get("ELS_GATE", "embedded:fashion-mnist").split(","))
+def test_auto_keeps_its_tolerance_and_knows_its_error(
+    source: str, with_index: bool, tmp_path: Path
+) -> None:
+    """More sources, as of els build, in ELS_GATE, with commas between them."""
+    images = load_images(source, 4096)
+    db = PatchDatabase.build(images[1:], path=tmp_path / "db")
+    for patch_size in sorted({patch_size for _, patch_size in NOISE}) if with_index else ():
+        db.build_index(patch_size)
+    found = list(cells(db, images[:1], 0.02, 3))
+    assert any(cell.exact < 1 for cell in found)
+    objections = [f"{cell}: {each}" for cell in found for each in cell.objections()]
+    assert not objections, "\n".join(objections)
