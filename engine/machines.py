@@ -25,17 +25,22 @@ from els.engine.approximate.methods import (
 from els.engine.backends import Backend, BackendName, choose, require_support
 from els.engine.backends.cores import available_cores
 from els.engine.gradients import Inputs, differentiable, variances
-from els.engine.kinds import Boundary, Kind, kind_named, register
+from els.engine.kinds import IS, Boundary, Kind, kind_named, register
 from els.engine.query import PosteriorQuery
 from els.engine.result import LocalPosterior, Mode, finish
-from els.engine.state import PosteriorState, moved, stack, take
+from els.engine.state import PosteriorState, best, moved, stack, take
 from els.index import PatchDatabase, PatchIndex
+from els.index.statistics import Spectrum, image_spectrum
 
 if TYPE_CHECKING:
     from els.engine.mesh import ProcessMesh
 
 # Largest number of threads; the native backend starts no more than it has tasks.
 _MOST_THREADS = 2**16
+# Default of kind="PCA" (arXiv 2509.09672).
+_MASK_THRESHOLD = 0.02
+# Noise over alpha at which the posterior is the nearest image, but for equally near ones.
+_NEAREST_NOISE = 1e-9
 # Largest squared distance over 2 sigma^2, so that sums over candidates do not overflow float64.
 _LARGEST_LOGIT = 1e280
 
@@ -49,8 +54,10 @@ class ScoreMachine:
     Args:
         db: the training images.
         kind: ``"IS"`` ideal score, ``"ES"`` equivariant, ``"LS"`` local, ``"ELS"`` equivariant
-            local, or another that is registered; or its definition, a
-            :class:`~els.engine.kinds.Kind`, which is registered.
+            local; the baselines ``"Wiener"``, the best linear denoiser, ``"PCA"``, locality by the
+            images' covariance (arXiv 2509.09672), and ``"nearest"``, the nearest image; or another
+            that is registered; or its definition, a :class:`~els.engine.kinds.Kind`, which is
+            registered.
         boundary: ``"zeros"`` (with ELS: the boundary-broken machine) or ``"circular"``; it does not
             matter to IS and ES.
         backend: ``"native"``, ``"torch"``, ``"triton"``, or ``"auto"``, which chooses (see
@@ -63,6 +70,9 @@ class ScoreMachine:
         mesh: the processes of a distributed run (:func:`~els.engine.mesh.process_mesh`).
             With database shards, every rank of a group asks the same questions in the same order,
             computes over its own images, and gets the answer over all.
+        mask_threshold: of ``"PCA"``, 0 to 1 (default 0.02): share of the largest entry of the
+            normalised Wiener matrix from which a coordinate matters to another; 0 to weigh it by
+            the entry itself.
 
     Raises:
         TypeError: if ``db`` is not a :class:`PatchDatabase`.
@@ -81,6 +91,7 @@ class ScoreMachine:
         threads: int | None = None,
         device: str | None = None,
         mesh: ProcessMesh | None = None,
+        mask_threshold: float | None = None,
     ) -> None:
         if not isinstance(db, PatchDatabase):
             raise TypeError(
@@ -95,11 +106,13 @@ class ScoreMachine:
             raise ValueError(
                 f"database_shards={mesh.database_shards} for {len(db)} images; give at most as many"
             )
+        self.mask_threshold = _mask_threshold(self.definition, mask_threshold)
         self.db = db
         self.mesh = mesh
         self.boundary: Boundary = boundary
         self._everyone = np.arange(len(db), dtype=np.int64)
         self._indices: dict[int, PatchIndex] = {}
+        self._spectra: dict[int | None, Spectrum] = {}
         if mesh is not None and threads is None:
             threads = max(1, available_cores() // mesh.processes_here)
         if isinstance(backend, str):
@@ -212,6 +225,9 @@ class ScoreMachine:
         """
         query, inputs = self._validated(x, alpha, sigma, patch_size, entropy, top)
         label = self._label_tensor(labels, x.shape[0])
+        if self.definition.rule != "posterior":
+            self._require_plain(query, inputs, mode)
+            return self._baseline(query, label)
         method = method_named(mode, tolerance=tolerance, k=k, subset=subset, share=share)
         if method.mode != "exact":
             if inputs.want_gradients:
@@ -428,6 +444,54 @@ class ScoreMachine:
             state = replace(state, logit_sum=None)
         return finish(moved(state, self.device), query.x.dtype, uncertainties)
 
+    def _require_plain(self, query: PosteriorQuery, inputs: Inputs, mode: Mode | Method) -> None:
+        """Check that nothing is asked of a baseline but its exact answer.
+
+        Raises:
+            ValueError: if something is.
+        """
+        if inputs.want_gradients:
+            raise ValueError(
+                f"a gradient is wanted, but kind={self.kind!r} has none here: give x, alpha and "
+                "sigma detached (torch.no_grad())"
+            )
+        if mode not in ("exact", "auto") and getattr(mode, "mode", None) not in ("exact", "auto"):
+            raise ValueError(f"kind={self.kind!r} has mode='exact' only, got mode={mode!r}")
+        if query.top and self.definition.rule == "linear":
+            raise ValueError(
+                f"top={query.top} was asked for, but the Wiener filter weighs no patches"
+            )
+
+    def _baseline(self, query: PosteriorQuery, labels: Tensor | None) -> LocalPosterior:
+        """The answer of a kind with another rule than the posterior's."""
+        rule, shape = self.definition.rule, query.x.shape
+        if rule == "nearest":
+            # The posterior at next to no noise: equally near images share the weight.
+            sigma = torch.where(query.alpha > 0, _NEAREST_NOISE * query.alpha, 1.0)
+            state = self._state(replace(query, kind=IS, sigma=sigma), labels)
+            return finish(moved(state, self.device), query.x.dtype)
+        if rule == "local":
+            # Locality is that of all images, whatever the class.
+            threshold = self.mask_threshold or 0.0
+            query = replace(query, spectrum=self._spectrum(None), mask_threshold=threshold)
+            state = self._state(query, labels)
+            return _unfolded(finish(moved(state, self.device), query.x.dtype), shape)
+        if labels is None:
+            state = self._state(replace(query, spectrum=self._spectrum(None)), None)
+        else:
+            states = [
+                self._state(replace(_rows(query, [b]), spectrum=self._spectrum(label)), None)
+                for b, label in enumerate(labels.tolist())
+            ]
+            state = stack(states)
+        return finish(moved(state, self.device), query.x.dtype)
+
+    def _spectrum(self, label: int | None) -> Spectrum:
+        """Of all images or of a class, computed or read once."""
+        if label not in self._spectra:
+            self._spectra[label] = image_spectrum(self.db, label)
+        return self._spectra[label]
+
     def _members_of(
         self, query: PosteriorQuery, labels: Tensor | None
     ) -> list[npt.NDArray[np.int64]]:
@@ -534,6 +598,83 @@ class ScoreMachine:
                 f"labels have shape {tuple(tensor.shape)}; give one int, or [B] = [{batch}]"
             )
         return tensor.to(torch.int64).expand(batch)
+
+
+def _mask_threshold(kind: Kind, given: float | None) -> float | None:
+    """The value for a kind; None for those without.
+
+    Raises:
+        ValueError: if it is out of range, or the kind has none.
+    """
+    if kind.rule != "local":
+        if given is not None:
+            raise ValueError(f"mask_threshold={given!r} is of kind='PCA', not of {kind.name!r}")
+        return None
+    value = _MASK_THRESHOLD if given is None else given
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"mask_threshold={given!r} must be a number from 0 to 1, such as 0.02")
+    return float(value)
+
+
+def _unfolded(posterior: LocalPosterior, shape: torch.Size) -> LocalPosterior:
+    """Posteriors of every channel, ``[B, 1, C * H, W]``, as those of pixels.
+
+    Log evidence and effective patches are means over channels, and so are the weights of a pixel's
+    heaviest images.
+    """
+    batch, channels, height, width = shape
+
+    def apart(values: Tensor) -> Tensor:
+        return values.reshape(batch, channels, height, width, *values.shape[3:])
+
+    def averaged(values: Tensor) -> Tensor:
+        return apart(values).mean(1)
+
+    weights, addresses = posterior.top_weights, posterior.top_addresses
+    if weights is not None and addresses is not None and channels > 1:
+        weights, addresses = _joined(apart(weights), apart(addresses))
+    effective = posterior.effective_patches
+    return replace(
+        posterior,
+        mean=posterior.mean.reshape(shape),
+        log_evidence=averaged(posterior.log_evidence),
+        effective_patches=None if effective is None else averaged(effective),
+        top_weights=weights,
+        top_addresses=addresses,
+        omitted_mass=averaged(posterior.omitted_mass),
+        mean_error=averaged(posterior.mean_error),
+        expected_error=torch.zeros_like(averaged(posterior.omitted_mass)),
+    )
+
+
+def _joined(weights: Tensor, addresses: Tensor) -> tuple[Tensor, Tensor]:
+    """The heaviest of all channels' heaviest candidates, by their mean weight.
+
+    Args:
+        weights: ``[B, C, H, W, k]``; a candidate that a channel does not name weighs nothing there.
+        addresses: -1 for none.
+
+    Returns:
+        Both as ``[B, H, W, k]``.
+    """
+    channels, count = weights.shape[1], weights.shape[-1]
+    every = addresses.movedim(1, -2).flatten(-2)
+    mass = weights.movedim(1, -2).flatten(-2) / channels
+    order = every.argsort(dim=-1, stable=True)
+    every, mass = every.gather(-1, order), mass.gather(-1, order)
+    # A candidate is named by each channel once at most: its neighbours within so many places.
+    total = mass.clone()
+    for step in range(1, channels):
+        same = every[..., step:] == every[..., :-step]
+        total[..., :-step] += torch.where(same, mass[..., step:], 0)
+    is_first = torch.ones_like(every, dtype=torch.bool)
+    is_first[..., 1:] = every[..., 1:] != every[..., :-1]
+    found = best(torch.where(is_first & (every >= 0), total, -torch.inf), every, count)
+    is_there = torch.isfinite(found.logits)
+    return (
+        torch.where(is_there, found.logits, 0.0),
+        torch.where(is_there, found.addresses, -1),
+    )
 
 
 def _require_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from els.engine.kinds import Boundary, Kind
+from els.index.statistics import Spectrum
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class PosteriorQuery:
             hold anything.
         logit_error: largest error that logits may have, such that a backend may take a faster
             kernel; 0 for exact ones.
+        spectrum: of the images' covariance, where the kind's rule needs it.
+        mask_threshold: of the rule ``local``: share of the largest entry from which a coordinate
+            matters to another; 0 to weigh it by the entry itself.
     """
 
     x: Tensor
@@ -42,6 +46,8 @@ class PosteriorQuery:
     top: int = 0
     pixels: npt.NDArray[np.bool_] | None = None
     logit_error: float = 0.0
+    spectrum: Spectrum | None = None
+    mask_threshold: float = 0.0
 
     @property
     def has_border(self) -> bool:
