@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast, final, get_args
+from typing import TYPE_CHECKING, Any, cast, final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from els.engine.approximate.methods import (
 )
 from els.engine.backends import Backend, BackendName, choose, require_support
 from els.engine.backends.cores import available_cores
+from els.engine.canvas import on_canvas
 from els.engine.gradients import Inputs, differentiable, variances
 from els.engine.kinds import IS, Boundary, Kind, kind_named, register
 from els.engine.query import PosteriorQuery
@@ -192,7 +193,7 @@ class ScoreMachine:
 
         Args:
             x: noisy images ``alpha * x0 + sigma * eps``, any float dtype, ``[B, C, H, W]``, with
-                the clean images in [-1, 1].
+                the clean images in [-1, 1]. ELS takes any height and width.
             alpha: signal scale, a number or ``[B]``, >= 0.
             sigma: noise standard deviation, a number or ``[B]``, > 0.
             patch_size: odd side of the patch, 1 to the image's shorter side; needed by LS and ELS,
@@ -223,6 +224,10 @@ class ScoreMachine:
                 this machine does not have, or a gradient that is wanted of an approximation.
             DatabaseError: if the mode needs an index that is not there.
         """
+        if self._is_canvas(x):
+            given = {"entropy": entropy, "top": top, "mode": mode, "tolerance": tolerance}
+            given |= {"k": k, "subset": subset, "share": share}
+            return self._on_canvas(x, alpha, sigma, patch_size, labels, seed, given)
         query, inputs = self._validated(x, alpha, sigma, patch_size, entropy, top)
         label = self._label_tensor(labels, x.shape[0])
         if self.definition.rule != "posterior":
@@ -325,6 +330,8 @@ class ScoreMachine:
             TypeError, ValueError: as :meth:`posterior`, and for probes of another shape, or if a
                 gradient of the divergence is wanted.
         """
+        if self.definition.rule != "posterior":
+            raise ValueError(f"kind={self.kind!r} has no divergence: use IS, ES, LS or ELS")
         query, inputs = self._validated(x, alpha, sigma, patch_size, entropy=False, top=0)
         label = self._label_tensor(labels, x.shape[0])
         if inputs.want_gradients:
@@ -444,6 +451,60 @@ class ScoreMachine:
             state = replace(state, logit_sum=None)
         return finish(moved(state, self.device), query.x.dtype, uncertainties)
 
+    @property
+    def takes_canvas(self) -> bool:
+        """Whether queries may have another size than the training images (ELS)."""
+        return self.definition.is_local and self.definition.is_equivariant
+
+    def _is_canvas(self, x: Tensor) -> bool:
+        return (
+            self.takes_canvas
+            and isinstance(x, Tensor)
+            and x.ndim == 4
+            and x.shape[1] == self.db.shape[0]
+            and tuple(x.shape[2:]) != self.db.shape[1:]
+            and x.numel() > 0
+        )
+
+    def _on_canvas(
+        self,
+        x: Tensor,
+        alpha: float | Tensor,
+        sigma: float | Tensor,
+        patch_size: int | None,
+        labels: int | Tensor | None,
+        seed: int | Sequence[int],
+        given: dict[str, Any],
+    ) -> LocalPosterior:
+        """The posterior of images of another size, from windows of the training size."""
+        size, batch = self._patch_size(patch_size), len(x)
+        if size > min(x.shape[2:]):
+            raise ValueError(
+                f"patch_size={size} is larger than the shorter side of x, {min(x.shape[2:])}"
+            )
+        scales = [
+            _scalars(name, value, batch, positive=positive)
+            for name, value, positive in (("alpha", alpha, False), ("sigma", sigma, True))
+        ]
+        label, seeds = self._label_tensor(labels, batch), _seeds(seed, batch)
+
+        def ask(windows: Tensor, rows: Tensor, numbers: Sequence[int]) -> LocalPosterior:
+            each = [
+                int(np.random.SeedSequence([*seeds[b], number]).generate_state(1, np.uint64)[0])
+                for b, number in zip(rows.tolist(), numbers, strict=True)
+            ]
+            return self.posterior(
+                windows,
+                alpha=scales[0][rows],
+                sigma=scales[1][rows],
+                patch_size=size,
+                labels=None if label is None else label[rows],
+                seed=each,
+                **given,
+            )
+
+        return on_canvas(x, self.db.shape[1:], size, self.boundary, ask)
+
     def _require_plain(self, query: PosteriorQuery, inputs: Inputs, mode: Mode | Method) -> None:
         """Check that nothing is asked of a baseline but its exact answer.
 
@@ -533,8 +594,9 @@ class ScoreMachine:
         shape = self.db.shape
         if x.ndim != 4 or tuple(x.shape[1:]) != shape or x.shape[0] == 0:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, but this database needs [B, C, H, W] = "
-                f"[B, {shape[0]}, {shape[1]}, {shape[2]}] with B >= 1"
+                f"x has shape {tuple(x.shape)}, but kind={self.kind!r} and this database need "
+                f"[B, C, H, W] = [B, {shape[0]}, {shape[1]}, {shape[2]}] with B >= 1"
+                + ("" if self.takes_canvas else "; other sizes are for ELS")
             )
         device = self._backend.device
         if x.device != device:

@@ -102,6 +102,7 @@ class SamplePlan:
         schedule: noise over time.
         eta: 0 deterministic to 1 ancestral.
         tolerance: of every posterior mean; None for exact ones.
+        canvas: height and width of the samples; None for those of the training images.
     """
 
     steps: int
@@ -110,6 +111,11 @@ class SamplePlan:
     schedule: Schedule
     eta: float
     tolerance: float | None = None
+    canvas: tuple[int, int] | None = None
+
+    def shape(self, db: PatchDatabase) -> tuple[int, int, int]:
+        """(C, H, W) of a sample."""
+        return db.shape if self.canvas is None else (db.shape[0], *self.canvas)
 
 
 def plan_sampling(
@@ -121,6 +127,7 @@ def plan_sampling(
     schedule: Schedule,
     eta: float,
     tolerance: float | None = None,
+    canvas: Sequence[int] | None = None,
 ) -> SamplePlan:
     """Check the arguments of :func:`sample` against the machine, before any work.
 
@@ -139,7 +146,8 @@ def plan_sampling(
     if tolerance is not None:
         require_tolerance(tolerance)
     sizes = sizes_for_machine(machine, patch_sizes, steps)
-    return SamplePlan(int(steps), sizes, int(seed), schedule, float(eta), tolerance)
+    checked = None if canvas is None else _canvas(machine, canvas, sizes)
+    return SamplePlan(int(steps), sizes, int(seed), schedule, float(eta), tolerance, checked)
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
@@ -160,6 +168,7 @@ def sample(
     batch_size: int | None = None,
     indices: Sequence[int] | None = None,
     tolerance: float | None = None,
+    canvas: Sequence[int] | None = None,
 ) -> Tensor:
     """Draw images from a score machine by DDIM, without training.
 
@@ -183,6 +192,8 @@ def sample(
         tolerance: let every step be approximated to this mean absolute error of the posterior mean
             (``mode="auto"`` of :meth:`~els.engine.ScoreMachine.posterior`), from subsets of the
             images that are drawn anew for every step and sample; None for exact steps.
+        canvas: height and width of the samples, which may differ from the training images' (ELS);
+            patches are at most as large as the shortest of all sides.
 
     Returns:
         Images in [-1, 1], float32 on the CPU, ``[n, C, H, W]``.
@@ -199,12 +210,13 @@ def sample(
         schedule=schedule,
         eta=eta,
         tolerance=tolerance,
+        canvas=canvas,
     )
     chosen = _indices(n, indices)
     labels_of = _labels(machine, labels, len(chosen))
     size = DEFAULT_BATCH if batch_size is None else batch_size
     require_count("batch_size", size, 1)
-    images = torch.empty(len(chosen), *machine.db.shape, dtype=torch.float32, device="cpu")
+    images = torch.empty(len(chosen), *plan.shape(machine.db), dtype=torch.float32, device="cpu")
     for start in range(0, len(chosen), size):
         rows = slice(start, start + size)
         label = None if labels_of is None else labels_of[rows]
@@ -258,7 +270,7 @@ def _drawn(
 ) -> Tensor:
     """One batch, float32 on the CPU."""
     if resumption is None:
-        noise = [initial_noise(plan.seed, index, machine.db.shape) for index in indices]
+        noise = [initial_noise(plan.seed, index, plan.shape(machine.db)) for index in indices]
         resumption = Resumption(plan.steps, torch.stack(noise))
     for state in _ddim(machine, plan, indices, labels, resumption):
         if callback is not None:
@@ -274,7 +286,7 @@ def _ddim(
     resumption: Resumption,
 ) -> Iterator[StepState]:
     """DDIM for one batch (arXiv 2010.02502, equations 12 and 16), the trajectory in float64."""
-    shape = machine.db.shape
+    shape = plan.shape(machine.db)
     # Any denoiser computes exact steps; only a score machine is asked for approximate ones.
     posterior: Callable[..., Denoised] = machine.posterior
     x = resumption.x_t
@@ -364,6 +376,30 @@ def sizes_for_machine(
             f"is {side}; give sizes of at most {side}"
         )
     return sizes
+
+
+def _canvas(
+    machine: Denoiser, canvas: Sequence[int], sizes: tuple[int, ...] | None
+) -> tuple[int, int]:
+    """The canvas, if the machine can fill it; that of the training images suits any machine."""
+    if isinstance(canvas, str) or not isinstance(canvas, Sequence) or len(canvas) != 2:
+        raise TypeError(f"canvas={canvas!r} must be a height and a width, such as (48, 96)")
+    for side in canvas:
+        require_count("canvas", side, 1)
+    height, width = map(int, canvas)
+    if (height, width) == machine.db.shape[1:]:
+        return height, width
+    if not getattr(machine, "takes_canvas", False):
+        raise ValueError(
+            f"canvas=({height}, {width}) is not the training images' size "
+            f"{machine.db.shape[1:]}, which {machine.kind} needs; other sizes are for ELS"
+        )
+    if sizes is not None and max(sizes) > min(height, width):
+        raise ValueError(
+            f"patch sizes go up to {max(sizes)}, but the canvas's shorter side is "
+            f"{min(height, width)}; give sizes of at most that"
+        )
+    return height, width
 
 
 def _indices(n: int, indices: Sequence[int] | None) -> tuple[int, ...]:

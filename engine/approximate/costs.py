@@ -53,6 +53,6 @@ LARGEST_FIRST_SHARE = 1 / 32
 MARGIN = 0.9
 # Safety factor of the standard errors of subsets and lists: a spread contains nothing of heavy
 # patches that were not read. Fitted by python -m els.bench.safety (bench/results/safety.json).
-SAFETY = 1.25
+SAFETY = 1.3
 # Largest difference of two clean pixels.
 RANGE = 2.0
