@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from els.engine.adapters.diffusers import trained_betas as trained_betas
     from els.engine.adapters.edm import EDMDenoiser as EDMDenoiser
     from els.engine.machines import ScoreMachine as ScoreMachine
+    from els.engine.machines import WienerDenoiser as WienerDenoiser
     from els.engine.result import LocalPosterior as LocalPosterior
     from els.engine.sampler import sample as sample
+    from els.engine.smoothed import SmoothedDenoiser as SmoothedDenoiser
     from els.engine.state import PosteriorState as PosteriorState
     from els.engine.state import merge as merge
 
@@ -20,6 +22,8 @@ _HOMES = {
     "LocalPosterior": "result",
     "PosteriorState": "state",
     "ScoreMachine": "machines",
+    "SmoothedDenoiser": "smoothed",
+    "WienerDenoiser": "machines",
     "merge": "state",
     "sample": "sampler",
     "trained_betas": "adapters",
@@ -31,6 +35,8 @@ __all__ = [
     "LocalPosterior",
     "PosteriorState",
     "ScoreMachine",
+    "SmoothedDenoiser",
+    "WienerDenoiser",
     "merge",
     "sample",
     "trained_betas",

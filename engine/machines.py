@@ -662,6 +662,20 @@ class ScoreMachine:
         return tensor.to(torch.int64).expand(batch)
 
 
+def WienerDenoiser(db: PatchDatabase, **options: Any) -> ScoreMachine:  # noqa: N802
+    """The best linear denoiser of a database's images: ``ScoreMachine(db, kind="Wiener")``.
+
+    With the images' mean mu and covariance ``U diag(lam) U^T``, computed once per database,
+
+        mean = mu + U diag(alpha^2 lam / (alpha^2 lam + sigma^2)) U^T (x / alpha - mu).
+
+    Args:
+        db: the training images.
+        options: others of :class:`ScoreMachine`, such as ``device``.
+    """
+    return ScoreMachine(db, "Wiener", **options)
+
+
 def _mask_threshold(kind: Kind, given: float | None) -> float | None:
     """The value for a kind; None for those without.
 

@@ -14,6 +14,7 @@ from els.engine.patch_sizes import SizesByNoise, levels_of
 from els.engine.result import require_tolerance
 from els.engine.sampler import require_count, sizes_for_machine
 from els.engine.schedule import Schedule
+from els.engine.smoothed import SmoothedDenoiser
 
 PatchSizes: TypeAlias = str | int | Sequence[int]
 
@@ -24,15 +25,18 @@ class PosteriorMean:
 
     def __init__(
         self,
-        machine: ScoreMachine,
+        machine: ScoreMachine | SmoothedDenoiser,
         patch_sizes: PatchSizes | None,
         labels: int | None,
         sizes_schedule: Schedule,
         tolerance: float | None,
         seed: int,
     ) -> None:
-        if not isinstance(machine, ScoreMachine):
-            raise TypeError(f"machine must be a ScoreMachine, got {type(machine).__name__}")
+        if not isinstance(machine, ScoreMachine | SmoothedDenoiser):
+            raise TypeError(
+                "machine must be a ScoreMachine or a SmoothedDenoiser, got "
+                f"{type(machine).__name__}"
+            )
         if not isinstance(sizes_schedule, Schedule):
             raise TypeError(
                 f"sizes_schedule must be a Schedule such as Cosine(), got {sizes_schedule!r}"

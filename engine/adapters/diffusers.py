@@ -14,6 +14,7 @@ from els.engine.adapters.denoised import PatchSizes, PosteriorMean, one_per_imag
 from els.engine.machines import ScoreMachine
 from els.engine.sampler import require_count
 from els.engine.schedule import Cosine, Schedule
+from els.engine.smoothed import SmoothedDenoiser
 
 PredictionType: TypeAlias = Literal["epsilon", "sample", "v_prediction"]
 
@@ -119,7 +120,7 @@ class ELSModel(torch.nn.Module):
 
     def __init__(
         self,
-        machine: ScoreMachine,
+        machine: ScoreMachine | SmoothedDenoiser,
         patch_sizes: PatchSizes | None = None,
         *,
         scheduler: Any,

@@ -10,6 +10,7 @@ from torch import Tensor
 from els.engine.adapters.denoised import PatchSizes, PosteriorMean, one_per_image, widened
 from els.engine.machines import ScoreMachine
 from els.engine.schedule import Cosine, Schedule
+from els.engine.smoothed import SmoothedDenoiser
 
 
 @final
@@ -43,7 +44,7 @@ class EDMDenoiser:
 
     def __init__(
         self,
-        machine: ScoreMachine,
+        machine: ScoreMachine | SmoothedDenoiser,
         patch_sizes: PatchSizes | None = None,
         *,
         labels: int | None = None,
