@@ -42,6 +42,9 @@ class _Machine(StrEnum):
     ES = "ES"
     LS = "LS"
     ELS = "ELS"
+    PCA = "PCA"
+    WIENER = "Wiener"
+    NEAREST = "nearest"
 
 
 class _Backend(StrEnum):
@@ -67,7 +70,8 @@ def sample(
         typer.Option(
             case_sensitive=False,
             help="IS: whole images. ES: their cyclic shifts. LS: patches from the same place. "
-            "ELS: patches from everywhere.",
+            "ELS: patches from everywhere. PCA: pixels that are correlated with a pixel. Wiener: "
+            "the best linear denoiser. nearest: the nearest image.",
         ),
     ] = _Machine.ELS,
     boundary: Annotated[
@@ -116,6 +120,22 @@ def sample(
             "0.01: many times faster on large data sets, more so after els index."
         ),
     ] = None,
+    canvas: Annotated[
+        str | None,
+        typer.Option(help="Height and width of the samples, such as 48x96 (ELS)."),
+    ] = None,
+    smooth: Annotated[
+        str | None,
+        typer.Option(
+            help="Average over moved queries: standard deviation and number, such as 0.1x10."
+        ),
+    ] = None,
+    mask_threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Of PCA, 0 to 1 (default 0.02): how strongly a pixel must be correlated to matter."
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(help="Where torch and triton compute, e.g. cuda:1; a GPU if there is one."),
@@ -143,7 +163,7 @@ def sample(
 
     On many cores, GPUs or machines: torchrun --nproc-per-node=2 -m els.engine sample db ...
     """
-    from els.engine import ScoreMachine
+    from els.engine import ScoreMachine, SmoothedDenoiser
     from els.engine.devices import device_named
     from els.engine.mesh import local_device, process_mesh
     from els.engine.schedule import schedule_named
@@ -153,6 +173,8 @@ def sample(
     if device is not None:
         device_named(device)
     patch_sizes = None if sizes is None else patch_sizes_given(sizes)
+    of_canvas = None if canvas is None else _canvas(canvas)
+    of_smoothing = None if smooth is None else _smoothing(smooth)
     db = PatchDatabase.open(database)
     with process_mesh(database_shards) as mesh:
         if device is None and backend in (_Backend.AUTO, _Backend.TRITON):
@@ -165,7 +187,12 @@ def sample(
             threads=threads,
             device=device,
             mesh=mesh,
+            mask_threshold=mask_threshold,
         )
+        smoothed = None
+        if of_smoothing is not None:
+            std, copies = of_smoothing
+            smoothed = SmoothedDenoiser(chosen, std=std, copies=copies, seed=seed)
         speaks = mesh.rank == 0
         if speaks:
             processes = "" if mesh.world_size == 1 else f"{mesh.world_size} processes, "
@@ -173,7 +200,7 @@ def sample(
             typer.echo(f"backend: {processes}{chosen.backend}: {reason}", err=True)
         with _sampling(n, steps, shown=speaks) as update:
             report = sample_run(
-                chosen,
+                smoothed or chosen,
                 output,
                 n=n,
                 steps=steps,
@@ -185,6 +212,7 @@ def sample(
                 trajectory=trajectory,
                 batch_size=batch_size,
                 tolerance=tolerance,
+                canvas=of_canvas,
                 shard_size=shard_size,
                 progress=update,
             )
@@ -271,6 +299,31 @@ def _indices(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise ValueError(f"--indices {text!r} must be numbers such as 3,17,5") from None
+
+
+def _canvas(text: str) -> tuple[int, int]:
+    """The value of ``--canvas``."""
+    try:
+        height, width = map(int, text.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"--canvas {text!r} must be a height and a width, such as 48x96") from None
+    if height < 1 or width < 1:
+        raise ValueError(f"--canvas {text!r}: both sides must be at least 1")
+    return height, width
+
+
+def _smoothing(text: str) -> tuple[float, int]:
+    """The value of ``--smooth``."""
+    try:
+        std, copies = text.lower().split("x")
+        found = float(std), int(copies)
+    except ValueError:
+        raise ValueError(
+            f"--smooth {text!r} must be a standard deviation and a number, such as 0.1x10"
+        ) from None
+    if not 0 < found[0] < float("inf") or found[1] < 1:
+        raise ValueError(f"--smooth {text!r}: both must be above 0")
+    return found
 
 
 def _status_table(status: RunStatus) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
@@ -87,3 +87,7 @@ class SmoothedDenoiser:
         stream = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(copy,)))
         noise = torch.from_numpy(stream.standard_normal(tuple(x.shape[1:])))
         return self.machine.posterior(x + self.std * noise.to(x.device, x.dtype), **arguments)
+
+
+Machine: TypeAlias = ScoreMachine | SmoothedDenoiser
+"""What draws samples."""

@@ -153,7 +153,7 @@ def walk_sample(
             than ``MOST_ENTRIES``.
     """
     _require_step(step, plan)
-    _, height, width = machine.db.shape
+    _, height, width = plan.shape(machine.db)
     room = MOST_ENTRIES // (height * width)
     most = min(MAX_TOP, room // min(3, plan.steps))
     if not 1 <= top <= most:
@@ -244,9 +244,15 @@ def _reopened(
             f"{db.path} is not the database of {folder}: its content hash is {db.content_hash}, "
             f"the run's {settings.content_hash}; say where that one is now"
         )
-    machine = ScoreMachine(
-        db, settings.machine, settings.boundary or "zeros", settings.backend, threads=threads
-    )
+    if settings.smoothing is not None:
+        raise RunError(
+            f"{folder} was drawn by a smoothed machine, whose answers are means over "
+            f"{settings.smoothing.copies} queries: they have no patches to explain"
+        )
+    if settings.machine == "Wiener":
+        raise RunError(f"{folder} was drawn by the Wiener filter, which weighs no patches")
+    machine = settings.machine_over(db, threads)
+    assert isinstance(machine, ScoreMachine)
     return machine, settings, stored
 
 
@@ -308,6 +314,7 @@ class _Recorder:
         self.db = machine.db
         self.kind = machine.kind
         self.is_local = machine.is_local
+        self.takes_canvas = machine.takes_canvas
         self.device = machine.device
         self.answers: list[_Answer] = []
         self._machine = machine

@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from els.engine.machines import ScoreMachine
 from els.engine.mesh import ProcessMesh, SharedTask
 from els.engine.result import Claim
 from els.engine.sampler import (
@@ -36,6 +35,7 @@ from els.engine.sampler import (
     sample_plan,
 )
 from els.engine.schedule import Cosine, Schedule
+from els.engine.smoothed import Machine
 from els.index import encode
 from els.runs.folder import (
     _STEPS,
@@ -159,7 +159,7 @@ class RunReport:
 
 
 def sample_run(
-    machine: ScoreMachine,
+    machine: Machine,
     folder: str | Path,
     *,
     n: int = 16,
@@ -172,6 +172,7 @@ def sample_run(
     trajectory: bool = False,
     batch_size: int | None = None,
     tolerance: float | None = None,
+    canvas: Sequence[int] | None = None,
     shard_size: int | None = None,
     progress: Callable[[StepProgress], None] | None = None,
 ) -> RunReport:
@@ -196,6 +197,7 @@ def sample_run(
             sums with database shards. None for as many as take about 20 seconds, 1 to 16, of IS and
             ES at least 4; with database shards 16.
         tolerance: see there.
+        canvas: see there.
         shard_size: samples to a file; 1 for a picture and a file of each, which trajectories need;
             None for what an existing run has, and for a new one 1 up to 1,000 samples, else 1,000.
         progress: called after every step of every batch of this process.
@@ -230,6 +232,7 @@ def sample_run(
         schedule=schedule,
         eta=eta,
         tolerance=tolerance,
+        canvas=canvas,
     )
     settings = settings_of(machine, plan, n, label, trajectory)
     mesh = machine.mesh or ProcessMesh.alone()
@@ -324,7 +327,7 @@ class _BatchSizes:
     most: int
 
     @classmethod
-    def of(cls, machine: ScoreMachine, asked: int | None) -> _BatchSizes:
+    def of(cls, machine: Machine, asked: int | None) -> _BatchSizes:
         if machine.mesh is not None and machine.mesh.database_shards > 1:
             # The order of an all-reduce's sums depends on the batch, which must not depend on time.
             asked = asked or DEFAULT_BATCH
@@ -340,7 +343,7 @@ class _BatchSizes:
 
 
 def _begin(
-    machine: ScoreMachine,
+    machine: Machine,
     mesh: ProcessMesh,
     run: RunFolder,
     settings: RunSettings,
@@ -395,7 +398,7 @@ def _end(run: RunFolder, report: RunReport) -> None:
 
 
 def _compute(
-    machine: ScoreMachine,
+    machine: Machine,
     mesh: ProcessMesh,
     task: SharedTask,
     run: RunFolder,
@@ -499,7 +502,7 @@ class _SavedSteps:
     """
 
     def __init__(
-        self, run: RunFolder, machine: ScoreMachine, mesh: ProcessMesh, settings: RunSettings
+        self, run: RunFolder, machine: Machine, mesh: ProcessMesh, settings: RunSettings
     ) -> None:
         self._run = run
         self._machine = machine
@@ -530,7 +533,7 @@ class _SavedSteps:
         step = self._mesh.same_for_group(steps.pop() if len(steps) == 1 else 0)
         if step == 0:
             return None
-        shape = (len(indices), *self._machine.db.shape)
+        shape = (len(indices), *self._settings.plan.shape(self._machine.db))
         # The maximum over the group is the leader's values: the others have -inf.
         x_t = np.stack([values for _, values in found]) if found else np.full(shape, -np.inf)
         return Resumption(step, self._mesh.largest(torch.from_numpy(x_t)))
@@ -542,7 +545,7 @@ class _SavedSteps:
 
     def _read(self, index: int) -> tuple[int, npt.NDArray[np.float64]]:
         """The next step of a sample and its noisy image; step 0 if nothing usable was saved."""
-        nothing = np.zeros(self._machine.db.shape)
+        nothing = np.zeros(self._settings.plan.shape(self._machine.db))
         if self._settings.trajectory or not self._run.step(index).is_file():
             return 0, nothing
         try:
@@ -682,7 +685,7 @@ def _require_same_estimates(run: RunFolder, there: RunSettings, here: RunSetting
     )
 
 
-def _require_no_new_indices(machine: ScoreMachine, settings: RunSettings) -> None:
+def _require_no_new_indices(machine: Machine, settings: RunSettings) -> None:
     """Refuse samples of a machine that may have found an index during the run."""
     if settings.estimates is None:
         return
@@ -698,7 +701,7 @@ def _shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _surroundings(machine: ScoreMachine, mesh: ProcessMesh) -> dict[str, Any]:
+def _surroundings(machine: Machine, mesh: ProcessMesh) -> dict[str, Any]:
     return {
         "backend": machine.backend,
         "processes": mesh.world_size,

@@ -14,6 +14,8 @@ from els.engine.sampler import (
     require_count,
 )
 from els.engine.schedule import describe, described
+from els.engine.smoothed import Machine, SmoothedDenoiser
+from els.index import PatchDatabase
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ class EstimateSource:
 
 
 @dataclass(frozen=True)
+class Smoothing:
+    """Of a :class:`~els.engine.SmoothedDenoiser`.
+
+    Attributes:
+        std: of the moves.
+        copies: how many.
+    """
+
+    std: float
+    copies: int
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Everything that the samples of a run depend on, as ``run.json`` holds it.
 
@@ -61,6 +76,9 @@ class RunSettings:
         shard_size: samples to a file; 1 for a picture and a file of each.
         estimates: what estimates depend on; None without a tolerance, for machines other than ELS,
             and in runs of older versions.
+        mask_threshold: of PCA; None for other machines.
+        smoothing: over moves of the query, seeded by the run's seed; None for none.
+        canvas: height and width of the samples; None for those of the training images.
     """
 
     database: str
@@ -79,6 +97,9 @@ class RunSettings:
     tolerance: float | None = None
     shard_size: int = 1
     estimates: EstimateSource | None = None
+    mask_threshold: float | None = None
+    smoothing: Smoothing | None = None
+    canvas: tuple[int, int] | None = None
 
     @property
     def plan(self) -> SamplePlan:
@@ -90,10 +111,26 @@ class RunSettings:
             described(self.schedule),
             self.eta,
             self.tolerance,
+            self.canvas,
         )
 
+    def machine_over(self, db: PatchDatabase, threads: int | None = None) -> Machine:
+        """The machine of the run, over its database; errors as of ScoreMachine."""
+        machine = ScoreMachine(
+            db,
+            self.machine,
+            self.boundary or "zeros",
+            self.backend,
+            threads=threads,
+            mask_threshold=self.mask_threshold,
+        )
+        if self.smoothing is None:
+            return machine
+        std, copies = self.smoothing.std, self.smoothing.copies
+        return SmoothedDenoiser(machine, std=std, copies=copies, seed=self.seed)
 
-def _estimate_source(machine: ScoreMachine, plan: SamplePlan) -> EstimateSource | None:
+
+def _estimate_source(machine: Machine, plan: SamplePlan) -> EstimateSource | None:
     """The source of a plan's estimates; None for exact runs and machines without indices."""
     if plan.tolerance is None or not machine.is_indexed:
         return None
@@ -105,7 +142,7 @@ def _estimate_source(machine: ScoreMachine, plan: SamplePlan) -> EstimateSource 
 
 
 def settings_of(
-    machine: ScoreMachine, plan: SamplePlan, n: int, label: int | None, trajectory: bool
+    machine: Machine, plan: SamplePlan, n: int, label: int | None, trajectory: bool
 ) -> RunSettings:
     """The settings of a run with this machine."""
     db = machine.db
@@ -125,7 +162,22 @@ def settings_of(
         n=int(n),
         tolerance=plan.tolerance,
         estimates=_estimate_source(machine, plan),
+        mask_threshold=machine.mask_threshold,
+        smoothing=_smoothing(machine, plan.seed),
+        canvas=plan.canvas,
     )
+
+
+def _smoothing(machine: Machine, seed: int) -> Smoothing | None:
+    """How a machine is smoothed, if it is; ValueError for moves of another seed than the run's."""
+    if isinstance(machine, ScoreMachine):
+        return None
+    if machine.seed != seed:
+        raise ValueError(
+            f"the machine is smoothed with seed={machine.seed}, but the run has seed={seed}: make "
+            "them the same, so that the run can be drawn again"
+        )
+    return Smoothing(machine.std, machine.copies)
 
 
 def require_sound(settings: RunSettings) -> None:
@@ -156,6 +208,10 @@ def require_sound(settings: RunSettings) -> None:
         if not isinstance(getattr(settings, name), types):
             raise TypeError(f"{name} is {getattr(settings, name)!r}")
     described(settings.schedule)
+    if settings.smoothing is not None:
+        require_count("copies", settings.smoothing.copies, 1)
+    for side in settings.canvas or ():
+        require_count("canvas", side, 1)
     if settings.patch_sizes is not None:
         patch_sizes_for(settings.patch_sizes, settings.steps)
 
@@ -164,16 +220,20 @@ def settings_from_json(content: dict[str, Any]) -> RunSettings:
     """The inverse of :func:`settings_to_json`; raises TypeError for unknown or missing settings."""
     settings = RunSettings(**content)
     sizes, estimates = settings.patch_sizes, content.get("estimates")
+    smoothing, canvas = content.get("smoothing"), content.get("canvas")
     return replace(
         settings,
         patch_sizes=None if sizes is None else tuple(sizes),
         estimates=None if estimates is None else EstimateSource(**estimates),
+        smoothing=None if smoothing is None else Smoothing(**smoothing),
+        canvas=None if canvas is None else tuple(canvas),
     )
 
 
 def settings_to_json(settings: RunSettings) -> dict[str, Any]:
-    """The settings as JSON; runs without estimates have no such key, as in older versions."""
+    """The settings as JSON, without the keys of what a run has not, as in older versions."""
     content = asdict(settings)
-    if settings.estimates is None:
-        del content["estimates"]
+    for name in ("estimates", "mask_threshold", "smoothing", "canvas"):
+        if content[name] is None:
+            del content[name]
     return content
