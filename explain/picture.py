@@ -207,7 +207,7 @@ def _draw_contributors(
     for (above, below), contributor in zip(panels.T, contributors, strict=False):
         image, colour = contributor.image, palette[contributor.image]
         given = heaviest[..., 0] == image
-        taken = np.zeros_like(given)
+        taken = np.zeros(db.shape[1:], dtype=np.bool_)
         taken[heaviest[given, 1], heaviest[given, 2]] = True
         name = _class_name(db, image)
         title = f"image {image}{name}\ngave {contributor.share:.1%}"

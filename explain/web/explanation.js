@@ -2,7 +2,8 @@
 
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const { height, width, top, sizes, steps } = data;
+  // The sample's sides, and the training images', which differ on a canvas of another size.
+  const { height, width, imageHeight, imageWidth, top, sizes, steps } = data;
   const effective = numbers(data.effective, Float32Array);
   const weights = numbers(data.weights, Float32Array);
   const place = numbers(data.place, Int32Array);
@@ -83,7 +84,7 @@
     const found = [];
     const start = ((row * height + y) * width + x) * top;
     for (let entry = start; entry < start + top && place[entry] >= 0; entry++) {
-      const centre = { y: Math.floor(pixel[entry] / width), x: pixel[entry] % width };
+      const centre = { y: Math.floor(pixel[entry] / imageWidth), x: pixel[entry] % imageWidth };
       let [dy, dx] = [centre.y - y, centre.x - x];
       if (data.kind === "ES") [dy, dx] = [shorter(dy, height), shorter(dx, width)];
       found.push({ index: place[entry], weight: weights[entry], ...centre, dy, dx });
@@ -95,18 +96,20 @@
     return effective[(row * height + state.y) * width + state.x];
   }
 
-  // Pictures. A source is a picture and the place of one image in it.
+  // Pictures. A source is a picture, and the place and the sides of one image in it.
 
   function ofStep(name) {
-    return { picture: pictures[name], left: 0, top: state.row * height };
+    return { picture: pictures[name], left: 0, top: state.row * height, width, height };
   }
 
   function ofImage(index) {
     const columns = data.spriteColumns;
     return {
       picture: pictures.sprite,
-      left: (index % columns) * width,
-      top: Math.floor(index / columns) * height,
+      left: (index % columns) * imageWidth,
+      top: Math.floor(index / columns) * imageHeight,
+      width: imageWidth,
+      height: imageHeight,
     };
   }
 
@@ -122,14 +125,15 @@
   }
 
   function drawWhole(canvas, source, cssWidth, outlines) {
-    const context = prepared(canvas, cssWidth, (cssWidth * height) / width);
-    const scale = canvas.width / width;
+    const context = prepared(canvas, cssWidth, (cssWidth * source.height) / source.width);
+    const scale = canvas.width / source.width;
     context.drawImage(
-      source.picture, source.left, source.top, width, height, 0, 0, canvas.width, canvas.height);
-    for (const outline of outlines) drawOutline(context, scale, outline);
+      source.picture, source.left, source.top, source.width, source.height,
+      0, 0, canvas.width, canvas.height);
+    for (const outline of outlines) drawOutline(context, scale, source, outline);
   }
 
-  function drawOutline(context, scale, { y, x, reach, strong }) {
+  function drawOutline(context, scale, { width, height }, { y, x, reach, strong }) {
     const side = (2 * reach + 1) * scale;
     const line = Math.max(1, Math.round((strong ? 2.5 : 1.5) * (window.devicePixelRatio || 1)));
     // A circular patch comes back in at the other side.
@@ -160,12 +164,12 @@
     for (const v of turns) {
       for (const h of turns) {
         context.drawImage(
-          source.picture, source.left, source.top, width, height,
-          (reach - x + h * width) * scale, (reach - y + v * height) * scale,
-          width * scale, height * scale);
+          source.picture, source.left, source.top, source.width, source.height,
+          (reach - x + h * source.width) * scale, (reach - y + v * source.height) * scale,
+          source.width * scale, source.height * scale);
       }
     }
-    drawOutline(context, scale, { y: reach, x: reach, reach: 0, strong: true });
+    drawOutline(context, scale, source, { y: reach, x: reach, reach: 0, strong: true });
   }
 
   // The page.

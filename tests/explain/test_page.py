@@ -403,6 +403,22 @@ def test_a_person_explores(browser: Browser, made: Made, written: Path) -> None:
     assert browser.errors() == []
 
 
+@pytest.mark.parametrize("canvas", [(10, 21), (5, 7)])
+def test_a_canvas_of_another_size(
+    browser: Browser, made: Made, tmp_path: Path, canvas: tuple[int, int]
+) -> None:
+    machine = ScoreMachine(made.db, "ELS", "zeros", "torch")
+    sample_run(machine, tmp_path / "run", n=1, steps=2, patch_sizes=3, canvas=canvas)
+    walkthrough, db = walk_run(tmp_path / "run", 0, top=TOP)
+    write_page(walkthrough, db, tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    n, row, column = db.locate(walkthrough.addresses[1, canvas[0] // 2, canvas[1] // 2])
+    shown = browser.rows()
+    assert [patch["image"] for patch in shown] == n.tolist()
+    assert [(patch["y"], patch["x"]) for patch in shown] == list(zip(row, column, strict=True))
+    assert browser.errors() == []
+
+
 def test_everything_is_reached_by_the_keyboard(browser: Browser, written: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 

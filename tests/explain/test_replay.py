@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from els.engine import ScoreMachine
+from els.engine import ScoreMachine, SmoothedDenoiser
 from els.engine.approximate import auto
 from els.engine.approximate.costs import FIRST_IMAGES
 from els.engine.sampler import plan_sampling
@@ -120,6 +120,41 @@ def test_a_run_with_a_tolerance_is_explained_by_what_it_read(
         np.stack(db.locate(walkthrough.addresses[..., 0]), -1), explanation.heaviest
     )
     assert walkthrough.effective_patches.max() <= 1500 * HEIGHT * WIDTH * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("boundary", ["zeros", "circular"])
+def test_a_canvas_is_explained(tmp_path: Path, boundary: str) -> None:
+    _, run = made(tmp_path, "ELS", boundary, 3, canvas=(12, 17))
+    explanation, db = explain_run(run, 1, step=2, top=3)
+    np.testing.assert_array_equal(explanation.values, RunFolder(run).load(1))
+    assert explanation.values.shape == (3, 12, 17)
+    assert explanation.heaviest.shape == (3, 12, 17, 3)
+    # Patches are of the training images, whose sides are others.
+    assert explanation.heaviest[..., 1].max() < HEIGHT
+    assert explanation.heaviest[..., 2].max() < WIDTH
+    write_explanation(explanation, db, tmp_path / "why.png")
+    walkthrough, _ = walk_run(run, 1, top=3)
+    assert walkthrough.weights.shape == (3, 12, 17, 3)
+
+
+def test_what_weighs_no_patches_is_not_explained(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (COUNT, 1, HEIGHT, WIDTH), dtype=np.uint8)
+    db = PatchDatabase.build(images, path=tmp_path / "db")
+    sample_run(ScoreMachine(db, "Wiener"), tmp_path / "wiener", n=1, steps=2)
+    with pytest.raises(RunError, match="Wiener filter, which weighs no patches"):
+        explain_run(tmp_path / "wiener", 0)
+    smoothed = SmoothedDenoiser(ScoreMachine(db, "IS"), std=0.1, copies=3)
+    sample_run(smoothed, tmp_path / "smoothed", n=1, steps=2)
+    with pytest.raises(RunError, match="smoothed machine"):
+        explain_run(tmp_path / "smoothed", 0)
+
+
+@pytest.mark.parametrize("kind", ["PCA", "nearest"])
+def test_baselines_are_explained_by_their_images(tmp_path: Path, kind: str) -> None:
+    _, run = made(tmp_path, kind, "zeros", 3)
+    explanation, db = explain_run(run, 0, top=2)
+    assert not explanation.offsets().any()
+    write_explanation(explanation, db, tmp_path / "why.png")
 
 
 def test_the_data_is_beside_the_picture(tmp_path: Path) -> None:
