@@ -298,7 +298,10 @@ def evaluate(
     n: Annotated[int, typer.Option("-n", help="Samples; may grow later.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the noise; another than els calibrate's.")] = 0,
     machines: Annotated[
-        str, typer.Option(help="Which machines: bbELS (zeros), ELS (circular), LS, IS.")
+        str,
+        typer.Option(
+            help="Which machines: bbELS (zeros), ELS (circular), LS, IS, PCA, Wiener, nearest."
+        ),
     ] = "bbELS,ELS,LS,IS",
     label: _Label = None,
     clip: _Clip = False,
@@ -307,8 +310,9 @@ def evaluate(
 ) -> None:
     """Compare what a network draws with what the machines draw from the same noise.
 
-    r is Pearson's correlation, r^2 its square, R^2 the coefficient of determination. Writes
-    evaluation.json, scatter.png, grid.png, and all samples.
+    r is Pearson's correlation, r^2 its square, R^2 the coefficient of determination, MSE the mean
+    squared error. Memorised are samples whose nearest training image is less than a third as far as
+    the second nearest. Writes evaluation.json, scatter.png, grid.png, and all samples.
     """
     from els.engine.devices import device_named
     from els.index import PatchDatabase
@@ -367,15 +371,18 @@ def _warn_of_other_images(content_hash: str | None, db: PatchDatabase) -> None:
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
-    table = Table("machine", "r", "r^2", "R^2", "above IS", box=None, pad_edge=False)
+    table = Table(
+        *("machine", "r", "r^2", "R^2", "MSE", "above IS", "memorised"), box=None, pad_edge=False
+    )
     for name in evaluation.predictions:
         cells = []
-        for figure in ("r", "r_squared", "determination"):
+        for figure in ("r", "r_squared", "determination", "mse"):
             spread = evaluation.spread(name, figure)
             cells.append(f"{spread.median:.3f} ({spread.lower:.3f} to {spread.upper:.3f})")
         has_ideal = "IS" in evaluation.predictions and name != "IS"
         share = f"{evaluation.share_above(name):.0%}" if has_ideal else ""
-        table.add_row(name, *cells, share)
+        table.add_row(name, *cells, share, f"{evaluation.memorised[name]:.0%}")
+    table.add_row("network", *[""] * 5, f"{evaluation.memorised['network']:.0%}")
     print_table(table)
     typer.echo("medians (quartiles); above IS: share of samples with a higher r")
 

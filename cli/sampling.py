@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+# Samples that els compare lists one by one.
+_MOST_ROWS = 50
 
 
 class _Machine(StrEnum):
@@ -284,13 +286,82 @@ def grid(
     indices: Annotated[
         str | None, typer.Option(help="These samples instead, in this order: 3,17,5.")
     ] = None,
+    nearest: Annotated[
+        bool,
+        typer.Option("--nearest", help="Right of every sample, its nearest training image."),
+    ] = False,
+    database: Annotated[
+        Path | None, typer.Option(help="Where the run's database is now, if it was moved.")
+    ] = None,
 ) -> None:
-    """Draw samples of a run in one picture."""
+    """Draw samples of a run in one picture.
+
+    With --nearest, also say how far the nearest training images are. Memorised are samples whose
+    nearest image is less than a third as far as the second nearest.
+    """
     from els.runs.export import draw_grid
 
     chosen = None if indices is None else _indices(indices)
-    count = draw_grid(run, output, rows=rows, columns=columns, first=first, indices=chosen)
-    typer.echo(f"{count:,} samples: {output}")
+    drawn = draw_grid(
+        run,
+        output,
+        rows=rows,
+        columns=columns,
+        first=first,
+        indices=chosen,
+        nearest=nearest,
+        database=database,
+    )
+    if nearest:
+        table = Table(
+            *("sample", "nearest image", "distance", "second", "ratio", "memorised"),
+            box=None,
+            pad_edge=False,
+        )
+        for number, found in drawn:
+            assert found is not None
+            table.add_row(
+                str(number),
+                str(found.image),
+                f"{found.distance:.4f}",
+                f"{found.second:.4f}",
+                f"{found.ratio:.3f}",
+                "yes" if found.is_memorised else "",
+            )
+        print_table(table)
+        many = sum(found is not None and found.is_memorised for _, found in drawn)
+        typer.echo(f"memorised: {many} of {len(drawn)}")
+    typer.echo(f"{len(drawn):,} samples: {output}")
+
+
+@commands.command(epilog="Example: els compare exact approximate -o compared")
+@reported
+def compare(
+    run: Annotated[Path, typer.Argument(help="The run that counts as true.")],
+    other: Annotated[Path, typer.Argument(help="The run that is compared with it.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for metrics.json and grid.png.")
+    ] = None,
+) -> None:
+    """Compare the samples of two runs that start from the same noise.
+
+    r is Pearson's correlation, r^2 its square, R^2 the coefficient of determination, MSE the mean
+    squared error of pixels in [-1, 1].
+    """
+    from els.runs.agreement import FIGURES, compare_runs, spread_of
+
+    found = compare_runs(run, other, output)
+    table = Table("sample", "r", "r^2", "R^2", "MSE", box=None, pad_edge=False)
+    for number, figures in list(found.items())[:_MOST_ROWS]:
+        table.add_row(str(number), *(f"{getattr(figures, name):.4f}" for name in FIGURES))
+    medians = [spread_of(list(found.values()), name).median for name in FIGURES]
+    table.add_row("median", *(f"{median:.4f}" for median in medians))
+    print_table(table)
+    if len(found) > _MOST_ROWS:
+        typer.echo(f"{len(found):,} samples, of which {_MOST_ROWS} are shown")
+    for name in ("metrics.json", "grid.png"):
+        if output is not None and (output / name).exists():
+            typer.echo(f"written: {output / name}")
 
 
 def _indices(text: str) -> list[int]:

@@ -16,7 +16,8 @@ from els.engine.machines import ScoreMachine
 from els.engine.result import LocalPosterior
 from els.engine.sampler import SamplePlan, StepState, sample_plan
 from els.explain.explanation import Explanation, Walkthrough
-from els.index import DatabaseError, PatchDatabase
+from els.index import PatchDatabase
+from els.runs.export import database_of
 from els.runs.folder import RunFolder, read_settings
 from els.runs.settings import RunSettings
 from els.runs.stores import RunError
@@ -231,19 +232,7 @@ def _reopened(
     """The machine of a run, its settings, and the sample that is to be explained."""
     settings = read_settings(folder)
     stored = RunFolder(Path(folder)).load(index)
-    try:
-        db = PatchDatabase.open(settings.database if database is None else database)
-    except DatabaseError as error:
-        if database is not None:
-            raise
-        raise DatabaseError(
-            f"{error}; if the run's database was moved, say where it is now with database=PATH"
-        ) from error
-    if db.content_hash != settings.content_hash:
-        raise RunError(
-            f"{db.path} is not the database of {folder}: its content hash is {db.content_hash}, "
-            f"the run's {settings.content_hash}; say where that one is now"
-        )
+    db = database_of(RunFolder(Path(folder)), database)
     if settings.smoothing is not None:
         raise RunError(
             f"{folder} was drawn by a smoothed machine, whose answers are means over "

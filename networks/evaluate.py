@@ -1,20 +1,13 @@
 """How well the score machines predict, sample by sample, what a network draws.
 
-The network and every machine start from the same noise and go through the same DDIM loop. Three
-figures compare a machine's image with the network's, over all pixels and channels:
-
-- ``r``: Pearson's correlation; 0 where an image is constant.
-- ``r_squared``: ``r * r``.
-- ``determination``: the coefficient of determination, ``1 - sum (network - machine)^2 / sum
-  (network - its mean)^2``, which no scale or offset is forgiven.
-
-Published code reports r under the name r^2, so all three are given.
+The network and every machine start from the same noise and go through the same DDIM loop. The
+figures that compare a machine's image with the network's are those of :mod:`els.runs.agreement`.
 
 An evaluation's folder holds::
 
     evaluation.json   settings, figures of every sample, medians and quartiles
     network/          what the network drew, 000000.npy and .png
-    bbELS/, ELS/, LS/, IS/     runs of els sample, one for each machine
+    bbELS/, ELS/, ...   runs of els sample, one for each machine
     scatter.png       r of every sample: a machine against the ideal score machine
     grid.png          rows of noise, network and machines
 """
@@ -22,11 +15,10 @@ An evaluation's folder holds::
 from __future__ import annotations
 
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -42,43 +34,27 @@ from els.index import PatchDatabase, encode
 from els.networks.calibrate import Calibration
 from els.networks.denoiser import NetworkDenoiser
 from els.networks.folders import NetworkError, claimed
+from els.runs.agreement import FIGURES, Agreement, Spread, compared, spread_of
+from els.runs.novelty import nearest_images
 from els.runs.run import StepProgress, sample_run
 from els.storage.figures import optional_picture, write_figure
 from els.storage.files import atomic_file, remove_stale, visible_names, write_json
 from els.storage.manifests import package_version, read_json
-from els.storage.png import grid, panels, write_png
+from els.storage.png import panels, write_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Machine: TypeAlias = Literal["bbELS", "ELS", "LS", "IS"]
+Machine: TypeAlias = Literal["bbELS", "ELS", "LS", "IS", "PCA", "Wiener", "nearest"]
 Image: TypeAlias = npt.NDArray[np.float32]
 
 FORMAT = "els-evaluation"
 VERSION = 1
 MACHINES: tuple[Machine, ...] = get_args(Machine)
-FIGURES = ("r", "r_squared", "determination")
+DEFAULT_MACHINES: tuple[Machine, ...] = ("bbELS", "ELS", "LS", "IS")
 
 _GRID_MOST = 12
 _BATCH = 16
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """The agreement of one machine's image with the network's; see the module."""
-
-    r: float
-    r_squared: float
-    determination: float
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a figure over the samples."""
-
-    lower: float
-    median: float
-    upper: float
 
 
 @dataclass(frozen=True)
@@ -87,33 +63,23 @@ class Evaluation:
 
     Attributes:
         predictions: of each machine, one for every sample, in order.
+        memorised: of each machine and the network, the share of samples whose nearest training
+            image is a third as far as the second nearest (:mod:`els.runs.novelty`).
         seconds: of each machine and the network, wall time of all sessions.
     """
 
     predictions: dict[Machine, tuple[Agreement, ...]]
     seconds: dict[str, float]
+    memorised: dict[str, float] = field(default_factory=dict)
 
     def spread(self, machine: Machine, figure: str) -> Spread:
         """Quartiles of one of ``FIGURES``."""
-        values = [getattr(prediction, figure) for prediction in self.predictions[machine]]
-        return Spread(*(float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])))
+        return spread_of(self.predictions[machine], figure)
 
     def share_above(self, machine: Machine, other: Machine = "IS") -> float:
         """Share of the samples whose r is above the other machine's."""
         pairs = zip(self.predictions[machine], self.predictions[other], strict=True)
         return float(np.mean([ours.r > theirs.r for ours, theirs in pairs]))
-
-
-def compared(network: Image, machine: Image) -> Agreement:
-    """The figures of one sample; images of one shape, any values."""
-    truth, guess = network.astype(np.float64).ravel(), machine.astype(np.float64).ravel()
-    a, b = truth - truth.mean(), guess - guess.mean()
-    spread = math.sqrt(float(a @ a) * float(b @ b))
-    r = float(a @ b) / spread if spread > 0 else 0.0
-    missed, total = float(((truth - guess) ** 2).sum()), float(a @ a)
-    if total == 0:
-        return Agreement(r, r * r, 1.0 if missed == 0 else 0.0)
-    return Agreement(r, r * r, 1 - missed / total)
 
 
 def evaluate(
@@ -124,7 +90,7 @@ def evaluate(
     *,
     n: int = 100,
     seed: int = 0,
-    machines: Sequence[Machine] = MACHINES,
+    machines: Sequence[Machine] = DEFAULT_MACHINES,
     label: int | None = None,
     threads: int | None = None,
     device: str | None = None,
@@ -190,10 +156,14 @@ def evaluate(
                 for name, of_machine in images.items()
             },
             seconds,
+            {
+                name: float(np.mean([n.is_memorised for n in nearest_images(db, np.stack(of))]))
+                for name, of in {"network": drawn, **images}.items()
+            },
         )
         _write(path, settings, n, evaluation)
         with optional_picture(path / "grid.png"):
-            _draw_grid(path / "grid.png", seed, drawn, images)
+            write_figure(lambda: _grid_figure(seed, drawn, images), path / "grid.png")
         if {"IS"} < set(evaluation.predictions):
             with optional_picture(path / "scatter.png"):
                 write_figure(lambda: _scatter(evaluation), path / "scatter.png")
@@ -208,8 +178,8 @@ def _kind(name: Machine, calibration: Calibration) -> tuple[str, Boundary]:
             return "ELS", "circular"
         case "LS":
             return "LS", calibration.boundary
-        case "IS":
-            return "IS", "zeros"
+        case _:
+            return name, "zeros"
 
 
 def _settings(
@@ -366,6 +336,7 @@ def _write(path: Path, settings: Mapping[str, Any], n: int, evaluation: Evaluati
             "n": n,
             "summary": summary,
             "share_above_IS": shares,
+            "memorised": evaluation.memorised,
             "seconds": {name: round(value, 1) for name, value in evaluation.seconds.items()},
             "made": {
                 "date": datetime.now(UTC).date().isoformat(),
@@ -382,22 +353,32 @@ def _write(path: Path, settings: Mapping[str, Any], n: int, evaluation: Evaluati
     )
 
 
-def _draw_grid(
-    path: Path, seed: int, drawn: Sequence[Image], images: Mapping[Machine, Sequence[Image]]
-) -> None:
-    """Rows of noise, network, and each machine; the first samples side by side."""
+def _grid_figure(
+    seed: int, drawn: Sequence[Image], images: Mapping[Machine, Sequence[Image]]
+) -> Figure:
+    """Rows of noise, network, and each machine, named; the first samples side by side."""
+    from matplotlib.figure import Figure
+
     count = min(len(drawn), _GRID_MOST)
     noise: list[Image] = [
         (initial_noise(seed, index, drawn[index].shape) / 3).float().numpy()
         for index in range(count)
     ]
-    rows: list[Sequence[Image]] = [
-        noise,
-        drawn[:count],
-        *(of_machine[:count] for of_machine in images.values()),
-    ]
-    tiles = [panels(encode(image)) for row in rows for image in row]
-    write_png(path, grid(tiles, columns=count))
+    rows: dict[str, Sequence[Image]] = {"noise": noise, "network": drawn, **images}
+    height, width = panels(encode(drawn[0])).shape[:2]
+    figure = Figure(
+        figsize=(1 + 0.9 * count * width / height, 0.3 + 0.9 * len(rows)), layout="constrained"
+    )
+    panel_rows = figure.subplots(len(rows), count, squeeze=False)
+    for (name, row), axes_row in zip(rows.items(), panel_rows, strict=True):
+        axes_row[0].set_ylabel(name)
+        for axes, image in zip(axes_row, row, strict=False):
+            shown = panels(encode(image))
+            axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+    for index, axes in enumerate(panel_rows[0]):
+        axes.set_title(f"sample {index}", fontsize=8)
+    return figure
 
 
 def _scatter(evaluation: Evaluation) -> Figure:
@@ -415,7 +396,9 @@ def _scatter(evaluation: Evaluation) -> Figure:
         values = [prediction.r for prediction in predictions]
         lowest = min(lowest, *values)
         share = f"{100 * evaluation.share_above(name):.0f} % above"
-        axes.plot(ideal, values, "o", markersize=4, color=colours[name], label=f"{name}, {share}")
+        axes.plot(
+            ideal, values, "o", markersize=4, color=colours.get(name), label=f"{name}, {share}"
+        )
     axes.plot([lowest, 1], [lowest, 1], color="0.6", linewidth=1)
     axes.set(xlabel="r of the ideal score machine", ylabel="r of the local machine")
     axes.set_aspect("equal")

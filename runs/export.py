@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from els.engine.sampler import require_count
-from els.index import encode
+from els.index import DatabaseError, PatchDatabase, encode
 from els.runs.folder import RunFolder, read_settings
+from els.runs.novelty import Nearest, nearest_images
 from els.runs.stores import RunError, Samples, within, write_array
 from els.storage.files import atomic_file, require_space
 from els.storage.png import grid, panels, write_png
@@ -89,7 +90,9 @@ def draw_grid(
     columns: int = 8,
     first: int = 0,
     indices: Sequence[int] | None = None,
-) -> int:
+    nearest: bool = False,
+    database: str | Path | None = None,
+) -> list[tuple[int, Nearest | None]]:
     """Draw samples of a run, row by row, as one PNG.
 
     Args:
@@ -99,9 +102,11 @@ def draw_grid(
         columns: tiles in a row.
         first: number of the first sample.
         indices: which samples instead, in this order; ``rows`` and ``first`` do not matter then.
+        nearest: draw the nearest training image right of every sample.
+        database: where the run's database is now, if it was moved; read for nearest images only.
 
     Returns:
-        How many samples there are in it.
+        The number of each sample in it, and its nearest training image; None if not asked for.
 
     Raises:
         TypeError: for an argument that is not an integer.
@@ -129,11 +134,46 @@ def draw_grid(
         require_count("indices", numbers.start, 0)
         if numbers.stop > n:
             raise ValueError(f"sample {numbers.stop - 1} is not in the run: it has 0 to {n - 1}")
-    tiles = [
-        panels(encode(values))
-        for numbers in runs
-        for part in run.samples(numbers)
-        for values in part
+    shown = [number for numbers in runs for number in numbers]
+    samples = [values for numbers in runs for part in run.samples(numbers) for values in part]
+    tiles = [panels(encode(values)) for values in samples]
+    if not nearest:
+        write_png(output, grid(tiles, columns=min(columns, count)))
+        return [(number, None) for number in shown]
+    db = database_of(run, database)
+    found = nearest_images(db, np.stack(samples))
+    pairs = [
+        tile
+        for sample, of_sample in zip(tiles, found, strict=True)
+        for tile in (sample, panels(db.images[of_sample.image]))
     ]
-    write_png(output, grid(tiles, columns=min(columns, count)))
-    return count
+    write_png(output, grid(pairs, columns=2 * min(columns, count)))
+    return list(zip(shown, found, strict=True))
+
+
+def database_of(run: RunFolder, database: str | Path | None) -> PatchDatabase:
+    """The database that a run was drawn from.
+
+    Args:
+        run: whose.
+        database: where it is now, if it was moved.
+
+    Raises:
+        DatabaseError: if it is not there any more.
+        RunError: if another is.
+    """
+    settings = read_settings(run.path)
+    try:
+        db = PatchDatabase.open(settings.database if database is None else database)
+    except DatabaseError as error:
+        if database is not None:
+            raise
+        raise DatabaseError(
+            f"{error}; if the run's database was moved, say where it is now with database=PATH"
+        ) from error
+    if db.content_hash != settings.content_hash:
+        raise RunError(
+            f"{db.path} is not the database of {run.path}: its content hash is {db.content_hash}, "
+            f"the run's {settings.content_hash}; say where that one is now"
+        )
+    return db

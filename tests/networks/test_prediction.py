@@ -18,8 +18,9 @@ pytest.importorskip("safetensors", reason="networks are stored with safetensors"
 
 from els.networks.calibrate import calibrate, draw_calibration, read_calibration
 from els.networks.denoiser import Network, NetworkDenoiser, open_network
-from els.networks.evaluate import Agreement, compared, evaluate
+from els.networks.evaluate import evaluate
 from els.networks.folders import NetworkError, embedded, network_folder
+from els.runs.agreement import Agreement, compared
 
 RNG = np.random.default_rng(8)
 IMAGES = RNG.integers(0, 256, (12, 1, 9, 9), dtype=np.uint8)
@@ -134,10 +135,10 @@ def test_the_figures_of_a_sample() -> None:
     assert moved.r == pytest.approx(-1, abs=1e-6)
     assert moved.r_squared == pytest.approx(1, abs=1e-6)
     assert moved.determination < -1
-    assert compared(a, a) == Agreement(1.0, 1.0, 1.0)
+    assert compared(a, a) == Agreement(1.0, 1.0, 1.0, 0.0)
     flat = np.ones_like(a)
-    assert compared(flat, a) == Agreement(0.0, 0.0, 0.0)
-    assert compared(flat, flat) == Agreement(0.0, 0.0, 1.0)
+    assert compared(flat, a) == Agreement(0.0, 0.0, 0.0, pytest.approx(((flat - a) ** 2).mean()))
+    assert compared(flat, flat) == Agreement(0.0, 0.0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -451,7 +452,7 @@ def test_pictures_that_cannot_be_drawn_do_not_fail_the_work(tmp_path, monkeypatc
 
     monkeypatch.setattr(calibration, "_drawn", fail)
     monkeypatch.setattr(evaluation, "_scatter", fail)
-    monkeypatch.setattr(evaluation, "_draw_grid", fail)
+    monkeypatch.setattr(evaluation, "_grid_figure", fail)
     PatchDatabase.build(IMAGES, path=tmp_path / "db")
     db, net = tmp_path / "db", tmp_path / "net"
     assert els("train", db, "-o", net, "--steps", 1, "--channels", 2).exit_code == 0

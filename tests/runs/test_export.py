@@ -118,7 +118,7 @@ def test_a_grid_shows_the_samples_asked_for(tmp_path: Path, shard_size: int) -> 
         ({"indices": [7, 2, 7]}, [tiles[7], tiles[2], tiles[7]], 3),
     ]
     for options, shown, columns in cases:
-        assert draw_grid(run.path, tmp_path / "grid.png", **options) == len(shown)
+        assert len(draw_grid(run.path, tmp_path / "grid.png", **options)) == len(shown)
         with Image.open(tmp_path / "grid.png") as picture:
             np.testing.assert_array_equal(np.asarray(picture), grid(shown, columns))
 
