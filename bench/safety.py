@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -87,7 +87,11 @@ def rows(db: PatchDatabase, clean: np.ndarray, source: str, seeds: int) -> Itera
         machine = ScoreMachine(db, kind, boundary)
         for beta, patch_size in NOISE:
             for query in held_out(clean, beta, patch_size):
-                asked = {"alpha": query.alpha, "sigma": query.sigma, "patch_size": patch_size}
+                asked: dict[str, Any] = {
+                    "alpha": query.alpha,
+                    "sigma": query.sigma,
+                    "patch_size": patch_size,
+                }
                 truth = machine.posterior(query.x, **asked).mean
                 for name, method in _methods(machine, patch_size, query.alpha, query.sigma):
                     found = [

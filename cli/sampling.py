@@ -291,7 +291,7 @@ def grid(
         typer.Option("--nearest", help="Right of every sample, its nearest training image."),
     ] = False,
     database: Annotated[
-        Path | None, typer.Option(help="Where the run's database is now, if it was moved.")
+        Path | None, typer.Option("--db", help="Where the database is now, if it was moved.")
     ] = None,
 ) -> None:
     """Draw samples of a run in one picture.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def _together(
         for axis in (rows, columns)
     )
 
-    def assembled(name: str, *, of_mean: bool = False) -> Tensor | None:
+    def assembled(name: str, *, of_mean: bool = False) -> Any:
         parts = [getattr(answer, name) for answer in answers]
         if parts[0] is None:
             return None
@@ -144,13 +144,13 @@ def _together(
             whole[b, y.unsqueeze(1), column.unsqueeze(0)] = part
         return whole.movedim(-1, 1) if of_mean else whole
 
-    def of_image(name: str) -> list[list[object]]:
+    def of_image(name: str) -> list[list[Any]]:
         values = [value for answer in answers for value in getattr(answer, name)]
         return [
             [v for v, (*_, b) in zip(values, pieces, strict=True) if b == i] for i in range(batch)
         ]
 
-    def told(name: str) -> tuple[object, ...]:
+    def told(name: str) -> tuple[Any, ...]:
         """What differs from exact, if anything does."""
         return tuple(next((v for v in each if v != "exact"), "exact") for each in of_image(name))
 
@@ -163,9 +163,6 @@ def _together(
         **{name: assembled(name) for name in (*tensors, *errors)},
         error_kinds=told("error_kinds"),
         modes=told("modes"),
-        subset_images=tuple(max(each) for each in of_image("subset_images")),  # type: ignore[type-var]
-        work=tuple(
-            None if None in each else float(np.mean(each))  # type: ignore[arg-type]
-            for each in work
-        ),
+        subset_images=tuple(max(each) for each in of_image("subset_images")),
+        work=tuple(None if None in each else float(np.mean(each)) for each in work),
     )

@@ -78,7 +78,7 @@ class SmoothedDenoiser:
         return replace(
             first,
             **{name: averaged(name) for name in (*names, "expected_error")},
-            work=tuple(None if None in each else float(np.mean(each)) for each in work),  # type: ignore[arg-type]
+            work=tuple(None if None in each else float(np.mean(each)) for each in work),
         )
 
     def _moved(self, x: Tensor, copy: int, arguments: dict[str, Any]) -> LocalPosterior:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from els.explain.explanation import Contributor, Explanation
 from els.index import PatchDatabase, encode
+from els.runs.novelty import nearest_images
 from els.storage.figures import neutral_style, write_figure
 from els.storage.files import atomic_file
 from els.storage.png import colours, require_suffix
@@ -102,7 +103,7 @@ def draw(explanation: Explanation, db: PatchDatabase) -> Figure:
     aspect = explanation.values.shape[1] / explanation.values.shape[2]
     # Inches: what the text of each part takes, and its rows of panels, as wide as they can be.
     heights = (
-        1.7 + aspect * _WIDTH / 4,
+        1.7 + aspect * _WIDTH / 5,
         1.2 + 2 * aspect * _WIDTH / (columns + 1),
         1.4 + 2 * aspect * _WIDTH / MOST_CONTRIBUTORS,
     )
@@ -142,8 +143,18 @@ def _draw_mosaic(
     heaviest, offsets = explanation.heaviest[row], explanation.offsets()[row]
     pixels = db.images[heaviest[..., 0], :, heaviest[..., 1], heaviest[..., 2]]
     figure.suptitle(_title(explanation), fontsize=15)
-    sample, collage, sources, moves = figure.subplots(1, 4)
+    has_shape = explanation.values.shape == db.shape
+    sample, collage, sources, moves, *others = figure.subplots(1, 5 if has_shape else 4)
     _show(sample, colours(encode(explanation.values)), "the sample")
+    for panel in others:
+        (found,) = nearest_images(db, explanation.values[None])
+        memorised = ", memorised" if found.is_memorised else ""
+        _show(
+            panel,
+            colours(db.images[found.image]),
+            f"nearest image, {found.image}: {found.distance:.2f} off,\n"
+            f"{found.ratio:.2f} of the second{memorised}",
+        )
     _show(collage, colours(np.moveaxis(pixels, -1, 0)), "heaviest patch's centre, tile by tile")
     collage.add_collection(
         LineCollection(_seams(heaviest[..., 0], offsets), colors=_MARK, linewidths=0.7, alpha=0.7)
@@ -186,6 +197,7 @@ def _draw_steps(
         fontsize=12,
     )
     bar = figure.colorbar(ScalarMappable(norm, "magma"), ax=panels, aspect=12, pad=0.01)
+    bar.ax.yaxis.set_major_formatter("{x:g}")
     bar.set_label("effective patches", fontsize=10)
 
 

@@ -158,7 +158,7 @@ def evaluate(
             seconds,
             {
                 name: float(np.mean([n.is_memorised for n in nearest_images(db, np.stack(of))]))
-                for name, of in {"network": drawn, **images}.items()
+                for name, of in [("network", drawn), *images.items()]
             },
         )
         _write(path, settings, n, evaluation)
@@ -364,13 +364,17 @@ def _grid_figure(
         (initial_noise(seed, index, drawn[index].shape) / 3).float().numpy()
         for index in range(count)
     ]
-    rows: dict[str, Sequence[Image]] = {"noise": noise, "network": drawn, **images}
+    rows: list[tuple[str, Sequence[Image]]] = [
+        ("noise", noise),
+        ("network", drawn),
+        *images.items(),
+    ]
     height, width = panels(encode(drawn[0])).shape[:2]
     figure = Figure(
         figsize=(1 + 0.9 * count * width / height, 0.3 + 0.9 * len(rows)), layout="constrained"
     )
     panel_rows = figure.subplots(len(rows), count, squeeze=False)
-    for (name, row), axes_row in zip(rows.items(), panel_rows, strict=True):
+    for (name, row), axes_row in zip(rows, panel_rows, strict=True):
         axes_row[0].set_ylabel(name)
         for axes, image in zip(axes_row, row, strict=False):
             shown = panels(encode(image))

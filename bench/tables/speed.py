@@ -48,6 +48,29 @@ def pairs_table() -> str:
     return table(header, rows) + f"\n{note} {provenance(result)}\n"
 
 
+def safety_table() -> str:
+    """Errors over standard errors, of all rows of a source and method."""
+    result = load("safety")
+    rows = []
+    for source in dict.fromkeys(row["source"] for row in result["rows"]):
+        for method in ("subset 256", "lists"):
+            ratios = sorted(
+                row["error"] / row["claim"]
+                for row in result["rows"]
+                if row["source"] == source and row["method"] == method
+            )
+            if ratios:
+                middle = ratios[len(ratios) // 2]
+                cells = [f"{ratio:.2f}" for ratio in (ratios[0], middle, ratios[-1])]
+                rows.append([source.partition(":")[0], method, str(len(ratios)), *cells])
+    header = ["images", "method", "rows", "least", "median", "largest"]
+    note = (
+        f"{result['images']:,} images of each, {result['queries']} queries with {result['seeds']} "
+        f"seeds. {result['factor']:g} covers 90 % of all {len(result['rows'])} rows."
+    )
+    return table(header, rows) + f"\n{note}\n"
+
+
 def alternatives_table() -> str:
     """How many times slower the alternatives are than the native kernel."""
     result = load("alternatives-cpu")

@@ -167,7 +167,7 @@ def _is_precise(query: PosteriorQuery, state: PosteriorState) -> bool:
     # Of sum (x - alpha k)^2 / (2 sigma^2) by rounding of x and alpha k (Cauchy-Schwarz).
     values = float(query.x.abs().max()) + float(query.alpha)
     pixels = _PIXEL_ROUNDING * values * (2 * largest) ** 0.5 / float(query.sigma)
-    return sums + pixels <= _LARGEST_ERROR
+    return bool(sums + pixels <= _LARGEST_ERROR)
 
 
 def _spectrum(query: PosteriorQuery) -> Spectrum:
