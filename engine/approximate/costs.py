@@ -47,6 +47,9 @@ LARGEST_EXCESS = 50.0
 LEAST_SHARE = 1.5 * 2.0**-10
 # Largest share that is read at first.
 LARGEST_FIRST_SHARE = 1 / 32
+# Effective blocks from which their spread is known.
+LEAST_BLOCKS = 8.0
+
 # All methods.
 
 # Share of the tolerance that is aimed at: a measured error is itself uncertain.

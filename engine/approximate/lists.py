@@ -20,6 +20,7 @@ from els.engine.approximate import head
 from els.engine.approximate.costs import (
     LARGEST_FIRST_SHARE,
     LARGEST_SHARE,
+    LEAST_BLOCKS,
     LEAST_SHARE,
     RANGE,
     SAFETY,
@@ -54,7 +55,7 @@ class ListPart:
         """With the first share for every pixel."""
         share = first_share(problem)
         shares = np.full(int(problem.interior.sum()), share)
-        estimate = sampled(problem, share, problem.interior).enlarged(SAFETY)
+        estimate = sampled(problem, share, problem.interior, safety=SAFETY)
         return cls(problem, shares, estimate, list_cost(problem, share))
 
     @property
@@ -81,7 +82,7 @@ class ListPart:
             return self
         again = self.pixels.copy()
         again[self.pixels] = is_larger
-        fresh = sampled(self.problem, sizes[is_larger], again).enlarged(SAFETY)
+        fresh = sampled(self.problem, sizes[is_larger], again, safety=SAFETY)
         estimate = fresh.with_others(again, self.estimate)
         work = self.work + self._cost(sizes)
         return replace(self, shares=sizes, estimate=estimate, work=work)
@@ -140,10 +141,18 @@ def first_cost(problem: Problem) -> float:
     return list_cost(problem, first_share(problem))
 
 
-def sampled(problem: Problem, share: float | Array, pixels: Mask) -> Estimate:
-    """Of some of the interior's pixels, bool ``[H, W]``, each with its share of the codes.
+def sampled(
+    problem: Problem, share: float | Array, pixels: Mask, *, safety: float = 1.0
+) -> Estimate:
+    """Of some of the interior's pixels, each with its share of the codes.
 
     Others, and those of which nothing was read, have no mass and the largest error.
+
+    Args:
+        problem: of which image.
+        share: of the codes, or of each pixel.
+        pixels: which, bool ``[H, W]``.
+        safety: factor of the standard errors.
 
     Raises:
         DatabaseError: the index names patches that are not there.
@@ -178,9 +187,11 @@ def sampled(problem: Problem, share: float | Array, pixels: Mask) -> Estimate:
     is_known = state.is_known
     mass = torch.where(is_known, state.mass, 1.0)
     omitted = torch.where(is_known, (1 - sums.seen / mass).clamp(0, 1), 1.0)
-    deviation = standard_error(state)
-    # A spread needs several blocks, and knows as little of what is between them.
-    unread = omitted / effective_blocks(state).clamp(min=1.0)
+    deviation = safety * standard_error(state)
+    # A spread needs several blocks, and fewer know as little of what is between them. What was not
+    # read may differ by half the range: more than it does, so that it needs no factor.
+    blocks = effective_blocks(state).clamp(min=1.0)
+    unread = torch.where(blocks < LEAST_BLOCKS, omitted / blocks, 0.0)
     deviation = torch.hypot(deviation, unread.unsqueeze(1))
     deviation = torch.where(is_known.unsqueeze(1), deviation, RANGE)
     worst, typical = deviation.amax(1), deviation.mean(1)

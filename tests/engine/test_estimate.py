@@ -121,8 +121,11 @@ def test_the_heaviest_patches_of_an_estimate(
 
 
 @pytest.mark.parametrize("boundary", ["zeros", "circular"])
-def test_the_heaviest_patches_of_auto(db: PatchDatabase, boundary: str) -> None:
+def test_the_heaviest_patches_of_auto(
+    db: PatchDatabase, boundary: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So few images are computed exactly, with whatever was asked for."""
+    monkeypatch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 1e12)
     machine = ScoreMachine(db, "ELS", boundary)
     x = query(0.4)
     exact, auto = ask(machine, x, 0.4, top=5), ask(machine, x, 0.4, top=5, mode="auto", tolerance=1)

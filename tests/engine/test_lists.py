@@ -415,7 +415,7 @@ def test_a_pixel_that_reads_nothing_is_computed(
             assert torch.equal(some.mean, exact.mean)
         else:
             # All interior pixels are one draw of few blocks.
-            assert (some.mean - exact.mean).abs().mean() <= 4 * some.mean_error.mean() + 1e-4
+            assert (some.mean - exact.mean).abs().mean() <= 6 * some.mean_error.mean() + 1e-4
 
 
 def test_one_block_does_not_tell_its_error(large: tuple[PatchDatabase, PatchIndex]) -> None:
