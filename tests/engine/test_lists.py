@@ -501,8 +501,8 @@ def test_no_pixel_is_left_without_an_answer(
 ) -> None:
     """Of a pixel nothing was read, and the error of all others is well below the tolerance."""
 
-    def sampled_but_for_one(*arguments: object) -> Estimate:
-        estimate = estimated(*arguments)
+    def sampled_but_for_one(*arguments: object, **options: object) -> Estimate:
+        estimate = estimated(*arguments, **options)
         estimate.state.mass[0, 6, 5] = 0.0
         return estimate
 
