@@ -24,6 +24,7 @@ from els.engine.approximate.methods import (
 )
 from els.engine.backends import Backend, BackendName, choose, require_support
 from els.engine.backends.cores import available_cores
+from els.engine.backends.statistical import wiener_state
 from els.engine.canvas import on_canvas
 from els.engine.gradients import Inputs, differentiable, variances
 from els.engine.kinds import IS, Boundary, Kind, kind_named, register
@@ -537,14 +538,15 @@ class ScoreMachine:
             query = replace(query, spectrum=self._spectrum(None), mask_threshold=threshold)
             state = self._state(query, labels)
             return _unfolded(finish(moved(state, self.device), query.x.dtype), shape)
+        # It weighs no images: every rank of a mesh computes all of it.
         if labels is None:
-            state = self._state(replace(query, spectrum=self._spectrum(None)), None)
+            state = wiener_state(replace(query, spectrum=self._spectrum(None)))
         else:
-            states = [
-                self._state(replace(_rows(query, [b]), spectrum=self._spectrum(label)), None)
+            each = [
+                wiener_state(replace(_rows(query, [b]), spectrum=self._spectrum(label)))
                 for b, label in enumerate(labels.tolist())
             ]
-            state = stack(states)
+            state = stack(each)
         return finish(moved(state, self.device), query.x.dtype)
 
     def _spectrum(self, label: int | None) -> Spectrum:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from els.engine.backends.image_blocks import blocks, merged_in_order
-from els.engine.backends.statistical import locality_state, wiener_state
+from els.engine.backends.statistical import locality_state
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, best, empty, merge, stack
 
@@ -46,11 +46,8 @@ def image_state(
         query: what to compute, on any device with float64.
         members: ascending image numbers, also none.
     """
-    match query.kind.rule:
-        case "linear":
-            return wiener_state(query)
-        case "local":
-            return locality_state(images, query, members)
+    if query.kind.rule == "local":
+        return locality_state(images, query, members)
     if len(members) == 0:
         return empty(query)
     if query.kind.is_equivariant:
