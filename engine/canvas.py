@@ -45,6 +45,8 @@ class Axis:
     @classmethod
     def of(cls, length: int, side: int, radius: int, *, wraps: bool) -> Axis:
         """Windows of a side for a canvas of a length, whose patches reach so far from a pixel."""
+        if length == side:
+            return cls((0,), (0,) * length, length, side, wraps)
         inner = side - 2 * radius
         places = range(length)
         if wraps:
@@ -78,7 +80,7 @@ def on_canvas(
     image: tuple[int, int],
     patch_size: int,
     boundary: Boundary,
-    ask: Callable[[Tensor, Tensor, Sequence[int]], LocalPosterior],
+    ask: Callable[[Tensor, Tensor, Sequence[int], Tensor], LocalPosterior],
 ) -> LocalPosterior:
     """The posterior of noisy canvases.
 
@@ -88,7 +90,8 @@ def on_canvas(
         patch_size: P, at most the shortest of all sides.
         boundary: of the machine.
         ask: gives the posterior of windows ``[M, C, H, W]``, of which image of the batch each is,
-            int64 ``[M]``, and the number of each window.
+            int64 ``[M]``, the number of each window, and the pixels that it answers for, bool
+            ``[M, H, W]``.
     """
     radius, wraps = patch_size // 2, boundary == "circular"
     rows, columns = (
@@ -101,7 +104,9 @@ def on_canvas(
     for start in range(0, len(pieces), _MOST_WINDOWS):
         some = pieces[start : start + _MOST_WINDOWS]
         windows = torch.stack([_window(x[b], rows, columns, pair) for _, pair, b in some])
-        answers.append(ask(windows, torch.tensor([b for *_, b in some]), [n for n, *_ in some]))
+        served = torch.stack([_served(rows, columns, pair) for _, pair, _ in some])
+        of_image = torch.tensor([b for *_, b in some])
+        answers.append(ask(windows, of_image, [n for n, *_ in some], served))
     return _together(x, rows, columns, pieces, answers)
 
 
@@ -113,6 +118,16 @@ def _window(x: Tensor, rows: Axis, columns: Axis, pair: tuple[int, int]) -> Tens
     inside = (y >= 0).unsqueeze(1) & (column >= 0)
     found = x[:, y.clamp(min=0)][:, :, column.clamp(min=0)]
     return torch.where(inside, found, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _served(rows: Axis, columns: Axis, pair: tuple[int, int]) -> Tensor:
+    """The pixels of a window that it answers for, bool ``[H, W]``."""
+    masks = []
+    for axis, i in zip((rows, columns), pair, strict=True):
+        mask = torch.zeros(axis.side, dtype=torch.bool)
+        mask[axis.served(i) - axis.starts[i]] = True
+        masks.append(mask)
+    return masks[0].unsqueeze(1) & masks[1]
 
 
 def _together(

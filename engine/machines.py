@@ -419,6 +419,10 @@ class ScoreMachine:
             ValueError: if the method cannot be used; the message says why.
             DatabaseError: if it needs an index that is not there.
         """
+        if isinstance(method, TopK) and query.top > method.k:
+            raise ValueError(
+                f"top={query.top} is more than the k={method.k} patches that mode='topk' weighs"
+            )
         index = self.index(query.patch_size) if self.is_indexed else None
         situation = Situation(self.definition, index, self._backend, query.alpha, query.sigma)
         obstacle = method.obstacle(situation)
@@ -489,21 +493,38 @@ class ScoreMachine:
         ]
         label, seeds = self._label_tensor(labels, batch), _seeds(seed, batch)
 
-        def ask(windows: Tensor, rows: Tensor, numbers: Sequence[int]) -> LocalPosterior:
+        def ask(
+            windows: Tensor, rows: Tensor, numbers: Sequence[int], served: Tensor
+        ) -> LocalPosterior:
             each = [
                 int(np.random.SeedSequence([*seeds[b], number]).generate_state(1, np.uint64)[0])
                 for b, number in zip(rows.tolist(), numbers, strict=True)
             ]
-            return self.posterior(
-                windows,
-                alpha=scales[0][rows],
-                sigma=scales[1][rows],
-                patch_size=size,
-                labels=None if label is None else label[rows],
-                seed=each,
-                **given,
-            )
 
+            def answered(options: dict[str, Any]) -> LocalPosterior:
+                return self.posterior(
+                    windows,
+                    alpha=scales[0][rows],
+                    sigma=scales[1][rows],
+                    patch_size=size,
+                    labels=None if label is None else label[rows],
+                    seed=each,
+                    **options,
+                )
+
+            found = answered(given)
+            if limit is None or found.expected_error is None:
+                return found
+            # A tolerance limits the mean of a window, of which only these pixels are wanted.
+            errors = found.expected_error.double().cpu()
+            of_served = (errors * served).sum((1, 2)) / served.sum((1, 2))
+            if bool((of_served <= limit).all()):
+                return found
+            return answered({**given, "mode": "exact", "tolerance": None})
+
+        limit = given["tolerance"]
+        if limit is None:
+            limit = getattr(given["mode"], "tolerance", None)
         return on_canvas(x, self.db.shape[1:], size, self.boundary, ask)
 
     def _require_plain(self, query: PosteriorQuery, inputs: Inputs, mode: Mode | Method) -> None:

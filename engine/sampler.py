@@ -380,15 +380,15 @@ def sizes_for_machine(
 
 def _canvas(
     machine: Denoiser, canvas: Sequence[int], sizes: tuple[int, ...] | None
-) -> tuple[int, int]:
-    """The canvas, if the machine can fill it; that of the training images suits any machine."""
+) -> tuple[int, int] | None:
+    """The canvas, if the machine can fill it; None for that of the training images."""
     if isinstance(canvas, str) or not isinstance(canvas, Sequence) or len(canvas) != 2:
         raise TypeError(f"canvas={canvas!r} must be a height and a width, such as (48, 96)")
     for side in canvas:
         require_count("canvas", side, 1)
     height, width = map(int, canvas)
     if (height, width) == machine.db.shape[1:]:
-        return height, width
+        return None
     if not getattr(machine, "takes_canvas", False):
         raise ValueError(
             f"canvas=({height}, {width}) is not the training images' size "

@@ -73,13 +73,48 @@ class SmoothedDenoiser:
             return None if values[0] is None else torch.stack(values).mean(0)
 
         first = answers[0]
+
+        def told(name: str) -> Any:
+            """Of each image what differs from exact, if anything does."""
+            each = zip(*(getattr(answer, name) for answer in answers), strict=True)
+            return tuple(next((v for v in values if v != "exact"), "exact") for values in each)
+
+        images = zip(*(answer.subset_images for answer in answers), strict=True)
         names = ("mean", "log_evidence", "effective_patches", "omitted_mass", "mean_error")
         work = zip(*(answer.work for answer in answers), strict=True)
         return replace(
             first,
             **{name: averaged(name) for name in (*names, "expected_error")},
+            modes=told("modes"),
+            error_kinds=told("error_kinds"),
+            subset_images=tuple(max(each) for each in images),
             work=tuple(None if None in each else float(np.mean(each)) for each in work),
         )
+
+    def epsilon(self, x: Tensor, **arguments: Any) -> Tensor:
+        """The noise ``(x - alpha * mean) / sigma``, as of :meth:`ScoreMachine.epsilon`."""
+        wide = x.double()
+        mean = self.posterior(wide, entropy=False, **arguments).mean
+        alpha, sigma = (
+            torch.as_tensor(arguments[name], dtype=wide.dtype, device=wide.device)
+            for name in ("alpha", "sigma")
+        )
+        noise = (wide - alpha.reshape(-1, 1, 1, 1) * mean) / sigma.reshape(-1, 1, 1, 1)
+        return noise.to(x.dtype)
+
+    def score(self, x: Tensor, **arguments: Any) -> Tensor:
+        """The score ``(alpha * mean - x) / sigma^2``, as of :meth:`ScoreMachine.score`."""
+        sigma = torch.as_tensor(arguments["sigma"], dtype=torch.float64, device=x.device)
+        noise = self.epsilon(x.double(), **arguments)
+        return (-noise / sigma.reshape(-1, 1, 1, 1)).to(x.dtype)
+
+    def divergence(self, *_: Any, **__: Any) -> Tensor:
+        """Not computed.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a smoothed denoiser has no divergence here: use its machine's")
 
     def _moved(self, x: Tensor, copy: int, arguments: dict[str, Any]) -> LocalPosterior:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:

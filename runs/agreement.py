@@ -88,13 +88,12 @@ def compare_runs(
     """
     runs = [RunFolder(Path(folder)) for folder in (first, second)]
     settings = [read_settings(run.path) for run in runs]
-    for name in ("seed", "canvas"):
-        one, other = (getattr(each, name) for each in settings)
-        if one != other:
-            raise RunError(
-                f"{first} has {name}={one} and {second} {name}={other}: their samples start from "
-                "different noise"
-            )
+    one, other = (each.seed for each in settings)
+    if one != other:
+        raise RunError(
+            f"{first} has seed={one} and {second} seed={other}: their samples start from "
+            "different noise"
+        )
     numbers = [
         {number for part in run.finished(each) for number in within(part, each.n)}
         for run, each in zip(runs, settings, strict=True)

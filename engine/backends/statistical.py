@@ -25,7 +25,7 @@ from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, best, empty, merge, stack
 from els.index.statistics import Spectrum
 
-# Diagonal of L below which a coordinate's row says nothing, so that it matters everywhere.
+# Diagonal of L below which it is taken for 1, as in published code (arXiv 2509.09672).
 _LEAST_DIAGONAL = 1e-6
 # Temporary memory of one block of images, in bytes.
 _BLOCK_BYTES = 64 << 20
@@ -100,8 +100,8 @@ def coordinate_mask(
 ) -> Tensor:
     """Which coordinates n matter to coordinate m, and how much, float32 ``[n, m]``.
 
-    ``L[n, m] / L[n, n]``, or 1 where the divisor is below 1e-6; with a threshold above 0, 1 where
-    the absolute value is at least the threshold times the largest, else 0.
+    ``L[n, m] / L[n, n]``, where ``L[n, n]`` is 1 if it is below 1e-6; with a threshold above 0, 1
+    where the absolute value is at least the threshold times the largest, else 0.
     """
     variances = torch.from_numpy(spectrum.variances).to(device)
     components = torch.from_numpy(spectrum.components).to(device)
@@ -109,7 +109,8 @@ def coordinate_mask(
     mask = (components * gain.unsqueeze(1)).T @ components
     diagonal = mask.diagonal().clone().unsqueeze(1)
     is_dead = diagonal.abs() < _LEAST_DIAGONAL
-    mask = mask.div_(torch.where(is_dead, 1.0, diagonal)).masked_fill_(is_dead, 1.0)
+    mask.div_(torch.where(is_dead, 1.0, diagonal))
+    mask.diagonal().masked_fill_(is_dead.squeeze(1), 1.0)
     if threshold == 0:
         return mask
     largest = mask.abs().amax()

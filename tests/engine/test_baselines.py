@@ -43,9 +43,9 @@ def local_mean(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The posterior mean of every coordinate, and its weights ``[D, N]``."""
     matrix = linear_filter(clean, alpha, sigma)
-    diagonal = np.diag(matrix)[:, None]
-    is_dead = np.abs(diagonal) < 1e-6
-    mask = np.where(is_dead, 1.0, matrix / np.where(is_dead, 1.0, diagonal))
+    is_dead = np.abs(np.diag(matrix)) < 1e-6
+    matrix[is_dead, is_dead] = 1.0
+    mask = matrix / np.diag(matrix)[:, None]
     if threshold > 0:
         mask = (np.abs(mask) >= threshold * np.abs(mask).max()).astype(float)
     candidates = clean[members]

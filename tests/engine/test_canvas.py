@@ -8,6 +8,7 @@ import torch
 from backends import BackendUnderTest, backends
 
 from els.engine import ScoreMachine, sample
+from els.engine.canvas import Axis
 from els.index import PatchDatabase, decode
 
 RNG = np.random.default_rng(0)
@@ -117,6 +118,24 @@ def test_labels_levels_and_estimates_follow() -> None:
     assert part.expected_error.shape == (2, 11, 9)
     assert 0 < (part.mean - exact.mean).abs().mean() <= 2 * part.expected_error.mean()
     assert 0 < part.claims[0].work < 1
+
+
+def test_a_tolerance_is_of_the_pixels_that_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("els.engine.approximate.auto.LEAST_PAIRS", 0)
+    images = RNG.integers(0, 256, (1200, 1, 12, 12), dtype=np.uint8)
+    machine = ScoreMachine(PatchDatabase.from_arrays(images), "ELS", "zeros")
+    x = torch.from_numpy(RNG.standard_normal((1, 1, 17, 14)))
+    asked = {"alpha": 0.8, "sigma": 0.9, "patch_size": 7}
+    exact = machine.posterior(x, **asked).mean
+    for tolerance in (0.05, 0.1, 0.2):
+        part = machine.posterior(x, mode="auto", tolerance=tolerance, **asked)
+        assert part.claims[0].error <= tolerance
+        assert (part.mean - exact).abs().mean() <= 1.5 * tolerance
+
+
+def test_a_side_of_the_training_size_takes_one_window() -> None:
+    for wraps in (False, True):
+        assert Axis.of(12, 12, 5, wraps=wraps).starts == (0,)
 
 
 def test_a_gradient_follows_the_windows() -> None:

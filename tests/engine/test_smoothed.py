@@ -46,6 +46,17 @@ def test_it_stands_wherever_a_machine_does(kind: str) -> None:
         )
 
 
+def test_score_and_noise_are_of_the_smoothed_mean() -> None:
+    smoothed = SmoothedDenoiser(ScoreMachine(DB), std=0.3, copies=2)
+    x = torch.randn(2, 2, 6, 7, dtype=torch.float64)
+    mean = smoothed.posterior(x, **ASKED).mean
+    expected = (x - 0.8 * mean) / 0.5
+    torch.testing.assert_close(smoothed.epsilon(x, **ASKED), expected)
+    torch.testing.assert_close(smoothed.score(x, **ASKED), -expected / 0.5)
+    with pytest.raises(ValueError, match="no divergence"):
+        smoothed.divergence(x, **ASKED)
+
+
 def test_it_takes_a_canvas_and_a_tolerance() -> None:
     smoothed = SmoothedDenoiser(ScoreMachine(DB), std=0.1, copies=2)
     assert sample(smoothed, n=1, steps=2, patch_sizes=3, canvas=(9, 11)).shape == (1, 2, 9, 11)
