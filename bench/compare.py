@@ -33,7 +33,7 @@ from els.storage.files import write_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _SUBSETS = (256, 1024, 4096)
 _HEADS = (64, 256, 1024)
@@ -344,7 +344,7 @@ def _ask(machine: ScoreMachine, x: Tensor, arguments: dict[str, Any]) -> _Answer
     )
 
 
-def _timed(compute: Callable[[], T]) -> tuple[T, list[float]]:
+def _timed(compute: Callable[[], _T]) -> tuple[_T, list[float]]:
     """A result, and the seconds of each time that it was computed."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < _REPEATS and sum(times) < _LONG):

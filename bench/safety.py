@@ -17,22 +17,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 
-from els.bench.honesty import NOISE, held_out
+from els.bench.honesty import MACHINES, NOISE, held_out
 from els.bench.workloads import load_images
 from els.engine import ScoreMachine
 from els.engine.approximate.costs import LARGEST_FIRST_SHARE
 from els.engine.approximate.methods import Lists, Method, Subset
 from els.index import PatchDatabase
 from els.storage.files import write_json
-
-if TYPE_CHECKING:
-    from els.engine.kinds import Boundary
 
 # Share of the rows whose claims are to be at least the errors.
 COVERED = 0.9
@@ -42,11 +39,6 @@ STEP = 0.05
 SUBSETS = (256, 1024)
 # Claims below which a row says nothing: no tolerance is as small.
 LEAST_CLAIM = 1e-4
-MACHINES: tuple[tuple[str, Boundary], ...] = (
-    ("ELS", "circular"),
-    ("ELS", "zeros"),
-    ("LS", "zeros"),
-)
 
 app = typer.Typer(help=__doc__)
 

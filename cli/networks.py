@@ -371,12 +371,14 @@ def _warn_of_other_images(content_hash: str | None, db: PatchDatabase) -> None:
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
+    from els.runs.agreement import FIGURES
+
     table = Table(
         *("machine", "r", "r^2", "R^2", "MSE", "above IS", "memorised"), box=None, pad_edge=False
     )
     for name in evaluation.predictions:
         cells = []
-        for figure in ("r", "r_squared", "determination", "mse"):
+        for figure in FIGURES:
             spread = evaluation.spread(name, figure)
             cells.append(f"{spread.median:.3f} ({spread.lower:.3f} to {spread.upper:.3f})")
         has_ideal = "IS" in evaluation.predictions and name != "IS"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from els.engine.kinds import Boundary
-from els.engine.result import LocalPosterior
+from els.engine.result import LocalPosterior, joint_claims
 
 # Windows that are asked for at once.
 _MOST_WINDOWS = 16
@@ -159,25 +159,15 @@ def _together(
             whole[b, y.unsqueeze(1), column.unsqueeze(0)] = part
         return whole.movedim(-1, 1) if of_mean else whole
 
-    def of_image(name: str) -> list[list[Any]]:
-        values = [value for answer in answers for value in getattr(answer, name)]
-        return [
-            [v for v, (*_, b) in zip(values, pieces, strict=True) if b == i] for i in range(batch)
-        ]
-
-    def told(name: str) -> tuple[Any, ...]:
-        """What differs from exact, if anything does."""
-        return tuple(next((v for v in each if v != "exact"), "exact") for each in of_image(name))
-
-    work = of_image("work") if first.work else []
+    rows_of = [(answer, b) for answer in answers for b in range(len(answer.mean))]
+    of_images = [
+        [row for row, (*_, b) in zip(rows_of, pieces, strict=True) if b == i] for i in range(batch)
+    ]
     tensors = ("log_evidence", "effective_patches", "top_weights", "top_addresses")
     errors = ("omitted_mass", "mean_error", "expected_error")
     return replace(
         first,
         mean=assembled("mean", of_mean=True),
         **{name: assembled(name) for name in (*tensors, *errors)},
-        error_kinds=told("error_kinds"),
-        modes=told("modes"),
-        subset_images=tuple(max(each) for each in of_image("subset_images")),
-        work=tuple(None if None in each else float(np.mean(each)) for each in work),
+        **joint_claims(of_images),
     )

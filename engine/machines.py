@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast, final, get_args
 
@@ -264,8 +264,9 @@ class ScoreMachine:
 
         Arguments and errors are those of :meth:`posterior`.
         """
-        noise = self._noise(x, alpha, sigma, patch_size, labels)
-        return (-noise / _per_image(sigma, noise)).to(x.dtype)
+        return score_of(
+            self.posterior, x, alpha=alpha, sigma=sigma, patch_size=patch_size, labels=labels
+        )
 
     def epsilon(
         self,
@@ -280,22 +281,9 @@ class ScoreMachine:
 
         Arguments and errors are those of :meth:`posterior`.
         """
-        return self._noise(x, alpha, sigma, patch_size, labels).to(x.dtype)
-
-    def _noise(
-        self,
-        x: Tensor,
-        alpha: float | Tensor,
-        sigma: float | Tensor,
-        patch_size: int | None,
-        labels: int | Tensor | None,
-    ) -> Tensor:
-        """The same in float64: x and the mean may nearly cancel."""
-        wide = x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        mean = self.posterior(
-            wide, alpha=alpha, sigma=sigma, patch_size=patch_size, labels=labels, entropy=False
-        ).mean
-        return (wide - _per_image(alpha, wide) * mean) / _per_image(sigma, wide)
+        return noise_of(
+            self.posterior, x, alpha=alpha, sigma=sigma, patch_size=patch_size, labels=labels
+        ).to(x.dtype)
 
     def divergence(
         self,
@@ -492,6 +480,9 @@ class ScoreMachine:
             for name, value, positive in (("alpha", alpha, False), ("sigma", sigma, True))
         ]
         label, seeds = self._label_tensor(labels, batch), _seeds(seed, batch)
+        limit = given["tolerance"]
+        if limit is None:
+            limit = getattr(given["mode"], "tolerance", None)
 
         def ask(
             windows: Tensor, rows: Tensor, numbers: Sequence[int], served: Tensor
@@ -522,9 +513,6 @@ class ScoreMachine:
                 return found
             return answered({**given, "mode": "exact", "tolerance": None})
 
-        limit = given["tolerance"]
-        if limit is None:
-            limit = getattr(given["mode"], "tolerance", None)
         return on_canvas(x, self.db.shape[1:], size, self.boundary, ask)
 
     def _require_plain(self, query: PosteriorQuery, inputs: Inputs, mode: Mode | Method) -> None:
@@ -683,6 +671,32 @@ class ScoreMachine:
                 f"labels have shape {tuple(tensor.shape)}; give one int, or [B] = [{batch}]"
             )
         return tensor.to(torch.int64).expand(batch)
+
+
+def noise_of(
+    posterior: Callable[..., LocalPosterior],
+    x: Tensor,
+    *,
+    alpha: float | Tensor,
+    sigma: float | Tensor,
+    **arguments: Any,
+) -> Tensor:
+    """The noise that a posterior's mean leaves of x, in float64: they may nearly cancel."""
+    wide = x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+    mean = posterior(wide, alpha=alpha, sigma=sigma, entropy=False, **arguments).mean
+    return (wide - _per_image(alpha, wide) * mean) / _per_image(sigma, wide)
+
+
+def score_of(
+    posterior: Callable[..., LocalPosterior],
+    x: Tensor,
+    *,
+    sigma: float | Tensor,
+    **arguments: Any,
+) -> Tensor:
+    """The score that follows from a posterior's mean, in the dtype of x."""
+    noise = noise_of(posterior, x, sigma=sigma, **arguments)
+    return (-noise / _per_image(sigma, noise)).to(x.dtype)
 
 
 def WienerDenoiser(db: PatchDatabase, **options: Any) -> ScoreMachine:  # noqa: N802

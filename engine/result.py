@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -129,6 +129,31 @@ class LocalPosterior:
             Claim(mode, error, work)
             for mode, error, work in zip(self.modes, errors, self.work, strict=True)
         )
+
+
+def joint_claims(answers: Sequence[Sequence[tuple[LocalPosterior, int]]]) -> dict[str, Any]:
+    """What several posteriors together say of each image, as fields of a :class:`LocalPosterior`.
+
+    Modes and kinds of error are those of the first that is not exact, if any is not; work is a
+    mean.
+
+    Args:
+        answers: of each image the posteriors that speak of it, and its place in their batches.
+    """
+
+    def of(name: str) -> list[list[Any]]:
+        return [[getattr(answer, name)[b] for answer, b in image] for image in answers]
+
+    def told(name: str) -> tuple[Any, ...]:
+        return tuple(next((v for v in each if v != "exact"), "exact") for each in of(name))
+
+    work = of("work") if all(answer.work for image in answers for answer, _ in image) else []
+    return {
+        "error_kinds": told("error_kinds"),
+        "modes": told("modes"),
+        "subset_images": tuple(max(each) for each in of("subset_images")),
+        "work": tuple(None if None in each else sum(each) / len(each) for each in work),
+    }
 
 
 def require_tolerance(tolerance: object) -> None:

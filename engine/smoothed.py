@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from els.engine.machines import ScoreMachine
-from els.engine.result import LocalPosterior
+from els.engine.machines import ScoreMachine, noise_of, score_of
+from els.engine.result import LocalPosterior, joint_claims
 
 
 @final
@@ -72,41 +72,21 @@ class SmoothedDenoiser:
             values = [getattr(answer, name) for answer in answers]
             return None if values[0] is None else torch.stack(values).mean(0)
 
-        first = answers[0]
-
-        def told(name: str) -> Any:
-            """Of each image what differs from exact, if anything does."""
-            each = zip(*(getattr(answer, name) for answer in answers), strict=True)
-            return tuple(next((v for v in values if v != "exact"), "exact") for values in each)
-
-        images = zip(*(answer.subset_images for answer in answers), strict=True)
         names = ("mean", "log_evidence", "effective_patches", "omitted_mass", "mean_error")
-        work = zip(*(answer.work for answer in answers), strict=True)
+        of_images = [[(answer, b) for answer in answers] for b in range(len(x))]
         return replace(
-            first,
+            answers[0],
             **{name: averaged(name) for name in (*names, "expected_error")},
-            modes=told("modes"),
-            error_kinds=told("error_kinds"),
-            subset_images=tuple(max(each) for each in images),
-            work=tuple(None if None in each else float(np.mean(each)) for each in work),
+            **joint_claims(of_images),
         )
 
     def epsilon(self, x: Tensor, **arguments: Any) -> Tensor:
         """The noise ``(x - alpha * mean) / sigma``, as of :meth:`ScoreMachine.epsilon`."""
-        wide = x.double()
-        mean = self.posterior(wide, entropy=False, **arguments).mean
-        alpha, sigma = (
-            torch.as_tensor(arguments[name], dtype=wide.dtype, device=wide.device)
-            for name in ("alpha", "sigma")
-        )
-        noise = (wide - alpha.reshape(-1, 1, 1, 1) * mean) / sigma.reshape(-1, 1, 1, 1)
-        return noise.to(x.dtype)
+        return noise_of(self.posterior, x, **arguments).to(x.dtype)
 
     def score(self, x: Tensor, **arguments: Any) -> Tensor:
         """The score ``(alpha * mean - x) / sigma^2``, as of :meth:`ScoreMachine.score`."""
-        sigma = torch.as_tensor(arguments["sigma"], dtype=torch.float64, device=x.device)
-        noise = self.epsilon(x.double(), **arguments)
-        return (-noise / sigma.reshape(-1, 1, 1, 1)).to(x.dtype)
+        return score_of(self.posterior, x, **arguments)
 
     def divergence(self, *_: Any, **__: Any) -> Tensor:
         """Not computed.

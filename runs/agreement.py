@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from els.index import encode
 from els.runs.folder import RunFolder, read_settings
 from els.runs.stores import RunError, within
 from els.storage.figures import optional_picture
@@ -115,8 +116,6 @@ def compare_runs(
 
 
 def _write(folder: Path, runs: Sequence[RunFolder], found: dict[int, Agreement]) -> None:
-    from els.index import encode
-
     folder.mkdir(parents=True, exist_ok=True)
     agreements = list(found.values())
     write_json(

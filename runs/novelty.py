@@ -18,6 +18,8 @@ from els.index import PatchDatabase
 MEMORISED = 1 / 3
 # Bytes of images that are compared at once, as float64.
 _CHUNK_BYTES = 64 << 20
+# Numbers of 8 bytes that a pair of a sample and an image takes meanwhile.
+_PAIR_NUMBERS = 12
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _in_place(
     """First image, squared distances ``[n, images]`` and shifts ``[n, images, 2]`` of blocks."""
     flat = samples.reshape(len(samples), -1)
     energy = np.square(flat).sum(1)[:, None]
-    for start, clean in _blocks(db, size):
+    for start, clean in _blocks(db, max(size, _PAIR_NUMBERS * len(samples))):
         other = clean.reshape(len(clean), -1)
         squares = energy - 2 * flat @ other.T + np.square(other).sum(1)
         yield start, squares, np.zeros((*squares.shape, 2), dtype=np.int64)
@@ -112,7 +114,7 @@ def _shifted(
     _, height, width = db.shape
     spectra = np.fft.rfft2(samples)
     energy = np.square(samples).sum((1, 2, 3))
-    for start, clean in _blocks(db, 4 * size):
+    for start, clean in _blocks(db, max(4 * size, _PAIR_NUMBERS * len(samples))):
         spectrum = np.fft.rfft2(clean)
         norms = np.square(clean).sum((1, 2, 3))
         squares = np.empty((len(samples), len(clean)))

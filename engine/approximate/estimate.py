@@ -65,8 +65,8 @@ class Estimate:
         images = now.images if images is None else images
         return replace(self, uncertainty=replace(now, work=work, images=images))
 
-    def enlarged(self, factor: float | Tensor) -> Estimate:
-        """The same with errors times a factor, or one for each pixel."""
+    def enlarged(self, factor: float) -> Estimate:
+        """The same with errors times a factor."""
         now = self.uncertainty
         larger = replace(now, mean_error=factor * now.mean_error, typical=factor * now.typical)
         return replace(self, uncertainty=larger)

@@ -188,8 +188,8 @@ def sampled(
     mass = torch.where(is_known, state.mass, 1.0)
     omitted = torch.where(is_known, (1 - sums.seen / mass).clamp(0, 1), 1.0)
     deviation = safety * standard_error(state)
-    # A spread needs several blocks, and fewer know as little of what is between them. What was not
-    # read may differ by half the range: more than it does, so that it needs no factor.
+    # A spread needs several blocks. Of fewer, what was not read is taken to differ by half the
+    # range, which is more than is found, so that it needs no safety factor.
     blocks = effective_blocks(state).clamp(min=1.0)
     unread = torch.where(blocks < LEAST_BLOCKS, omitted / blocks, 0.0)
     deviation = torch.hypot(deviation, unread.unsqueeze(1))

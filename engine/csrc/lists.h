@@ -614,9 +614,8 @@ class ListReader {
   }
 
   void close() {
-    // Blocks are evenly spread over the list, so that of n of them the number is nearly certain,
-    // and what they have in common errs as one of them: D^2 / n^2 of their sum D instead of D^2 /
-    // n.
+    // Blocks are evenly spread over the list: how many are read, n, is nearly certain, and what
+    // they have in common errs as one of them. Of their sum D that is D^2 / n^2, not D^2 / n.
     const float n = static_cast<float>(weighed_);
     const Vec shared = splat((n - 1.0f) / (n * n)) * varies_;
     const Vec mass = state_[kMass] - begun_[0];
