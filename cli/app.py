@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import metadata
+from typing import Annotated
 
 import typer
 
-from els.cli import benchmark, databases, explaining, sampling
+from els.cli import benchmark, databases, doctor, explaining, sampling
 from els.cli.console import prepare_streams
 
 app = typer.Typer(
@@ -22,12 +23,32 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for group in (databases, sampling, benchmark, explaining):
+for group in (databases, sampling, benchmark, explaining, doctor):
     app.registered_commands += group.commands.registered_commands
 
 
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from els.storage.manifests import package_version
+
+        typer.echo(f"els-machine {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """Options of ``els`` itself; the help text is that of the app."""
+
+
 def main() -> None:
-    """Run the command line; the console entry point ``els``."""
+    """Run the command line, all of which is imported."""
     prepare_streams()
     command_line()()
 
