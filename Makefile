@@ -48,8 +48,9 @@ lint: install
 types: install
 	mkdir -p build/types/els
 	for folder in $(FOLDERS); do ln -sfn $(CURDIR)/$$folder build/types/els/$$folder; done
+	for name in __init__ __main__; do ln -sfn $(CURDIR)/root/$$name.py build/types/els/$$name.py; done
 	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases \
-		$(foreach folder,$(FOLDERS),-p els.$(folder))
+		-m els -m els.__main__ $(foreach folder,$(FOLDERS),-p els.$(folder))
 
 # The docs' tables, from the result files in bench/results.
 tables: install

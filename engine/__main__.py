@@ -1,5 +1,5 @@
 """``python -m els.engine`` is the command line ``els``."""
 
-from els.cli.app import main
+from els.cli import main
 
 main()

@@ -19,3 +19,7 @@ __all__ = [
     "encode",
     "open_source",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,3 +17,7 @@ __all__ = [
     "read_settings",
     "sample_run",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

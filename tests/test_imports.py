@@ -45,7 +45,7 @@ ALLOWED_IN_ENGINE = {
 # Imports that go against the arrows: `python -m els.engine`, for torchrun, is the command line; a
 # database builds and opens its indices.
 EXCEPTIONS = {
-    ("els.engine.__main__", "els.cli.app"),
+    ("els.engine.__main__", "els.cli"),
     ("els.index.database", "els.index.patches.build"),
     ("els.index.database", "els.index.patches.files"),
     ("els.index.database", "els.index.patches.index"),

@@ -1,5 +1,6 @@
 """The package as others install it: what is in it, what it needs, that it works from elsewhere."""
 
+import importlib
 import os
 import re
 import shutil
@@ -43,19 +44,53 @@ print(len(found))
 
 
 def test_every_package_is_listed() -> None:
+    folders = set(FOLDERS.values()) - {"root"}
     found = {
         ".".join(("els", *path.parent.relative_to(ROOT).parts))
-        for folder in FOLDERS.values()
+        for folder in folders
         for path in (ROOT / folder).rglob("__init__.py")
     }
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == {"els", *found}
     for package, folder in FOLDERS.items():
-        assert package == f"els.{folder}"
+        assert package == ("els" if folder == "root" else f"els.{folder}")
         assert (ROOT / folder / "py.typed").exists()
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     listed = re.search(r"^FOLDERS := (.*)$", makefile, re.MULTILINE)
     assert listed
-    assert set(listed[1].split()) == set(FOLDERS.values())
+    assert set(listed[1].split()) == folders
+
+
+def test_the_package_itself_is_light_and_names_its_packages() -> None:
+    code = """
+import sys, els
+assert not {"torch", "numpy", "typer"} & set(sys.modules)
+assert els.__version__ == "VERSION", els.__version__
+assert dir(els) == ["__version__", "engine", "explain", "index", "networks", "runs"], dir(els)
+assert els.engine.sample is els.engine.sampler.sample
+try:
+    els.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+else:
+    raise AssertionError
+"""
+    code = code.replace("VERSION", PROJECT["project"]["version"])
+    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "els", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert PROJECT["project"]["version"] in done.stdout
+
+
+@pytest.mark.parametrize("name", ["engine", "explain", "index", "networks", "runs"])
+def test_packages_list_their_public_names(name: str) -> None:
+    package = importlib.import_module(f"els.{name}")
+    assert dir(package) == sorted(package.__all__)
+    for public in package.__all__:
+        assert getattr(package, public) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        package.no_such_name  # noqa: B018
 
 
 def test_the_engine_needs_numpy_and_torch_alone() -> None:

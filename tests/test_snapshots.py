@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from enum import Enum
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,7 @@ def choices_of(parameter: Any) -> list[str]:
 
 def commands() -> dict[str, Any]:
     """Arguments and options of every command, by its words."""
-    (point,) = entry_points(group="console_scripts", name="els")
-    module = importlib.import_module(point.module)
+    module = importlib.import_module("els.cli.app")
     found: dict[str, Any] = {}
 
     def walk(command: Any, words: str) -> None:

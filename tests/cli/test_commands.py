@@ -446,3 +446,23 @@ def test_ctrl_c_and_a_second_process(db: Path, tmp_path: Path) -> None:
     assert "stopped" in stderr
     assert "of 50000 samples are finished and safe" in stderr
     assert "Traceback" not in stderr
+
+
+def test_ctrl_c_while_the_imports_run(tmp_path: Path) -> None:
+    """They take half a second: a module that everything imports stops in the middle."""
+    (tmp_path / "typer.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)"
+    )
+    for program in (["-m", "els.engine"], ["-c", "from els.cli import main; main()"]):
+        with subprocess.Popen(
+            [sys.executable, *program, "info", "none"],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "importing\n"
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stderr) == (130, "stopped\n")
