@@ -86,7 +86,7 @@ def reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
             raise typer.Exit(1) from None
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             given = " ".join(map(str, kwargs.values()))
-            _fail(f"error: {_in_options(_described(error), command, given)}", error)
+            _fail(f"error: {in_options(_described(error), command, given)}", error)
             _discard_output()
             raise typer.Exit(1) from None
 
@@ -167,7 +167,7 @@ def _described(error: Exception) -> str:
             return str(error) or type(error).__name__
 
 
-def _in_options(message: str, command: Callable[..., None], given: str) -> str:
+def in_options(message: str, command: Callable[..., None], given: str) -> str:
     """A message of the library, with the command's options in place of the library's arguments.
 
     Args:
@@ -194,12 +194,13 @@ def _in_options(message: str, command: Callable[..., None], given: str) -> str:
 
 def _renamed(message: str, name: str, option: str, given: str) -> str:
     # A word without an underscore may be just that word.
-    value = r"(=True\b|=|\b)" if "_" in name else r"(=True\b|=)"
+    value = r"(=True\b|=|\b)(?=(\s?))" if "_" in name else r"(=True\b|=)(?=(\s?))"
     if re.search(rf"\b{name}{value}", given):
         return message
     return re.sub(
         rf"(?<![\w/-]){name}{value}",
-        lambda found: option + " " * (found[1] == "="),
+        # Before a space or a stop there is no value.
+        lambda found: option + " " * (found[1] == "=" and not found[2]),
         message,
     )
 

@@ -16,11 +16,12 @@ from rich.table import Table
 
 from els.cli.console import (
     counting,
+    in_options,
     print_table,
     progress_bar,
     reported,
 )
-from els.cli.options import memory_given, patch_sizes_given
+from els.cli.options import memory_given, patch_sizes_given, resize_given
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
@@ -32,21 +33,64 @@ commands = typer.Typer()
 _TRIED_PAIRS = 300_000_000
 
 
-@commands.command(epilog="Example: els build photos.zip -o db --resize 32")
+@commands.command(
+    epilog="Examples: els build photos.zip -o db --resize 32 --crop; "
+    "els build mnist --per-class 200 -o db; els build cifar10 --split test --limit 1000 -o db"
+)
 @reported
 def build(
     source: Annotated[
         str,
         typer.Argument(
             help="A folder or zip of pictures (labels from dataset.json, metadata.csv or "
-            "metadata.jsonl, or from class subfolders), an .npz, .npy or idx file, hf:NAME, or "
-            "embedded:fashion-mnist."
+            "metadata.jsonl, or from class subfolders), an .npz, .npy or idx file, hf:NAME, "
+            "embedded:fashion-mnist; or mnist, fashion-mnist, cifar10, celeba, afhq: files of "
+            "torchvision or Keras in data/, else the Hugging Face hub. Of several parts, one: "
+            "photos.zip:train."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The database folder to make.")],
-    resize: Annotated[
-        int | None, typer.Option(min=1, help="Scale every picture to this height and width.")
+    split: Annotated[
+        str | None, typer.Option(help="The part of a source that has several, such as test.")
     ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Take the first so many images; with --seed, draw them."),
+    ] = None,
+    per_class: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Take the first so many images of each class; with --seed, draw them."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Draw images at random, with --limit in proportion to the classes."
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="Scale every picture to a height and width: 32 or 32x48."),
+    ] = None,
+    crop: Annotated[
+        bool,
+        typer.Option(
+            "--crop", help="Cut pictures to the proportions of --resize instead of stretching them."
+        ),
+    ] = False,
+    background: Annotated[
+        str,
+        typer.Option(
+            help="What shows through transparency: white, black or #rrggbb; keep: a fourth channel."
+        ),
+    ] = "white",
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad", help="Leave out pictures that cannot be read, and list them; reads twice."
+        ),
+    ] = False,
     labels: Annotated[
         Path | None, typer.Option(help="Labels of an .npy or idx SOURCE (.npy or idx).")
     ] = None,
@@ -57,10 +101,23 @@ def build(
     """Build a patch database from images; streamed, whole or not at all."""
     from els.index import PatchDatabase, open_source
 
-    images = open_source(source, labels=labels, resize=resize)
+    images = open_source(
+        source,
+        split=split,
+        labels=labels,
+        resize=None if resize is None else resize_given(resize),
+        crop=crop,
+        background=background,
+        limit=limit,
+        per_class=per_class,
+        seed=seed,
+        skip_bad=skip_bad,
+    )
     with counting("images") as update:
         db = PatchDatabase.build(images, path=output, overwrite=overwrite, progress=update)
     print_table(_described(db))
+    for note in images.notes:
+        typer.echo(f"note: {in_options(note, build, source)}", err=True)
 
 
 @commands.command(epilog="Example: els info db --verify")

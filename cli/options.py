@@ -44,3 +44,14 @@ def memory_given(text: str) -> int:
     if amount < 1:
         raise ValueError(f"--memory must be an amount such as 4GB or 800MB, got {text!r}")
     return amount
+
+
+def resize_given(text: str) -> int | tuple[int, int]:
+    """The value of ``--resize``: one side, or a height and a width."""
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise ValueError(f"--resize {text!r} must be a side or a height and a width, such as 32x48")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])

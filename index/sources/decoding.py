@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI", "TGA")
 # Pixels of a picture: 8,192 x 8,192, which is 256 MiB as RGBA.
 MAX_PIXELS = 1 << 26
-# The mode of PIL in which every picture of a mode is read, unless it has transparency.
+# The modes of PIL that have transparency, whatever else the picture says.
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+# The mode of PIL in which every picture of a mode is read, but for its transparency.
 _MODE_OF = {
-    **dict.fromkeys(("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N"), "L"),
-    **dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"), "RGB"),
-    **dict.fromkeys(("LA", "La", "PA", "RGBA", "RGBa"), "RGBA"),
+    **dict.fromkeys(("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"), "L"),
+    **dict.fromkeys(
+        ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"), "RGB"
+    ),
 }
 # Tags of TIFF and EXIF (TIFF 6.0, sections 8 and 15).
 _WIDTH = 256
@@ -59,14 +62,15 @@ def is_picture(name: str) -> bool:
     return Image.registered_extensions().get(PurePosixPath(name).suffix.lower()) in FORMATS
 
 
-def read_header(stream: IO[bytes]) -> tuple[str, tuple[int, int]]:
+def read_header(stream: IO[bytes]) -> tuple[str, bool, tuple[int, int]]:
     """Reads the size, mode and depth of a picture without its pixels.
 
     Args:
         stream: the encoded picture, seekable.
 
     Returns:
-        Its mode, "L", "RGB" or "RGBA", and its (height, width) as a viewer shows it.
+        Its mode without transparency, "L" or "RGB", whether it has some, and its (height, width)
+        as a viewer shows it.
 
     Raises:
         ValueError: no picture of `FORMATS`, too many pixels, or values of no known range.
@@ -86,16 +90,19 @@ def read_header(stream: IO[bytes]) -> tuple[str, tuple[int, int]]:
         if picture.format == "PNG" and _is_oriented_late(stream):
             picture.load()
         turned = _orientation(picture) in (5, 6, 7, 8)
-        mode = "RGBA" if _has_alpha(picture) else _MODE_OF[picture.mode]
-        return mode, (width, height) if turned else (height, width)
+        size = (width, height) if turned else (height, width)
+        return _MODE_OF[picture.mode], _has_alpha(picture), size
 
 
-def decode_picture(stream: IO[bytes], mode: str) -> NDArray[np.uint8]:
+def decode_picture(
+    stream: IO[bytes], mode: str, background: tuple[int, int, int]
+) -> NDArray[np.uint8]:
     """Decodes a picture (the first frame, if there are several), turned as its EXIF says.
 
     Args:
         stream: the encoded picture, seekable.
-        mode: "L", "RGB" or "RGBA". Without the A, transparency shows white.
+        mode: "L", "RGB" or "RGBA".
+        background: (R, G, B) that shows through transparency, unless the mode has it.
 
     Returns:
         uint8 [C, H, W]; values of 16 bits are scaled to 8.
@@ -117,8 +124,8 @@ def decode_picture(stream: IO[bytes], mode: str) -> NDArray[np.uint8]:
                 _scale_clear_colour(colour, stream)
             colour = colour.convert("RGBA")
             if mode != "RGBA":
-                white = Image.new("RGBA", colour.size, "white")
-                colour = Image.alpha_composite(white, colour)
+                behind = Image.new("RGBA", colour.size, background)
+                colour = Image.alpha_composite(behind, colour)
         if turn is not None:
             colour = colour.transpose(Image.Transpose[turn])
         pixels = np.asarray(colour.convert(mode))
@@ -185,7 +192,7 @@ def _orientation(picture: "ImageFile.ImageFile") -> int:
 
 
 def _has_alpha(picture: "Image.Image") -> bool:
-    return _MODE_OF[picture.mode] == "RGBA" or "transparency" in picture.info
+    return picture.mode in _ALPHA_MODES or "transparency" in picture.info
 
 
 def _is_deep(picture: "Image.Image") -> bool:

@@ -18,23 +18,31 @@ from els.index.sources.labels import (
     class_labels,
 )
 from els.index.sources.pictures import survey
-from els.index.sources.source import MAX_PICTURE_BYTES, ImageSource, checked_names
+from els.index.sources.selection import Selection
+from els.index.sources.source import (
+    MAX_PICTURE_BYTES,
+    ImageSource,
+    Preparation,
+    checked_names,
+)
 
 # The Hugging Face library
 
 
-def open_hugging_face(name: str, resize: tuple[int, int] | None) -> ImageSource:
-    """A data set of the `datasets` library: `NAME` or `NAME:SPLIT`."""
+def open_hugging_face(
+    name: str, part: str | None, preparation: Preparation, selection: Selection
+) -> ImageSource:
+    """A data set of the `datasets` library."""
     try:
         library = importlib.import_module("datasets")
     except ImportError as error:
         raise SourceError(
             f"hf:{name} needs the package datasets; install it with pip install 'els-machine[hf]'"
         ) from error
-    name, _, split = name.partition(":")
-    where = f"hf:{name}:{split or 'train'}"
+    split = part or "train"
+    where = f"hf:{name}:{split}"
     with explained(where, "check the name, the split and the network"):
-        rows = library.load_dataset(name, split=split or "train")
+        rows = library.load_dataset(name, split=split)
         image_column = _one_column(where, rows.features, "Image", ("image", "img"))
         if image_column is None:
             raise SourceError(
@@ -54,9 +62,8 @@ def open_hugging_face(name: str, resize: tuple[int, int] | None) -> ImageSource:
         if labels is not None and class_names is None:
             given = getattr(rows.features[label_column], "names", None)
             class_names = checked_names(f"{where}: {label_column}", given, labels)
-    return survey(
-        where, names, partial(_open_rows, rows, image_column), resize, labels, class_names
-    )
+    opener = partial(_open_rows, rows, image_column)
+    return survey(where, names, opener, preparation, selection, labels, class_names)
 
 
 def _one_column(

@@ -1,5 +1,6 @@
 """Folders and zip files of pictures."""
 
+import io
 import os
 import warnings
 import zipfile
@@ -12,7 +13,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from els.index.sources.decoding import FORMATS, is_picture, read_header
+from els.index.sources.decoding import FORMATS, decode_picture, is_picture, read_header
 from els.index.sources.foreign import (
     DAMAGED,
     SourceError,
@@ -27,22 +28,26 @@ from els.index.sources.labels import (
     class_labels,
     read_label_files,
 )
+from els.index.sources.selection import Selection
 from els.index.sources.source import (
     MAX_PICTURE_BYTES,
+    PARTS,
     PICTURE_REMEDY,
     ImageSource,
     OpenPictures,
     PictureSource,
+    Preparation,
 )
 
-_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
-_SPLITS |= {"extra", "unlabeled", "unlabelled"}
+_BLACK = (0, 0, 0)
 
 
 # Pictures
 
 
-def open_pictures(path: Path, part: str | None, resize: tuple[int, int] | None) -> ImageSource:
+def open_pictures(
+    path: Path, part: str | None, preparation: Preparation, selection: Selection
+) -> ImageSource:
     """A folder or zip of pictures."""
     is_folder = path.is_dir()
     with explained(path, DAMAGED):
@@ -74,7 +79,7 @@ def open_pictures(path: Path, part: str | None, resize: tuple[int, int] | None) 
         labels, class_names = _folder_classes(chosen, depth, str(path))
     members = [found[parts] for parts in chosen]
     opener = partial(_open_folder if is_folder else _open_zip, path, members)
-    return survey(str(path), names, opener, resize, labels, class_names)
+    return survey(str(path), names, opener, preparation, selection, labels, class_names)
 
 
 def _folder_files(path: Path) -> dict[tuple[str, ...], str]:
@@ -114,9 +119,10 @@ def _chosen_part(
     depth = _shared_folders(paths)
     tops = sorted({path[depth] for path in paths if len(path) > depth + 1})
     if part is None:
-        if len(tops) > 1 and _SPLITS.issuperset(top.lower() for top in tops):
+        if len(tops) > 1 and set(PARTS).issuperset(top.lower() for top in tops):
             raise SourceError(
-                f"{where} has several parts: {', '.join(tops)}; choose one, as in {where}:{tops[0]}"
+                f"{where} has several parts: {', '.join(tops)}; choose one, as in "
+                f"{where}:{tops[0]} (split={tops[0]})"
             )
         return paths, depth
     chosen = [path for path in paths if path[depth] == part and len(path) > depth + 1]
@@ -175,34 +181,83 @@ def survey(
     where: str,
     names: Sequence[str],
     opener: OpenPictures,
-    resize: tuple[int, int] | None,
+    preparation: Preparation,
+    selection: Selection,
     labels: NDArray[np.int64] | None,
     class_names: tuple[str, ...] | None,
 ) -> PictureSource:
-    """Reads the header of every picture: their common size and mode."""
+    """Reads the header of every picture that is taken: their common size and mode.
+
+    Where bad ones are left out, their pixels are read as well.
+    """
     modes: set[str] = set()
-    first: tuple[int, int] | None = resize
+    first: tuple[str, tuple[int, int]] | None = None
+    transparent = stretched = 0
+    numbers, notes = selection.of(where, len(names), labels)
+    taken, bad = [], []
+    resize = preparation.resize
     with opener() as read, warnings.catch_warnings(action="ignore"):
-        for number, name in enumerate(names):
-            with explained(f"{where}: {name}", PICTURE_REMEDY), read(number) as stream:
-                mode, size = read_header(stream)
+        for number in range(len(names)) if numbers is None else numbers.tolist():
+            name = names[number]
+            try:
+                with explained(f"{where}: {name}", PICTURE_REMEDY), read(number) as stream:
+                    mode, has_alpha, size = read_header(stream)
+                    if preparation.skip_bad:
+                        stream.seek(0)
+                        decode_picture(io.BytesIO(stream.read()), mode, _BLACK)
+            except SourceError as error:
+                if not preparation.skip_bad:
+                    raise
+                bad.append(str(error))
+                continue
+            taken.append(number)
             modes.add(mode)
-            first = first or size
-            if resize is None and size != first:
+            transparent += has_alpha
+            stretched += preparation.stretches(size)
+            first = first or (name, size)
+            if resize is None and size != first[1]:
                 raise SourceError(
-                    f"{where}: {name} is {size[0]} x {size[1]} (height x width), {names[0]} is "
-                    f"{first[0]} x {first[1]}; scale all with --resize (resize=...)"
+                    f"{where}: {name} is {size[0]} x {size[1]} (height x width), {first[0]} is "
+                    f"{first[1][0]} x {first[1][1]}; scale all with resize=N"
                 )
-    assert first is not None
-    common = modes.pop() if len(modes) == 1 else "RGB"
+    if first is None:
+        raise SourceError(f"{where} has no picture that can be read: {bad[0]}")
+    height, width = resize or first[1]
+    keeps = transparent > 0 and preparation.background is None
+    background = preparation.background or _BLACK
+    is_coloured = transparent > 0 and len(set(background)) > 1
+    common = "RGBA" if keeps else "L" if modes == {"L"} and not is_coloured else "RGB"
+    if transparent and not keeps:
+        notes += (
+            f"{transparent:,} of {len(taken):,} pictures have transparency, and "
+            f"#{bytes(background).hex()} shows through; background= takes another colour, "
+            "background=keep keeps it as a fourth channel",
+        )
+    if stretched:
+        notes += (
+            f"{stretched:,} of {len(taken):,} pictures are stretched to {height} x {width}; "
+            "crop=True keeps their proportions",
+        )
+    if bad:
+        listed = "".join(f"\n  {reason}" for reason in bad)
+        notes += (f"left out, because they cannot be read ({len(bad):,}):{listed}",)
     return PictureSource(
-        count=len(names),
-        shape=(len(common), *first),
-        labels=labels,
+        count=len(taken),
+        shape=(len(common), height, width),
+        labels=None if labels is None else labels[taken],
         class_names=class_names,
+        notes=notes,
         where=where,
-        names=names,
-        opener=opener,
+        names=[names[number] for number in taken],
+        opener=partial(_renumbered, opener, taken),
         mode=common,
-        resize=resize,
+        preparation=preparation,
     )
+
+
+@contextmanager
+def _renumbered(
+    opener: OpenPictures, numbers: Sequence[int]
+) -> Iterator[Callable[[int], IO[bytes]]]:
+    with opener() as read:
+        yield lambda number: read(numbers[number])

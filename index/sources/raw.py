@@ -24,10 +24,20 @@ from els.index.sources.foreign import (
     open_member,
     read_exactly,
 )
-from els.index.sources.source import ImageSource, StreamSource, checked_names, is_gzip, open_stream
+from els.index.sources.source import (
+    PARTS,
+    ImageSource,
+    StreamSource,
+    checked_names,
+    is_gzip,
+    open_stream,
+)
 
-_IMAGE_KEYS = ("images", "x_train", "x", "data")
-_LABEL_KEYS = ("labels", "y_train", "y")
+_IMAGE_KEYS = ("images", "x", "data")
+_LABEL_KEYS = ("labels", "y")
+# Names of the arrays of one part, as Keras and MedMNIST have them.
+_PART_IMAGES = ("x_{}", "images_{}", "{}_images", "{}_x")
+_PART_LABELS = ("y_{}", "labels_{}", "{}_labels", "{}_y")
 _IDX_DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4"}
 # Bytes of the names of all classes.
 _MAX_NAMES_BYTES = 1 << 26
@@ -38,17 +48,11 @@ _MAX_NPY_HEADER = 1 << 14
 # Arrays
 
 
-def open_npz(path: Path) -> ImageSource:
-    """The images, labels and class names of an .npz file."""
+def open_npz(path: Path, part: str | None) -> ImageSource:
+    """The images, labels and class names of an .npz file, or of one part of it."""
     with explained(path, DAMAGED), zipfile.ZipFile(path) as archive:
         keys = [name.removesuffix(".npy") for name in archive.namelist()]
-        image_key = _one_of(path, "images", keys, _IMAGE_KEYS)
-        if image_key is None:
-            raise SourceError(
-                f"{path} has no array named {', '.join(_IMAGE_KEYS)}; it has: "
-                f"{', '.join(keys[:20]) or 'nothing'}; save it as np.savez(path, images=...)"
-            )
-        label_key = _one_of(path, "labels", keys, _LABEL_KEYS)
+        image_key, label_key, notes = _array_keys(path, keys, part)
         member = f"{image_key}.npy"
         with open_member(archive, member) as stream:
             shape, dtype = _read_npy_header(stream, f"{path}: {image_key}")
@@ -66,7 +70,41 @@ def open_npz(path: Path) -> ImageSource:
         if "class_names" in keys:
             with open_member(archive, "class_names.npy") as stream:
                 names = _read_class_names(stream, f"{path}: class_names")
-    return replace(source, labels=labels, class_names=checked_names(path, names, labels))
+    names = checked_names(path, names, labels)
+    return replace(source, labels=labels, class_names=names, notes=notes)
+
+
+def _array_keys(
+    path: Path, keys: Sequence[str], part: str | None
+) -> tuple[str, str | None, tuple[str, ...]]:
+    """The arrays of images and labels, and what to say of the choice."""
+    parts = [each for each in PARTS if any(form.format(each) in keys for form in _PART_IMAGES)]
+    whole = _one_of(path, "images", keys, _IMAGE_KEYS)
+    notes: tuple[str, ...] = ()
+    if part is None and whole is None and parts:
+        if len(parts) > 1 and "train" not in parts:
+            raise SourceError(
+                f"{path} has several parts: {', '.join(parts)}; choose one, as in split={parts[0]}"
+            )
+        part = "train" if "train" in parts else parts[0]
+        if len(parts) > 1:
+            notes = (f"took {part} of the parts {', '.join(parts)}; split= takes another",)
+    if part is None and whole is None:
+        raise SourceError(
+            f"{path} has no array named {', '.join(_IMAGE_KEYS)}; it has: "
+            f"{', '.join(keys[:20]) or 'nothing'}; save it as np.savez(path, images=...)"
+        )
+    if part is None:
+        # Arrays named `images` beside labels named as those of a part belong together.
+        labels = _one_of(path, "labels", keys, (*_LABEL_KEYS, "y_train"))
+        return str(whole), labels, notes
+    if part not in parts:
+        raise SourceError(
+            f"{path} has no part {part!r}; it has: {', '.join(parts) or 'none to choose from'}"
+        )
+    images = _one_of(path, "images", keys, [form.format(part) for form in _PART_IMAGES])
+    labels = _one_of(path, "labels", keys, [form.format(part) for form in _PART_LABELS])
+    return str(images), labels, notes
 
 
 def _checked_labels(where: object, labels: object, count: int) -> NDArray[np.int64]:

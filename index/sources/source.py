@@ -28,10 +28,43 @@ from els.index.sources.foreign import (
 
 # Bytes of an encoded picture.
 MAX_PICTURE_BYTES = 1 << 28
-PICTURE_REMEDY = "fetch that picture again, or take it out"
+PICTURE_REMEDY = "fetch that picture again, take it out, or leave out all such by skip_bad=True"
+# What parts of a data set are called.
+PARTS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
+PARTS += ("extra", "unlabeled", "unlabelled")
 
 OpenPictures = Callable[[], AbstractContextManager[Callable[[int], IO[bytes]]]]
 """Opens a set of encoded pictures, to be read by number."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to pictures on their way into a database.
+
+    Attributes:
+        resize: (H, W) to scale every picture to, or None.
+        crop: cut off what does not fit the proportions of `resize`, about the centre, instead of
+            stretching.
+        background: (R, G, B) behind transparency; None keeps it as a fourth channel.
+        skip_bad: leave out pictures that cannot be read.
+    """
+
+    resize: tuple[int, int] | None = None
+    crop: bool = False
+    background: tuple[int, int, int] | None = (255, 255, 255)
+    skip_bad: bool = False
+
+    def scaled(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """An image [C, h, w], scaled to [C, H, W] if it has to be."""
+        if self.resize is None or image.shape[1:] == self.resize:
+            return image
+        return _resized(_cropped(image, self.resize) if self.crop else image, self.resize)
+
+    def stretches(self, size: tuple[int, int]) -> bool:
+        """Whether an image of (height, width) changes its proportions."""
+        if self.resize is None or self.crop:
+            return False
+        return size[0] * self.resize[1] != size[1] * self.resize[0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,12 +76,14 @@ class ImageSource(ABC):
         shape: (C, H, W) of every image, C in 1..4.
         labels: int64 [count] >= 0, or None.
         class_names: name of class 0, 1, ..., or None.
+        notes: what was done that a user should know: pictures stretched, transparency lost.
     """
 
     count: int
     shape: tuple[int, int, int]
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def chunks(self, size: int) -> Iterator[NDArray[np.uint8]]:
@@ -127,14 +162,14 @@ class PictureSource(ImageSource):
         names: name of every picture, for messages.
         opener: opens the set, to be read by number.
         mode: "L", "RGB" or "RGBA": what every picture becomes.
-        resize: (H, W) to scale every picture to, or None.
+        preparation: what is done to every picture.
     """
 
     where: str
     names: Sequence[str]
     opener: OpenPictures
     mode: str
-    resize: tuple[int, int] | None
+    preparation: Preparation
 
     def chunks(self, size: int) -> Iterator[NDArray[np.uint8]]:
         """As in `ImageSource`."""
@@ -151,8 +186,9 @@ class PictureSource(ImageSource):
             explained(f"{self.where}: {self.names[number]}", PICTURE_REMEDY),
             read(number) as stream,
         ):
-            planes = decode_picture(io.BytesIO(stream.read()), self.mode)
-            image = planes if self.resize is None else _resized(planes, self.resize)
+            background = self.preparation.background or (0, 0, 0)
+            planes = decode_picture(io.BytesIO(stream.read()), self.mode, background)
+            image = self.preparation.scaled(planes)
             if image.shape != self.shape:
                 raise SourceError(
                     f"{self.where}: {self.names[number]} is {image.shape} now and was "
@@ -167,11 +203,41 @@ class ResizedSource(ImageSource):
     """Another source's images, each scaled to `shape`."""
 
     source: ImageSource
+    preparation: Preparation
 
     def chunks(self, size: int) -> Iterator[NDArray[np.uint8]]:
         """As in `ImageSource`."""
         for chunk in self.source.chunks(size):
-            yield np.stack([_resized(image, self.shape[1:]) for image in chunk])
+            yield np.stack([self.preparation.scaled(image) for image in chunk])
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SelectedSource(ImageSource):
+    """Some of another source's images.
+
+    Attributes:
+        source: all of them.
+        numbers: those that are taken, int64 [count], ascending.
+    """
+
+    source: ImageSource
+    numbers: NDArray[np.int64]
+
+    def chunks(self, size: int) -> Iterator[NDArray[np.uint8]]:
+        """As in `ImageSource`; what comes after the last that is taken is not read."""
+        start, kept = 0, np.empty((0, *self.shape), np.uint8)
+        for chunk in self.source.chunks(size):
+            first, last = np.searchsorted(self.numbers, [start, start + len(chunk)])
+            kept = np.concatenate([kept, chunk[self.numbers[first:last] - start]])
+            start += len(chunk)
+            if len(kept) >= size:
+                yield kept[:size]
+                kept = kept[size:]
+            if last == self.count:
+                break
+        if len(kept):
+            yield kept
 
 
 def checked_names(
@@ -201,6 +267,16 @@ def open_stream(path: Path, member: str | None = None) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], stack.enter_context(gzip.open(path)))
         else:
             yield stack.enter_context(open_regular(path))
+
+
+def _cropped(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The largest part of [C, h, w] about its centre that has the proportions of a size."""
+    _, height, width = image.shape
+    # Rounded, but never to nothing.
+    rows = min(height, max(1, round(width * size[0] / size[1])))
+    columns = min(width, max(1, round(height * size[1] / size[0])))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return image[:, top : top + rows, left : left + columns]
 
 
 def _resized(image: NDArray[np.uint8], size: tuple[int, ...]) -> NDArray[np.uint8]:

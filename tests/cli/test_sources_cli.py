@@ -12,6 +12,7 @@ from pictures import (
     dataset_json,
     four_pictures,
     make_images,
+    png,
     write_folder,
     write_zip,
 )
@@ -67,7 +68,35 @@ def test_labels_beyond_the_class_names(tmp_path: Path) -> None:
     ]
 
 
-def test_a_size_of_nothing(tmp_path: Path) -> None:
-    result = els("build", "embedded:fashion-mnist", "--resize", 0, "-o", tmp_path / "db")
-    assert result.exit_code == 2
-    assert "--resize" in result.stderr
+@pytest.mark.parametrize("size", ["0", "3x-1", "3x4x5", "x", "two"])
+def test_a_size_of_nothing(tmp_path: Path, size: str) -> None:
+    result = els("build", "embedded:fashion-mnist", "--resize", size, "-o", tmp_path / "db")
+    assert result.exit_code == 1
+    assert f"error: --resize '{size}' must be" in result.stderr
+
+
+def test_what_was_done_to_pictures_is_said_in_options(tmp_path: Path) -> None:
+    """And what is wrong with the options, before anything is read."""
+    half = np.full((4, 8, 4), 128, np.uint8)
+    source = write_folder(tmp_path / "x", {"a/1.png": png(half), "b/2.png": b"none"})
+    options = ("--skip-bad", "--resize", "2x3", "--limit", "2")
+    result = els("build", source, "-o", tmp_path / "db", *options)
+    assert result.exit_code == 0, result.stderr
+    notes = result.stderr[result.stderr.index("note: ") :].splitlines()
+    assert notes[0].startswith("note: 1 of 1 pictures have transparency, and #ffffff shows")
+    assert "--background takes another colour, --background keep keeps it" in notes[0]
+    assert notes[1] == (
+        "note: 1 of 1 pictures are stretched to 2 x 3; --crop keeps their proportions"
+    )
+    assert notes[2] == "note: left out, because they cannot be read (1):"
+    assert "b/2.png cannot be used" in notes[3]
+    for wrong, says in (
+        (("--crop",), "--crop cuts to the proportions of a size; add --resize"),
+        (("--background", "red"), "--background 'red' must be white, black"),
+        (("--limit", "2", "--per-class", "1"), "--limit and --per-class exclude each other"),
+        (("--seed", "2"), "--seed 2 draws some of the images; add --limit or --per-class"),
+        (("--split", "test"), "has no part 'test'"),
+    ):
+        refused = els("build", source, "-o", tmp_path / "other", *wrong)
+        assert refused.exit_code == 1
+        assert says in refused.stderr

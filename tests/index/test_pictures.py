@@ -211,11 +211,13 @@ def test_transparency_shows_white_among_opaque_pictures(
     source = open_source(write_folder(tmp_path, {"a.png": data, "b.png": opaque}))
     np.testing.assert_array_equal(read(source)[0, :, 0].T, shown)
     (tmp_path / "b.png").unlink()
-    assert read(open_source(tmp_path)).shape == (1, 4, 1, 3)
+    assert read(open_source(tmp_path, background="keep")).shape == (1, 4, 1, 3)
 
 
-def test_pictures_that_all_have_alpha_keep_it(tmp_path: Path) -> None:
-    np.testing.assert_array_equal(only(tmp_path, png(HALF)), np.moveaxis(HALF, -1, 0))
+def test_alpha_is_kept_on_request(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(HALF))
+    (image,) = read(open_source(tmp_path, background="keep"))
+    np.testing.assert_array_equal(image, np.moveaxis(HALF, -1, 0))
 
 
 # More than 8 bits

@@ -30,7 +30,7 @@ from pictures import (
 )
 from PIL import Image
 
-from els.index import PatchDatabase, SourceError, open_source
+from els.index import ImageSource, PatchDatabase, SourceError, open_source
 
 
 def idx(array: NDArray[Any]) -> bytes:
@@ -202,16 +202,17 @@ def test_parts_are_chosen_by_name(tmp_path: Path, kind: str, top: str) -> None:
         (["L", "L"], 1),
         (["L", "RGB"], 3),
         (["P", "CMYK"], 3),
+        (["LA", "L"], 4),
         (["RGBA", "RGBA"], 4),
         (["RGBA", "LA"], 4),
-        (["RGBA", "RGB"], 3),
-        (["RGBA", "L"], 3),
+        (["RGBA", "RGB"], 4),
+        (["RGBA", "L"], 4),
     ],
     ids=str,
 )
 def test_modes_become_one(tmp_path: Path, modes: list[str], channels: int) -> None:
     entries = {f"{i}.tif": png(make_images(3, 4, 3), mode, "TIFF") for i, mode in enumerate(modes)}
-    source = open_source(write_folder(tmp_path, entries))
+    source = open_source(write_folder(tmp_path, entries), background="keep")
     assert source.shape == (channels, 3, 4)
     images = read(source)
     for name, image in zip(entries, images, strict=True):
@@ -225,12 +226,39 @@ def test_modes_become_one(tmp_path: Path, modes: list[str], channels: int) -> No
 def test_a_palette_with_transparency_keeps_it(tmp_path: Path) -> None:
     picture = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8), "L").convert("P")
     picture.save(tmp_path / "a.png", transparency=bytes([0, 255, 128]))
-    source = open_source(tmp_path)
+    source = open_source(tmp_path, background="keep")
     assert source.shape == (4, 2, 2)
     np.testing.assert_array_equal(read(source)[0, 3], [[0, 255], [128, 255]])
     (tmp_path / "b.png").write_bytes(png(make_images(2, 2, 3)))
-    assert open_source(tmp_path).shape == (3, 2, 2)
-    read(open_source(tmp_path))
+    both = read(open_source(tmp_path, background="keep"))
+    np.testing.assert_array_equal(both[1, 3], 255)
+    source = open_source(tmp_path)
+    assert source.shape == (3, 2, 2)
+    assert "1 of 2 pictures have transparency, and #ffffff shows through" in source.notes[0]
+    read(source)
+
+
+@pytest.mark.parametrize(
+    ("background", "shown"),
+    [("white", [255] * 3), ("black", [0] * 3), ("#1020ff", [16, 32, 255])],
+)
+def test_a_background_shows_through_transparency(
+    tmp_path: Path, background: str, shown: list[int]
+) -> None:
+    """Also where all pictures have some; grey ones stay grey before a grey background."""
+    grey = np.array([[[70, 255], [70, 0]]], np.uint8)
+    (tmp_path / "a.png").write_bytes(png(grey, "LA"))
+    source = open_source(tmp_path, background=background)
+    is_grey = len(set(shown)) == 1
+    assert source.shape == ((1 if is_grey else 3), 1, 2)
+    np.testing.assert_array_equal(read(source)[0, :, 0, 0], 70)
+    np.testing.assert_array_equal(read(source)[0, :, 0, 1], shown[: source.shape[0]])
+
+
+@pytest.mark.parametrize("background", ["red", "#12345", "", "#12345g"])
+def test_a_background_of_no_colour_is_refused(background: str) -> None:
+    with pytest.raises(ValueError, match=r"background=.*must be white, black or a colour"):
+        open_source("embedded:fashion-mnist", background=background)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -250,7 +278,9 @@ def test_pictures_of_different_sizes_are_refused_unless_resized(tmp_path: Path) 
     write_folder(
         tmp_path, {"a.png": png(make_images(4, 6, 3)), "sub.png": png(make_images(8, 9, 3))}
     )
-    with pytest.raises(SourceError, match=r"sub\.png is 8 x 9 .*a\.png is 4 x 6; .*--resize"):
+    with pytest.raises(
+        SourceError, match=r"sub\.png is 8 x 9 .*a\.png is 4 x 6; scale all with resize="
+    ):
         open_source(tmp_path)
     assert read(open_source(tmp_path, resize=(2, 3))).shape == (2, 3, 2, 3)
     assert read(open_source(tmp_path, resize=5)).shape == (2, 3, 5, 5)
@@ -289,6 +319,220 @@ def test_resize_keeps_a_constant(tmp_path: Path, size: tuple[int, int]) -> None:
 def test_wrong_resize(resize: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="resize must be"):
         open_source("embedded:fashion-mnist", resize=resize)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "array"])
+@pytest.mark.parametrize(("shape", "kept"), [((4, 8), (slice(0, 4), slice(2, 6)))], ids=["wide"])
+def test_crop_keeps_the_proportions(
+    tmp_path: Path, kind: str, shape: tuple[int, int], kept: tuple[slice, slice]
+) -> None:
+    for turned in (False, True):
+        image = make_images(*shape)
+        image = np.ascontiguousarray(image.T) if turned else image
+        if kind == "pictures":
+            path = write_folder(tmp_path / str(turned), {"a.png": png(image)})
+        else:
+            path = tmp_path / f"{turned}.npy"
+            np.save(path, image[None])
+        cropped = open_source(path, resize=2, crop=True)
+        assert cropped.notes == ()
+        middle = image[kept[::-1] if turned else kept]
+        means = middle.reshape(2, 2, 2, 2).mean((1, 3))
+        assert np.abs(read(cropped)[0, 0] - means).max() <= 1
+        stretched = open_source(path, resize=2)
+        assert "stretched to 2 x 2; crop=True keeps" in stretched.notes[0]
+        assert open_source(path, resize=(2, 4) if not turned else (4, 2)).notes == ()
+    with pytest.raises(ValueError, match=r"crop=True .*add resize="):
+        open_source(path, crop=True)
+
+
+# Selections
+
+
+@pytest.fixture(params=["pictures", "array"])
+def labelled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Forty images whose pixels say their number: 24 of class 0, then 12, then 4."""
+    labels = np.repeat([0, 1, 2], [24, 12, 4])
+    images = np.arange(40, dtype=np.uint8)[:, None, None] + np.zeros((2, 3), np.uint8)
+    if request.param == "array":
+        np.savez(tmp_path / "x.npz", images=images, labels=labels)
+        return tmp_path / "x.npz"
+    names = [f"{label}/{number:02}.png" for number, label in enumerate(labels)]
+    return write_folder(tmp_path / "set", dict(zip(names, map(png, images), strict=True)))
+
+
+def taken(source: ImageSource) -> list[int]:
+    images = read(source)
+    assert len(images) == source.count
+    return [int(number) for number in images[:, 0, 0, 0]]
+
+
+def test_a_limit_takes_the_first(labelled: Path) -> None:
+    source = open_source(labelled, limit=30)
+    assert taken(source) == list(range(30))
+    np.testing.assert_array_equal(source.labels, [0] * 24 + [1] * 6)
+    assert "the first 30 images have 2 of 3 classes; seed=0 draws" in source.notes[0]
+    assert open_source(labelled, limit=37).notes == ()
+    assert taken(open_source(labelled, limit=40)) == list(range(40))
+    assert "there are 40 images" in open_source(labelled, limit=41).notes[0]
+
+
+def test_a_seed_draws_in_proportion(labelled: Path) -> None:
+    source = open_source(labelled, limit=10, seed=3)
+    numbers = taken(source)
+    assert source.labels is not None
+    assert np.bincount(source.labels).tolist() == [6, 3, 1]
+    assert numbers == sorted(set(numbers))
+    assert numbers != list(range(10))
+    assert taken(open_source(labelled, limit=10, seed=3)) == numbers
+    assert taken(open_source(labelled, limit=10, seed=4)) != numbers
+    # Written once; the same seed takes the same images ever after.
+    assert numbers == [0, 1, 4, 7, 9, 20, 28, 31, 34, 39]
+
+
+def test_so_many_of_each_class(labelled: Path) -> None:
+    source = open_source(labelled, per_class=5)
+    assert taken(source) == [*range(5), *range(24, 29), *range(36, 40)]
+    assert "1 of 3 classes have fewer" in source.notes[0]
+    drawn = open_source(labelled, per_class=2, seed=0)
+    assert drawn.labels is not None
+    assert np.bincount(drawn.labels).tolist() == [2, 2, 2]
+    assert taken(drawn) != taken(open_source(labelled, per_class=2))
+
+
+def test_a_selection_without_labels(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.arange(9, dtype=np.uint8)[:, None, None])
+    drawn = taken(open_source(tmp_path / "x.npy", limit=4, seed=1))
+    assert len(set(drawn)) == 4
+    with pytest.raises(SourceError, match=r"has no labels.*\(per_class=2\)"):
+        open_source(tmp_path / "x.npy", per_class=2)
+    for wrong in (
+        {"limit": 0},
+        {"per_class": -1},
+        {"limit": 2.0},
+        {"limit": 1, "per_class": 1},
+        {"seed": 1},
+        {"limit": 1, "seed": -1},
+    ):
+        with pytest.raises(ValueError, match=r"limit|per_class|seed"):
+            open_source(tmp_path / "x.npy", **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_bad_pictures_are_left_out_on_request(tmp_path: Path, kind: str) -> None:
+    a, b = pictures(2, 9, 7)
+    whole = png(b)
+    cut = png(make_images(9, 7, seed=5))[:-30]
+    entries = {"x/1.png": png(a), "x/2.png": b"none", "y/3.png": cut, "y/4.png": whole}
+    path = (write_folder if kind == "folder" else write_zip)(tmp_path / "set", entries)
+    with pytest.raises(SourceError, match=r"x/2\.png .*skip_bad=True"):
+        open_source(path)
+    source = open_source(path, skip_bad=True)
+    np.testing.assert_array_equal(read(source)[:, 0], [a, b])
+    np.testing.assert_array_equal(source.labels, [0, 1])
+    (note,) = source.notes
+    assert "left out, because they cannot be read (2):" in note
+    assert [line.split(" ")[3] for line in note.split("\n")[1:]] == ["x/2.png", "y/3.png"]
+    only_bad = (write_folder if kind == "folder" else write_zip)(
+        tmp_path / "bad", {"1.png": b"none"}
+    )
+    with pytest.raises(SourceError, match="no picture that can be read"):
+        open_source(only_bad, skip_bad=True)
+
+
+# Parts of arrays, and well-known names
+
+
+@pytest.mark.parametrize("form", ["x_{}/y_{}", "{}_images/{}_labels"], ids=["keras", "medmnist"])
+def test_parts_of_an_npz(tmp_path: Path, form: str) -> None:
+    arrays = {}
+    for number, part in enumerate(("train", "test")):
+        images, labels = (name.format(part) for name in form.split("/"))
+        arrays |= {images: np.full((3, 2, 2), number, np.uint8), labels: np.full(3, number)}
+    path = tmp_path / "x.npz"
+    np.savez(path, **arrays)
+    for source in (open_source(f"{path}:test"), open_source(path, split="test")):
+        assert taken(source) == [1, 1, 1]
+        np.testing.assert_array_equal(source.labels, [1, 1, 1])
+        assert source.notes == ()
+    source = open_source(path)
+    assert taken(source) == [0, 0, 0]
+    assert source.notes == ("took train of the parts train, test; split= takes another",)
+    with pytest.raises(SourceError, match="no part 'val'; it has: train, test"):
+        open_source(path, split="val")
+    with pytest.raises(ValueError, match="names the part train, and split=test another"):
+        open_source(f"{path}:train", split="test")
+
+
+def test_standard_names_are_found_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for stem, value in (("train", 1), ("t10k", 2)):
+        (folder / f"{stem}-images-idx3-ubyte").write_bytes(idx(np.full((2, 3, 3), value, np.uint8)))
+        (folder / f"{stem}-labels-idx1-ubyte").write_bytes(idx(np.array([0, 1], np.uint8)))
+    source = open_source("mnist")
+    assert taken(source) == [1, 1]
+    np.testing.assert_array_equal(source.labels, [0, 1])
+    assert taken(open_source("mnist:test")) == taken(open_source("mnist", split="test")) == [2, 2]
+    with pytest.raises(SourceError, match="mnist has no part 'val'; it has: train, test"):
+        open_source("mnist", split="val")
+    elsewhere = tmp_path / "elsewhere"
+    np.savez(tmp_path / "mnist.npz", x_train=np.full((2, 3, 3), 7, np.uint8))
+    monkeypatch.setenv("ELS_DATA", f"{elsewhere}{os.pathsep}{tmp_path}")
+    assert taken(open_source("mnist")) == [7, 7]
+    write_folder(tmp_path / "afhq", {"train/cat/1.png": PNG, "train/dog/2.png": PNG})
+    assert open_source("afhq").class_names == ("cat", "dog")
+    # A folder of that name is that folder.
+    write_folder(tmp_path / "celeba", {"1.png": PNG})
+    assert open_source("celeba").count == 1
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "celeba", "afhq"])
+def test_standard_names_say_where_they_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setenv("ELS_DATA", str(tmp_path))
+    with pytest.raises(SourceError, match=r"ELS_DATA names other.*els-machine\[hf\].*data/"):
+        open_source(name)
+
+
+def test_cifar_of_torchvision_is_read_without_unpickling(tmp_path: Path) -> None:
+    """Files as Python 2 wrote them; one that would run something is only read."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+
+    def text(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value + b"q\x01"
+
+    def batch(pixels: bytes, labels: list[int]) -> bytes:
+        numbers = b"".join(b"K" + bytes([label]) for label in labels)
+        runs = b"cos\nsystem\n" + text(b"touch ran") + b"\x85R"
+        head = b"\x80\x02}(" + text(b"data") + runs
+        long = b"T" + struct.pack("<I", len(pixels)) + pixels
+        return head + long + text(b"labels") + b"](" + numbers + b"e" + text(b"batch_label") + b"u."
+
+    pixels = make_images(6, 2, 3, 32, 32)
+    for number in range(6):
+        name = f"data_batch_{number + 1}" if number < 5 else "test_batch"
+        (folder / name).write_bytes(batch(pixels[number].tobytes(), [number, 9]))
+    names = b"".join(text(b"name%d" % number) for number in range(10))
+    meta = b"\x80\x02}(" + text(b"num_cases_per_batch") + text(b"label_names") + b"](" + names
+    (folder / "batches.meta").write_bytes(meta + b"eu.")
+    source = open_source(folder)
+    np.testing.assert_array_equal(read(source), pixels[:5].reshape(10, 3, 32, 32))
+    np.testing.assert_array_equal(source.labels, [0, 9, 1, 9, 2, 9, 3, 9, 4, 9])
+    assert source.class_names is not None
+    assert source.class_names[3] == "name3"
+    test = open_source(folder, split="test")
+    np.testing.assert_array_equal(read(test), pixels[5])
+    (folder / "data_batch_3").write_bytes(batch(pixels[2].tobytes()[:-1], [2, 9]))
+    with pytest.raises(SourceError, match="damaged"):
+        open_source(folder)
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(SourceError, match="4 of the 5 files"):
+        open_source(folder)
 
 
 def test_hugging_face_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,9 +744,11 @@ def test_options_that_do_not_apply(tmp_path: Path) -> None:
     ]:
         with pytest.raises(SourceError, match=says):
             open_source(spec, labels="y.npy")
-    with pytest.raises(SourceError, match="no parts to choose from"):
+    with pytest.raises(SourceError, match="no part 'train'; it has: none to choose from"):
         open_source(f"{tmp_path / 'x.npz'}:train")
     np.save(tmp_path / "x.npy", GREY)
+    with pytest.raises(SourceError, match="no parts to choose from"):
+        open_source(f"{tmp_path / 'x.npy'}:train")
     with pytest.raises(SourceError, match=r"y\.npy cannot be used"):
         open_source(tmp_path / "x.npy", labels=tmp_path / "y.npy")
 
