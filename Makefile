@@ -4,7 +4,7 @@ FOLDERS := storage index triton_kernels engine runs explain networks cli bench
 
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-all lint types tables clean
+.PHONY: install demo test test-all lint types docs tables clean
 
 install: .venv/installed-dev
 
@@ -51,6 +51,11 @@ types: install
 	for name in __init__ __main__; do ln -sfn $(CURDIR)/root/$$name.py build/types/els/$$name.py; done
 	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases \
 		-m els -m els.__main__ $(foreach folder,$(FOLDERS),-p els.$(folder))
+
+# The site, in build/site; a warning is an error. EXECUTE_EXAMPLES=1 also shows what the examples draw.
+docs: install
+	$(BIN)/python -m mkdocs build --quiet
+	@echo open build/site/index.html
 
 # The docs' tables, from the result files in bench/results.
 tables: install

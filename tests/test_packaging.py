@@ -190,7 +190,8 @@ def test_an_sdist_works_without_a_compiler(
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = run("git", "ls-files", cwd=ROOT).splitlines()
-    folders = tuple(f"{folder}/" for folder in (*FOLDERS.values(), "tests", "docs"))
+    places = (*FOLDERS.values(), "tests", "docs", "examples")
+    folders = tuple(f"{folder}/" for folder in places)
     missing = [name for name in tracked if name.startswith(folders) and name not in names]
     assert not [name for name in missing if not name.startswith("bench/")], missing
     python = clean_environment(tmp_path / "venv")

@@ -49,26 +49,22 @@ def open_source(
 ) -> ImageSource:
     """Opens a set of training images of any supported kind, recognised by its content.
 
-    ==============================  ===========================================================
-    spec                            what it is
-    ==============================  ===========================================================
-    a folder, or a zip of one       pictures; subfolders are classes, in sorted order, unless
-                                    there are labels beside the pictures; leading folders that
-                                    all share are skipped
-    ``PATH:PART``                   one part (``train``) of a folder, a zip or an ``.npz``
-    an ``.npz``                     uint8 under `images`, `x` or `data`; integers under `labels` or
-                                    `y`, if any; names under `class_names`; of parts `x_train`,
-                                    `y_train`, or `train_images`, `train_labels`
-    an ``.npy``                     uint8
-    an idx file, ``.gz`` or not     the images of an idx pair; labels by the standard name beside
-    ``hf:NAME`` / ``hf:NAME:PART``  a data set of the Hugging Face library `datasets` (part
-                                    ``train`` unless named); labels in its ClassLabel column, or
-                                    in a column of integers or text that is named as below
-    ``embedded:fashion-mnist``      4,096 images that come with this package
-    ``mnist``, ``fashion-mnist``,   files of torchvision or Keras in data/ or the folders of
-    ``cifar10``, ``celeba``,        ELS_DATA, else the Hugging Face hub; part ``train`` unless named
-    ``afhq``, each also ``:PART``
-    ==============================  ===========================================================
+    What `spec` may be:
+
+    - a folder, or a zip of one: pictures; subfolders are classes, in sorted order, unless there are
+      labels beside the pictures; leading folders that all share are skipped
+    - ``PATH:PART``: one part (``train``) of a folder, a zip or an ``.npz``
+    - an ``.npz``: uint8 under `images`, `x` or `data`; integers under `labels` or `y`, if any;
+      names under `class_names`; of parts `x_train`, `y_train`, or `train_images`, `train_labels`
+    - an ``.npy``: uint8
+    - an idx file, ``.gz`` or not: the images of an idx pair; labels by the standard name beside
+    - ``hf:NAME`` / ``hf:NAME:PART``: a data set of the Hugging Face library `datasets` (part
+      ``train`` unless named); labels in its ClassLabel column, or in a column of integers or text
+      that is named as below
+    - ``embedded:fashion-mnist``: 4,096 images that come with this package
+    - ``mnist``, ``fashion-mnist``, ``cifar10``, ``celeba``, ``afhq``, each also ``:PART``: files of
+      torchvision or Keras in data/ or the folders of ELS_DATA, else the Hugging Face hub; part
+      ``train`` unless named
 
     Arrays are [N, H, W], [N, C, H, W] or [N, H, W, C], C in 1..4.
 
