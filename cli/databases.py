@@ -15,6 +15,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from els.cli.console import (
+    ScheduleOption,
     counting,
     in_options,
     print_table,
@@ -137,6 +138,50 @@ def info(
         with counting("images") as update:
             db.verify(progress=update)
         typer.echo("verified: the content is what was built")
+
+
+@commands.command(
+    epilog="Example: els sizes db -o sizes.json; els sample db --sizes sizes.json -o run"
+)
+@reported
+def sizes(
+    database: Annotated[Path, typer.Argument(help="The database folder.")],
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    schedule: Annotated[
+        ScheduleOption, typer.Option(case_sensitive=False, help="Noise over time.")
+    ] = ScheduleOption.COSINE,
+    excess: Annotated[
+        float | None,
+        typer.Option(help="Error that a smaller patch may add, as a part of the least: 0.1."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A .json file for --sizes.")
+    ] = None,
+) -> None:
+    """Choose a patch size for every step from the data alone, where there is no network.
+
+    The smallest patch whose best linear denoiser of the centre is nearly as good as the largest
+    one's. els calibrate finds the sizes of a network instead.
+    """
+    from els.engine.locality import EXCESS, sizes_of_data
+    from els.engine.schedule import schedule_named
+    from els.index import PatchDatabase
+    from els.storage.files import write_json
+
+    db = PatchDatabase.open(database)
+    noise = schedule_named(schedule.value)
+    if output is not None and output.suffix != ".json":
+        raise ValueError(f"--output {output} must end in .json, as --sizes reads it")
+    chosen = sizes_of_data(db, steps, noise, excess=EXCESS if excess is None else excess)
+    table = Table("step", "beta", "patch size", box=None, pad_edge=False)
+    for i in range(steps, 0, -1):
+        table.add_row(str(steps - i + 1), f"{noise.beta(i / steps):.4f}", str(chosen[i - 1]))
+    print_table(table)
+    if output is None:
+        typer.echo(f"--sizes {','.join(map(str, chosen))}")
+    else:
+        write_json(output, list(chosen))
+        typer.echo(f"--sizes {output}")
 
 
 @commands.command(name="index", epilog="Example: els index db --patch-sizes 3,5,9 --memory 8GB")

@@ -86,6 +86,36 @@ def image_spectrum(db: PatchDatabase, label: int | None = None) -> Spectrum:
     return _read(folder, db)
 
 
+def autocovariance(db: PatchDatabase) -> NDArray[np.float64]:
+    """Covariance of a pixel and another at a displacement, averaged over images and places.
+
+    Pixels are in [-1, 1], less their mean by channel. Both lie inside the image; circular
+    displacements are not counted.
+
+    Args:
+        db: the training images.
+
+    Returns:
+        float64 ``[C, C, 2 H, 2 W]``; entry (a, b, dy mod 2 H, dx mod 2 W) is that of channel a at a
+        pixel and channel b at (dy, dx) from it, abs(dy) < H, abs(dx) < W.
+    """
+    count, channels, height, width = db.images.shape
+    padded = (2 * height, 2 * width)
+    chunk = max(1, _CHUNK_BYTES // (32 * channels * height * width))
+    starts = range(0, count, chunk)
+    # Sums of levels are whole numbers.
+    totals = [db.images[start : start + chunk].sum((0, 2, 3), dtype=np.int64) for start in starts]
+    mean = np.sum(totals, 0) / (count * height * width)
+    power = np.zeros((channels, channels, 2 * height, width + 1), np.complex128)
+    for start in starts:
+        centred = db.images[start : start + chunk] - mean[:, None, None]
+        waves = np.fft.rfft2(centred, padded)
+        power += np.einsum("nayx,nbyx->abyx", waves.conj(), waves)
+    inside = np.abs(np.fft.rfft2(np.ones((height, width)), padded)) ** 2
+    pairs = np.maximum(np.rint(np.fft.irfft2(inside, padded)), 1)
+    return np.asarray(np.fft.irfft2(power, padded) / (count * pairs) / 127.5**2)
+
+
 def _computed(db: PatchDatabase, members: NDArray[np.int64] | None) -> Spectrum:
     chosen = np.arange(len(db), dtype=np.int64) if members is None else members
     count, size = len(chosen), int(np.prod(db.shape))

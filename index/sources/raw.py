@@ -70,8 +70,8 @@ def open_npz(path: Path, part: str | None) -> ImageSource:
         if "class_names" in keys:
             with open_member(archive, "class_names.npy") as stream:
                 names = _read_class_names(stream, f"{path}: class_names")
-    names = checked_names(path, names, labels)
-    return replace(source, labels=labels, class_names=names, notes=notes)
+    class_names = checked_names(path, names, labels)
+    return replace(source, labels=labels, class_names=class_names, notes=notes)
 
 
 def _array_keys(

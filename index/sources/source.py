@@ -30,8 +30,10 @@ from els.index.sources.foreign import (
 MAX_PICTURE_BYTES = 1 << 28
 PICTURE_REMEDY = "fetch that picture again, take it out, or leave out all such by skip_bad=True"
 # What parts of a data set are called.
-PARTS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
-PARTS += ("extra", "unlabeled", "unlabelled")
+PARTS = (
+    *("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"),
+    *("extra", "unlabeled", "unlabelled"),
+)
 
 OpenPictures = Callable[[], AbstractContextManager[Callable[[int], IO[bytes]]]]
 """Opens a set of encoded pictures, to be read by number."""

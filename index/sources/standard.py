@@ -23,8 +23,10 @@ _CIFAR_FILES = 5
 # Bytes of one of its files, at most; they have 31 MB.
 _MOST_CIFAR_BYTES = 1 << 26
 # Instructions of a pickle that hold text or bytes, and integers.
-_STRINGS = ("BINSTRING", "SHORT_BINSTRING", "STRING", "BINUNICODE", "SHORT_BINUNICODE")
-_STRINGS += ("UNICODE", "BINBYTES", "SHORT_BINBYTES")
+_STRINGS = (
+    *("BINSTRING", "SHORT_BINSTRING", "STRING", "BINUNICODE", "SHORT_BINUNICODE"),
+    *("UNICODE", "BINBYTES", "SHORT_BINBYTES"),
+)
 _INTEGERS = ("BININT", "BININT1", "BININT2", "INT")
 # Bytes of a string that may be a key of integers.
 _LONGEST_KEY = 100

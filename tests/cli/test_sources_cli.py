@@ -100,3 +100,28 @@ def test_what_was_done_to_pictures_is_said_in_options(tmp_path: Path) -> None:
         refused = els("build", source, "-o", tmp_path / "other", *wrong)
         assert refused.exit_code == 1
         assert says in refused.stderr
+
+
+def test_sizes_from_the_data_alone(tmp_path: Path) -> None:
+    """Printed from noise to clean, as sampling goes; the file is what --sizes reads."""
+    db, file = tmp_path / "db", tmp_path / "sizes.json"
+    assert els("build", "embedded:fashion-mnist", "--limit", 40, "-o", db).exit_code == 0
+    told = els("sizes", db, "--steps", 4)
+    assert told.exit_code == 0, told.stderr
+    rows = [line.split() for line in told.stdout.splitlines()[1:5]]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    assert [float(row[1]) for row in rows] == sorted((float(row[1]) for row in rows), reverse=True)
+    assert told.stdout.splitlines()[-1] == f"--sizes {','.join(row[2] for row in rows[::-1])}"
+    written = els("sizes", db, "--steps", 4, "-o", file)
+    assert written.stdout.splitlines()[-1] == f"--sizes {file}"
+    options = ("--steps", 4, "--sizes", file, "-n", 1, "-o", tmp_path / "run")
+    assert els("sample", db, *options).exit_code == 0
+    for wrong, says in (
+        (("-o", tmp_path / "sizes.txt"), "must end in .json"),
+        (("-o", tmp_path / "none" / "sizes.json"), "folder is not there"),
+        (("--excess", 0), "--excess 0.0 must be a number above 0"),
+        (("--steps", 0), "--steps 0 must be at least 1"),
+    ):
+        refused = els("sizes", db, *wrong)
+        assert refused.exit_code == 1
+        assert says in refused.stderr
