@@ -221,7 +221,13 @@ def compare_samples(
     def drawn(of: Denoiser, tolerance: float | None = None) -> tuple[Tensor, float]:
         before = time.perf_counter()
         images = sample(
-            of, n=n, steps=steps, patch_sizes=patch_sizes, seed=seed, tolerance=tolerance
+            of,
+            n=n,
+            steps=steps,
+            patch_sizes=patch_sizes,
+            seed=seed,
+            tolerance=tolerance,
+            progress=False,
         )
         return images, (time.perf_counter() - before) / n
 

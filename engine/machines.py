@@ -35,6 +35,8 @@ from els.index import PatchDatabase, PatchIndex
 from els.index.statistics import Spectrum, image_spectrum
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from els.engine.mesh import ProcessMesh
 
 # Largest number of threads; the native backend starts no more than it has tasks.
@@ -55,11 +57,11 @@ class ScoreMachine:
 
     Args:
         db: the training images.
-        kind: ``"IS"`` ideal score, ``"ES"`` equivariant, ``"LS"`` local, ``"ELS"`` equivariant
-            local; the baselines ``"Wiener"``, the best linear denoiser, ``"PCA"``, locality by the
-            images' covariance (arXiv 2509.09672), and ``"nearest"``, the nearest image; or another
-            that is registered; or its definition, a :class:`~els.engine.kinds.Kind`, which is
-            registered.
+        kind: in any case, as other names are: ``"IS"`` ideal score, ``"ES"`` equivariant, ``"LS"``
+            local, ``"ELS"`` equivariant local; the baselines ``"Wiener"``, the best linear
+            denoiser, ``"PCA"``, locality by the images' covariance (arXiv 2509.09672), and
+            ``"nearest"``, the nearest image; or another that is registered; or its definition, a
+            :class:`~els.engine.kinds.Kind`, which is registered.
         boundary: ``"zeros"`` (with ELS: the boundary-broken machine) or ``"circular"``; it does not
             matter to IS and ES.
         backend: ``"native"``, ``"torch"``, ``"triton"``, or ``"auto"``, which chooses (see
@@ -101,7 +103,8 @@ class ScoreMachine:
                 "open one with PatchDatabase.open(path)"
             )
         self.definition = register(kind) if isinstance(kind, Kind) else kind_named(kind)
-        _require_choice("boundary", boundary, get_args(Boundary))
+        chosen = str(boundary).lower()
+        _require_choice("boundary", boundary, chosen, get_args(Boundary))
         if threads is not None:
             require_integer("threads", threads, 1, _MOST_THREADS)
         if mesh is not None and mesh.database_shards > len(db):
@@ -111,7 +114,7 @@ class ScoreMachine:
         self.mask_threshold = _mask_threshold(self.definition, mask_threshold)
         self.db = db
         self.mesh = mesh
-        self.boundary: Boundary = boundary
+        self.boundary = cast(Boundary, chosen)
         self._everyone = np.arange(len(db), dtype=np.int64)
         self._indices: dict[int, PatchIndex] = {}
         self._spectra: dict[int | None, Spectrum] = {}
@@ -128,6 +131,14 @@ class ScoreMachine:
             from els.engine.backends.sharded import ShardedBackend
 
             self._backend = ShardedBackend(self._backend, mesh)
+
+    def __repr__(self) -> str:
+        side = "x".join(map(str, self.db.shape))
+        parts = [self.kind, *([self.boundary] if self.is_local else [])]
+        if self.mask_threshold is not None:
+            parts.append(f"mask_threshold={self.mask_threshold:g}")
+        parts += [f"{len(self.db)} images {side}", self.backend]
+        return f"ScoreMachine({', '.join(parts)})"
 
     @property
     def kind(self) -> str:
@@ -176,7 +187,7 @@ class ScoreMachine:
         alpha: float | Tensor,
         sigma: float | Tensor,
         patch_size: int | None = None,
-        labels: int | Tensor | None = None,
+        labels: int | str | Tensor | None = None,
         entropy: bool = True,
         top: int = 0,
         mode: Mode | Method = "exact",
@@ -199,7 +210,8 @@ class ScoreMachine:
             sigma: noise standard deviation, a number or ``[B]``, > 0.
             patch_size: odd side of the patch, 1 to the image's shorter side; needed by LS and ELS,
                 ignored by IS and ES.
-            labels: only patches of images with this label are candidates: an int, or ints ``[B]``.
+            labels: only patches of images of this class are candidates: its number or its name, or
+                numbers ``[B]``.
             entropy: whether to compute ``effective_patches``.
             top: return the addresses and weights of this many heaviest patches per pixel, 0 to
                 4,096: of all images with ``mode="exact"``, of the subset's with ``"subset"``, of
@@ -233,7 +245,7 @@ class ScoreMachine:
         label = self._label_tensor(labels, x.shape[0])
         if self.definition.rule != "posterior":
             self._require_plain(query, inputs, mode)
-            return self._baseline(query, label)
+            return replace(self._baseline(query, label), query=query)
         method = method_named(mode, tolerance=tolerance, k=k, subset=subset, share=share)
         if method.mode != "exact":
             if inputs.want_gradients:
@@ -242,14 +254,90 @@ class ScoreMachine:
                     "or give x, alpha and sigma detached (torch.no_grad())"
                 )
             self._require(method, query)
-            return self._estimated(query, label, method, _seeds(seed, x.shape[0]))
+            estimated = self._estimated(query, label, method, _seeds(seed, x.shape[0]))
+            return replace(estimated, query=query)
 
-        def exact(query: PosteriorQuery) -> LocalPosterior:
-            return finish(moved(self._state(query, label), self.device), query.x.dtype)
+        def exact(asked: PosteriorQuery) -> LocalPosterior:
+            answer = finish(moved(self._state(asked, label), self.device), asked.x.dtype)
+            return replace(answer, query=query)
 
         if not inputs.want_gradients:
             return exact(query)
         return differentiable(exact, self.db.images, query, self._members_of(query, label), inputs)
+
+    def explain(
+        self,
+        x: Tensor,
+        *,
+        alpha: float | Tensor,
+        sigma: float | Tensor,
+        patch_size: int | None = None,
+        pixel: tuple[int, int] | None = None,
+        top: int = 7,
+        labels: int | str | Tensor | None = None,
+        **arguments: Any,
+    ) -> Figure:
+        """Draw the posterior of one noisy image, and the training patches behind one pixel.
+
+        Args:
+            x: one noisy image, ``[1, C, H, W]`` or ``[C, H, W]``; the others as in
+                :meth:`posterior`.
+            alpha: see there.
+            sigma: see there.
+            patch_size: see there.
+            pixel: row and column of the pixel; None for the middle.
+            top: how many of its heaviest training patches to draw, best first, >= 1.
+            labels: see there.
+            arguments: others of :meth:`posterior`, such as ``tolerance`` with ``mode="auto"``.
+
+        Returns:
+            A matplotlib figure, which notebooks show; ``savefig`` writes it.
+
+        Raises:
+            TypeError, ValueError: as :meth:`posterior`, for more than one image, and for a pixel
+                outside of it.
+            RuntimeError: without matplotlib.
+        """
+        from els.engine.pictures import Patch, explained_figure
+
+        if isinstance(x, Tensor) and x.ndim == 3:
+            x = x.unsqueeze(0)
+        if not isinstance(x, Tensor) or x.ndim != 4 or len(x) != 1:
+            given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be one image [1, C, H, W], got {given}; give x[:1]")
+        require_integer("top", top, 1, MAX_TOP)
+        height, width = x.shape[2:]
+        row, column = (height // 2, width // 2) if pixel is None else pixel
+        if not (0 <= row < height and 0 <= column < width):
+            raise ValueError(f"pixel={pixel!r} is outside the image of {height} x {width} pixels")
+        answer = self.posterior(
+            x,
+            alpha=alpha,
+            sigma=sigma,
+            patch_size=patch_size,
+            labels=labels,
+            **{**arguments, "top": top},
+        )
+        assert answer.top_weights is not None
+        assert answer.top_addresses is not None
+        assert answer.query is not None
+        weights = answer.top_weights[0, row, column].tolist()
+        addresses = answer.top_addresses[0, row, column].tolist()
+        return explained_figure(
+            answer.query,
+            answer.mean[0],
+            None if answer.effective_patches is None else answer.effective_patches[0],
+            None
+            if answer.expected_error is None or answer.error_kinds[0] == "exact"
+            else answer.expected_error[0],
+            self.db,
+            (row, column),
+            [
+                Patch(weight, *self.db.locate(address))
+                for weight, address in zip(weights, addresses, strict=True)
+                if address >= 0
+            ],
+        )
 
     def score(
         self,
@@ -258,7 +346,7 @@ class ScoreMachine:
         alpha: float | Tensor,
         sigma: float | Tensor,
         patch_size: int | None = None,
-        labels: int | Tensor | None = None,
+        labels: int | str | Tensor | None = None,
     ) -> Tensor:
         """The score ``(alpha * mean - x) / sigma^2``, ``[B, C, H, W]`` (docs/theory.md, (4)).
 
@@ -275,7 +363,7 @@ class ScoreMachine:
         alpha: float | Tensor,
         sigma: float | Tensor,
         patch_size: int | None = None,
-        labels: int | Tensor | None = None,
+        labels: int | str | Tensor | None = None,
     ) -> Tensor:
         """The noise ``(x - alpha * mean) / sigma``, ``[B, C, H, W]`` (docs/theory.md, (5)).
 
@@ -292,7 +380,7 @@ class ScoreMachine:
         alpha: float | Tensor,
         sigma: float | Tensor,
         patch_size: int | None = None,
-        labels: int | Tensor | None = None,
+        labels: int | str | Tensor | None = None,
         probes: Tensor | None = None,
     ) -> Tensor:
         """The divergence of the score, ``sum_i d score_i / d x_i``, of each image.
@@ -336,7 +424,7 @@ class ScoreMachine:
         return ((signal / noise) ** 2 * trace - x[0].numel()) / noise**2
 
     def _hutchinson(
-        self, query: PosteriorQuery, labels: int | Tensor | None, probes: Tensor
+        self, query: PosteriorQuery, labels: int | str | Tensor | None, probes: Tensor
     ) -> Tensor:
         shape = tuple(query.x.shape)
         if not isinstance(probes, Tensor) or tuple(probes.shape[1:]) != shape or not len(probes):
@@ -465,7 +553,7 @@ class ScoreMachine:
         alpha: float | Tensor,
         sigma: float | Tensor,
         patch_size: int | None,
-        labels: int | Tensor | None,
+        labels: int | str | Tensor | None,
         seed: int | Sequence[int],
         given: dict[str, Any],
     ) -> LocalPosterior:
@@ -513,7 +601,18 @@ class ScoreMachine:
                 return found
             return answered({**given, "mode": "exact", "tolerance": None})
 
-        return on_canvas(x, self.db.shape[1:], size, self.boundary, ask)
+        answer = on_canvas(x, self.db.shape[1:], size, self.boundary, ask)
+        query = PosteriorQuery(
+            x=x.detach(),
+            alpha=scales[0].detach(),
+            sigma=scales[1].detach(),
+            kind=self.definition,
+            boundary=self.boundary,
+            patch_size=size,
+            entropy=bool(given["entropy"]),
+            top=given["top"],
+        )
+        return replace(answer, query=query)
 
     def _require_plain(self, query: PosteriorQuery, inputs: Inputs, mode: Mode | Method) -> None:
         """Check that nothing is asked of a baseline but its exact answer.
@@ -526,7 +625,8 @@ class ScoreMachine:
                 f"a gradient is wanted, but kind={self.kind!r} has none here: give x, alpha and "
                 "sigma detached (torch.no_grad())"
             )
-        if mode not in ("exact", "auto") and getattr(mode, "mode", None) not in ("exact", "auto"):
+        name = mode.lower() if isinstance(mode, str) else mode.mode
+        if name not in ("exact", "auto"):
             raise ValueError(f"kind={self.kind!r} has mode='exact' only, got mode={mode!r}")
         if query.top and self.definition.rule == "linear":
             raise ValueError(
@@ -655,11 +755,12 @@ class ScoreMachine:
             )
         return int(patch_size)
 
-    def _label_tensor(self, labels: int | Tensor | None, batch: int) -> Tensor | None:
+    def _label_tensor(self, labels: int | str | Tensor | None, batch: int) -> Tensor | None:
         if labels is None:
             return None
         if self.db.labels is None:
             raise ValueError("labels were given, but the database has none; build it with labels")
+        labels = self.db.class_numbers(labels)
         try:
             tensor = torch.as_tensor(labels, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -790,8 +891,9 @@ def _joined(weights: Tensor, addresses: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _require_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def _require_choice(argument: str, value: object, chosen: str, choices: tuple[str, ...]) -> None:
+    """Check that what a value means, in lower case, is one of some choices."""
+    if chosen not in choices:
         raise ValueError(f"{argument}={value!r} is not known; choose one of {', '.join(choices)}")
 
 

@@ -50,6 +50,20 @@ class PosteriorQuery:
     mask_threshold: float = 0.0
 
     @property
+    def machine(self) -> str:
+        """The machine that is asked, in words: kind, boundary and patch size where they matter."""
+        if not self.kind.is_local:
+            return self.kind.name
+        return f"{self.kind.name} {self.boundary} P={self.patch_size}"
+
+    def __repr__(self) -> str:
+        batch, *image = self.x.shape
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        return (
+            f"PosteriorQuery({self.machine}, {batch} images {'x'.join(map(str, image))}, {dtype})"
+        )
+
+    @property
     def has_border(self) -> bool:
         """Whether pixels near the border have candidates of their own (ELS, zeros beyond it)."""
         return self.kind.is_local and self.kind.is_equivariant and self.boundary == "zeros"

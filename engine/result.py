@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Mean absolute value of a normal variable of standard deviation 1.
 _MEAN_ABSOLUTE = math.sqrt(2 / math.pi)
@@ -104,6 +108,7 @@ class LocalPosterior:
             much: not measured, but by the fixed prices with which ``auto`` compares methods. None
             for ``topk`` and ``topk+subset``, whose search has no price; empty for a posterior that
             was made by other code.
+        query: what was asked; None for a posterior that was made by other code.
     """
 
     mean: Tensor
@@ -118,6 +123,55 @@ class LocalPosterior:
     subset_images: tuple[int, ...]
     expected_error: Tensor | None = None
     work: tuple[float | None, ...] = ()
+    query: PosteriorQuery | None = None
+
+    def __repr__(self) -> str:
+        batch, *image = self.mean.shape
+        parts = [] if self.query is None else [self.query.machine]
+        parts.append(f"{batch} image{'s' * (batch != 1)} {'x'.join(map(str, image))}")
+        parts.append(str(self.mean.dtype).removeprefix("torch."))
+        parts.append("/".join(dict.fromkeys(self.modes)))
+        if self.effective_patches is not None:
+            count = float(self.effective_patches.detach().mean())
+            parts.append(f"{count:.4g} effective patches on average")
+        if self.top_weights is not None:
+            parts.append(f"top {self.top_weights.shape[-1]}")
+        if self.expected_error is not None and set(self.error_kinds) != {"exact"}:
+            parts.append(f"expected error {float(self.expected_error.mean()):.2g}")
+        return f"LocalPosterior({', '.join(parts)})"
+
+    def _repr_html_(self) -> str | None:
+        from els.engine.pictures import posterior_html
+
+        return posterior_html(repr(self), self.mean)
+
+    def show(self, i: int = 0) -> Figure:
+        """Draw one image of the batch: the noisy image, the mean, how many patches share a pixel.
+
+        Where the posterior is approximate, also the error that is to be expected.
+
+        Args:
+            i: number of the image in the batch.
+
+        Returns:
+            A matplotlib figure, which notebooks show; ``savefig`` writes it.
+
+        Raises:
+            ValueError: if there is no such image.
+            RuntimeError: without matplotlib.
+        """
+        from els.engine.pictures import posterior_figure
+
+        if not 0 <= i < len(self.mean):
+            raise ValueError(f"i={i} is out of range 0 to {len(self.mean) - 1}")
+        is_exact = self.expected_error is None or self.error_kinds[i] == "exact"
+        return posterior_figure(
+            self.query,
+            i,
+            self.mean[i],
+            None if self.effective_patches is None else self.effective_patches[i],
+            None if is_exact or self.expected_error is None else self.expected_error[i],
+        )
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from els.engine.patch_sizes import PATCH_SIZES, patch_sizes_for
+from els.engine.progress import Progress, shown
 from els.engine.result import Claim, LocalPosterior, require_tolerance
-from els.engine.schedule import Cosine, Schedule
+from els.engine.schedule import Cosine, Schedule, schedule_named
 from els.index import PatchDatabase
 
 DEFAULT_BATCH = 16
@@ -62,7 +63,7 @@ class Denoiser(Protocol):
         """See :meth:`els.engine.ScoreMachine.posterior`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepState:
     """One sampling step of one batch; B images, pixels in [-1, 1] where clean.
 
@@ -89,6 +90,14 @@ class StepState:
     predicted: Tensor
     x_next: Tensor
     claims: tuple[Claim, ...] = ()
+
+    def __repr__(self) -> str:
+        batch, *image = self.x_t.shape
+        size = "" if self.patch_size is None else f", P={self.patch_size}"
+        return (
+            f"StepState(step {self.step}, t={self.t:.3g}, alpha={self.alpha:.3g}, "
+            f"sigma={self.sigma:.3g}{size}, {batch} images {'x'.join(map(str, image))})"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ def plan_sampling(
     steps: int,
     patch_sizes: str | int | Sequence[int] | None,
     seed: int,
-    schedule: Schedule,
+    schedule: Schedule | str,
     eta: float,
     tolerance: float | None = None,
     canvas: Sequence[int] | None = None,
@@ -137,9 +146,12 @@ def plan_sampling(
     """
     require_count("steps", steps, 1)
     require_count("seed", seed, 0, most=None)
+    if isinstance(schedule, str):
+        schedule = schedule_named(schedule)
     if not isinstance(schedule, Schedule):
         raise TypeError(
-            f"schedule must be a Schedule such as Cosine(), got {type(schedule).__name__}"
+            f"schedule must be a Schedule such as Cosine(), or its name, got "
+            f"{type(schedule).__name__}"
         )
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta!r} must be from 0 (DDIM) to 1 (ancestral)")
@@ -161,14 +173,15 @@ def sample(
     steps: int = 20,
     patch_sizes: str | int | Sequence[int] | None = None,
     seed: int = 0,
-    schedule: Schedule = Cosine(),  # noqa: B008 - frozen, so one instance can serve every call
+    schedule: Schedule | str = Cosine(),  # noqa: B008 - frozen, one instance can serve every call
     eta: float = 0.0,
-    labels: int | Sequence[int] | Tensor | None = None,
+    labels: int | str | Sequence[int | str] | Tensor | None = None,
     callback: Callable[[StepState], None] | None = None,
     batch_size: int | None = None,
     indices: Sequence[int] | None = None,
     tolerance: float | None = None,
     canvas: Sequence[int] | None = None,
+    progress: bool | Progress | None = None,
 ) -> Tensor:
     """Draw images from a score machine by DDIM, without training.
 
@@ -183,9 +196,10 @@ def sample(
             ``"fashion-mnist-resnet"``, one odd size for all steps, or one per step, **lowest noise
             first** (see :func:`~els.engine.patch_sizes.patch_sizes_for`).
         seed: of the run, >= 0.
-        schedule: noise over time.
+        schedule: noise over time, or its name: ``"cosine"``, ``"linear"``, ``"exponential"``.
         eta: 0 (deterministic DDIM) to 1 (ancestral sampling).
-        labels: draw only on training images of this class: one for all, or one per sample.
+        labels: draw only on training images of this class, its number or its name: one for all, or
+            one per sample.
         callback: receives a :class:`StepState` after every step of every batch.
         batch_size: how many images are computed at once; None for at most 16.
         indices: the sample numbers to draw, instead of 0 to n - 1.
@@ -194,6 +208,9 @@ def sample(
             images that are drawn anew for every step and sample; None for exact steps.
         canvas: height and width of the samples, which may differ from the training images' (ELS);
             patches are at most as large as the shortest of all sides.
+        progress: True for a bar on standard error; a function, which is called with the
+            image-steps done and in all after every step; False for neither; None for a bar in
+            notebooks and in an interactive Python on a terminal alone.
 
     Returns:
         Images in [-1, 1], float32 on the CPU, ``[n, C, H, W]``.
@@ -201,6 +218,7 @@ def sample(
     Raises:
         TypeError: for an argument of the wrong type.
         ValueError: for a value out of range. Both are raised before any work.
+        RuntimeError: for ``progress=True`` without rich.
     """
     plan = plan_sampling(
         machine,
@@ -217,10 +235,21 @@ def sample(
     size = DEFAULT_BATCH if batch_size is None else batch_size
     require_count("batch_size", size, 1)
     images = torch.empty(len(chosen), *plan.shape(machine.db), dtype=torch.float32, device="cpu")
-    for start in range(0, len(chosen), size):
-        rows = slice(start, start + size)
-        label = None if labels_of is None else labels_of[rows]
-        images[rows] = _drawn(machine, plan, chosen[rows], label, callback)
+    total = len(chosen) * plan.steps
+    done = 0
+    with shown(progress, total) as tell:
+
+        def step_done(state: StepState) -> None:
+            nonlocal done
+            done += len(state.indices)
+            tell(done, total)
+            if callback is not None:
+                callback(state)
+
+        for start in range(0, len(chosen), size):
+            rows = slice(start, start + size)
+            label = None if labels_of is None else labels_of[rows]
+            images[rows] = _drawn(machine, plan, chosen[rows], label, step_done)
     return images
 
 
@@ -414,12 +443,12 @@ def _indices(n: int, indices: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _labels(
-    machine: Denoiser, labels: int | Sequence[int] | Tensor | None, count: int
+    machine: Denoiser, labels: int | str | Sequence[int | str] | Tensor | None, count: int
 ) -> Tensor | None:
     """One label per sample, int64 ``[count]``, each known to have training images."""
     if labels is None:
         return None
-    tensor = torch.as_tensor(labels, device="cpu")
+    tensor = torch.as_tensor(machine.db.class_numbers(labels), device="cpu")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"labels must be integers, got {tensor.dtype}")
     if tensor.ndim > 1 or (tensor.ndim == 1 and len(tensor) != count):

@@ -53,6 +53,9 @@ class SmoothedDenoiser:
             raise AttributeError(name)
         return getattr(self.machine, name)
 
+    def __repr__(self) -> str:
+        return f"SmoothedDenoiser({self.machine!r}, std={self.std:g}, copies={self.copies})"
+
     def posterior(self, x: Tensor, **arguments: Any) -> LocalPosterior:
         """The mean of the machine's posteriors; arguments and errors are the machine's.
 
@@ -74,8 +77,10 @@ class SmoothedDenoiser:
 
         names = ("mean", "log_evidence", "effective_patches", "omitted_mass", "mean_error")
         of_images = [[(answer, b) for answer in answers] for b in range(len(x))]
+        query = answers[0].query
         return replace(
             answers[0],
+            query=None if query is None else replace(query, x=x.detach()),
             **{name: averaged(name) for name in (*names, "expected_error")},
             **joint_claims(of_images),
         )
@@ -95,6 +100,17 @@ class SmoothedDenoiser:
             ValueError: always.
         """
         raise ValueError("a smoothed denoiser has no divergence here: use its machine's")
+
+    def explain(self, *_: Any, **__: Any) -> Any:
+        """Not drawn.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a smoothed posterior is a mean over moved images, which has no heaviest patches: "
+            "explain its machine's"
+        )
 
     def _moved(self, x: Tensor, copy: int, arguments: dict[str, Any]) -> LocalPosterior:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:

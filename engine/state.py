@@ -78,6 +78,14 @@ class PosteriorState:
     top: TopPatches | None = None
     sampling: SamplingSums | None = None
 
+    def __repr__(self) -> str:
+        batch, *image = self.centre.shape
+        has = [f"{batch} images {'x'.join(map(str, image))}"]
+        has += ["logit_sum"] if self.logit_sum is not None else []
+        has += [f"top {self.top.addresses.shape[-1]}"] if self.top is not None else []
+        has += ["sampling"] if self.sampling is not None else []
+        return f"PosteriorState({', '.join(has)})"
+
     @property
     def mean(self) -> Tensor:
         """The posterior mean ``[B, C, H, W]``; not a number where there is no candidate."""

@@ -53,6 +53,13 @@ class Explanation:
     weights: npt.NDArray[np.float32]
     sources: npt.NDArray[np.int64]
 
+    def __repr__(self) -> str:
+        side = "x".join(map(str, self.values.shape))
+        return (
+            f"Explanation(sample {self.index}, {self.kind}, {side}, {len(self.sigma)} steps, "
+            f"step {self.step} closely, top {self.weights.shape[-1]})"
+        )
+
     @property
     def row(self) -> int:
         """The row of :attr:`step` in the arrays."""
@@ -125,3 +132,10 @@ class Walkthrough:
     effective_patches: npt.NDArray[np.float32]
     weights: npt.NDArray[np.float32]
     addresses: npt.NDArray[np.int64]
+
+    def __repr__(self) -> str:
+        side = "x".join(map(str, self.values.shape))
+        return (
+            f"Walkthrough(sample {self.index}, {self.kind} {self.boundary}, {side}, "
+            f"{len(self.steps)} of {self.plan_steps} steps, top {self.weights.shape[-1]})"
+        )

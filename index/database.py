@@ -12,9 +12,10 @@ import operator
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, final, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +26,8 @@ from els.storage import files
 from els.storage.manifests import checksum, package_version, sealed
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from els.index.patches.build import IndexProgress
     from els.index.patches.index import PatchIndex
 
@@ -38,6 +41,13 @@ _LABELS = "labels.npy"
 _MANIFEST = "manifest.json"
 _HEADER_BYTES = 192
 _CHUNK_BYTES = 1 << 24
+# Most classes that a message lists.
+_MOST_LISTED = 20
+# Digits of a content hash that messages show: enough to tell databases apart.
+_SHOWN_DIGITS = 12
+# Side of an image that `show` draws, and of the title above it, in inches.
+_SHOWN_SIDE = 1.3
+_SHOWN_TITLE = 0.35
 
 
 class DatabaseError(ValueError):
@@ -282,6 +292,118 @@ class PatchDatabase:
         classes = f", {self.num_classes} classes" if self.labels is not None else ""
         return f"PatchDatabase({len(self)} images {side}{classes}, path={str(self.path)!r})"
 
+    def _repr_html_(self) -> str | None:
+        from els.index.drawing import MOST_INLINE, inline_html
+
+        return inline_html(repr(self), [self.images[n] for n in self._spread(MOST_INLINE)])
+
+    @property
+    def summary(self) -> str:
+        """Number and shape of the images, path and the first digits of the content hash."""
+        side = "x".join(map(str, self.shape))
+        place = "in memory" if self.path is None else str(self.path)
+        return f"{len(self):,} images {side}, {place}, content {short_hash(self.content_hash)}"
+
+    def _spread(self, n: int) -> list[int]:
+        """At most n image numbers, evenly spread over the database."""
+        return sorted({int(each) for each in np.linspace(0, len(self) - 1, min(n, len(self)))})
+
+    def show(
+        self,
+        n: int = 32,
+        *,
+        indices: Sequence[int] | None = None,
+        label: int | str | None = None,
+        columns: int = 8,
+    ) -> "Figure":
+        """Draws some of the images, each with its number and class.
+
+        Args:
+            n: how many at most, evenly spread over the database, or over the class.
+            indices: image numbers instead, in this order.
+            label: of this class only: its number or name.
+            columns: images in a row.
+
+        Returns:
+            A matplotlib figure, which notebooks show; `savefig` writes it.
+
+        Raises:
+            ValueError: a number out of range, an unknown class, or nothing to draw.
+            RuntimeError: without matplotlib.
+        """
+        from els.index.drawing import draw_image, drawing
+
+        if min(n, columns) < 1:
+            raise ValueError(f"n={n} and columns={columns} must be at least 1")
+        if indices is not None:
+            if label is not None:
+                raise ValueError("give indices or a label, not both")
+            chosen = _check_range("indices", list(indices), len(self)).tolist()
+        elif label is not None:
+            members = self.class_members(self.class_numbers(label))
+            places = np.linspace(0, len(members) - 1, min(n, len(members))).astype(np.int64)
+            chosen = members[places].tolist()
+        else:
+            chosen = self._spread(n)
+        if not chosen:
+            raise ValueError("indices is empty; give at least one image number")
+        columns = min(columns, len(chosen))
+        rows = -(-len(chosen) // columns)
+        _, height, width = self.shape
+        tall = _SHOWN_SIDE * height / width + _SHOWN_TITLE
+        with drawing(_SHOWN_SIDE * columns, tall * rows) as figure:
+            panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+            for panel in panels:
+                panel.set_axis_off()
+            for panel, number in zip(panels, chosen, strict=False):
+                draw_image(panel, self.images[number], self._title(number), fontsize=8)
+        return figure
+
+    def _title(self, number: int) -> str:
+        """Number and class of an image."""
+        from els.index.drawing import printable
+
+        if self.labels is None:
+            return str(number)
+        label = int(self.labels[number])
+        name = self.class_names[label] if self.class_names else f"class {label}"
+        return f"{number}: {printable(name)}"
+
+    def class_numbers(self, labels: Any) -> Any:
+        """Labels with the names of classes replaced by their numbers; all else as it is.
+
+        Args:
+            labels: a name or a list with names in it, as stored or, where that is not ambiguous, in
+                any case; or numbers in any form.
+
+        Raises:
+            ValueError: no class has the name; the message lists those that there are.
+        """
+        if isinstance(labels, str):
+            return self._class_number(labels)
+        if isinstance(labels, list | tuple):
+            return [self._class_number(each) if isinstance(each, str) else each for each in labels]
+        return labels
+
+    def _class_number(self, name: str) -> int:
+        names = self.class_names or ()
+        if name in names:
+            return names.index(name)
+        alike = [n for n, known in enumerate(names) if known.lower() == name.lower()]
+        if len(alike) == 1:
+            return alike[0]
+        if not names:
+            raise ValueError(
+                f"class {name!r} was asked for, but the classes of this database have no names; "
+                "give a number"
+            )
+        close = get_close_matches(name, names, n=_MOST_LISTED, cutoff=0.5)
+        listed = [*close, *(known for known in names if known not in close)]
+        more = ", ..." if len(listed) > _MOST_LISTED else ""
+        raise ValueError(
+            f"no class is called {name!r}; there are {', '.join(listed[:_MOST_LISTED])}{more}"
+        )
+
     def class_members(self, label: int) -> NDArray[np.int64]:
         """Numbers of the images of one class.
 
@@ -303,9 +425,9 @@ class PatchDatabase:
         if members is None:
             known = [
                 f"{number} ({self.class_names[number]})" if self.class_names else str(number)
-                for number in list(self._members)[:20]
+                for number in list(self._members)[:_MOST_LISTED]
             ]
-            more = ", ..." if len(self._members) > 20 else ""
+            more = ", ..." if len(self._members) > _MOST_LISTED else ""
             raise ValueError(f"no image has label {label!r}; labels here: {', '.join(known)}{more}")
         return members
 
@@ -319,7 +441,11 @@ class PatchDatabase:
         known, starts = np.unique(labels[order], return_index=True)
         return dict(zip(known.tolist(), np.split(order, starts[1:]), strict=True))
 
-    def address(self, n: ArrayLike, y: ArrayLike, x: ArrayLike) -> NDArray[np.int64]:
+    @overload
+    def address(self, n: int, y: int, x: int) -> int: ...
+    @overload
+    def address(self, n: ArrayLike, y: ArrayLike, x: ArrayLike) -> NDArray[np.int64]: ...
+    def address(self, n: ArrayLike, y: ArrayLike, x: ArrayLike) -> int | NDArray[np.int64]:
         """Addresses ``(n * H + y) * W + x`` of pixels.
 
         Args:
@@ -328,7 +454,7 @@ class PatchDatabase:
             x: columns, integers in 0..W-1; n, y, x broadcast together.
 
         Returns:
-            int64 of the common shape.
+            int64 of the common shape; an int for three integers.
 
         Raises:
             ValueError: a coordinate outside the images.
@@ -337,18 +463,27 @@ class PatchDatabase:
         image = _check_range("n", n, len(self))
         row = _check_range("y", y, height)
         column = _check_range("x", x, width)
-        return np.asarray((image * height + row) * width + column)
+        address = (image * height + row) * width + column
+        if all(isinstance(each, int | np.integer) for each in (n, y, x)):
+            return int(address)
+        return np.asarray(address)
 
+    @overload
+    def locate(self, address: int) -> tuple[int, int, int]: ...
+    @overload
     def locate(
         self, address: ArrayLike
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]: ...
+    def locate(
+        self, address: ArrayLike
+    ) -> tuple[int, int, int] | tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Image number, row and column of addresses: the inverse of `address`.
 
         Args:
             address: integers in 0..N*H*W-1.
 
         Returns:
-            (n, y, x), int64, each of the shape of `address`.
+            (n, y, x), int64, each of the shape of `address`; ints for one integer.
 
         Raises:
             ValueError: an address outside the database.
@@ -357,7 +492,14 @@ class PatchDatabase:
         checked = _check_range("address", address, len(self) * height * width)
         row, x = np.divmod(checked, width)
         n, y = np.divmod(row, height)
+        if isinstance(address, int | np.integer):
+            return int(n), int(y), int(x)
         return np.asarray(n), np.asarray(y), np.asarray(x)
+
+
+def short_hash(content_hash: str) -> str:
+    """The first digits of a content hash, for messages."""
+    return content_hash[:_SHOWN_DIGITS]
 
 
 def _opened_again(path: Path, content_hash: str) -> PatchDatabase:

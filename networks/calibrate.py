@@ -81,6 +81,11 @@ class Calibration:
     per_seed: tuple[tuple[int, ...], ...] = ()
     agreement: tuple[tuple[float, ...], ...] = ()
 
+    def __repr__(self) -> str:
+        done = f"{len(self.per_seed)} of {self.seeds} seeds"
+        sizes = f", P={' '.join(map(str, self.sizes))}" if self.per_seed else ""
+        return f"Calibration({self.kind} {self.boundary}, {self.images} images, {done}{sizes})"
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """The median over the seeds, the lower of two; lowest noise first."""
@@ -186,6 +191,7 @@ def calibrate(
             labels=label,
             indices=[index],
             callback=step_done,
+            progress=False,
         )
         done = replace(
             done,

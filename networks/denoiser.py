@@ -56,6 +56,13 @@ class Network:
     content_hash: str | None
     description: dict[str, Any]
 
+    def __repr__(self) -> str:
+        weights = sum(value.numel() for value in self.module.parameters())
+        parts = [type(self.module).__name__, f"{weights:,} weights", self.schedule.name]
+        parts += [f"{self.num_classes} classes"] if self.num_classes else []
+        parts += [self.padding] if self.padding is not None else []
+        return f"Network({', '.join(parts)})"
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the weights: names the network in results.
@@ -181,6 +188,10 @@ class NetworkDenoiser:
         self.network, self.db, self.clip = network, db, clip
         self.device = device_named(device)
         network.module.to(self.device)
+
+    def __repr__(self) -> str:
+        clip = ", clip" if self.clip else ""
+        return f"NetworkDenoiser({self.network!r}, {self.device}{clip})"
 
     def posterior(
         self,

@@ -72,6 +72,11 @@ class Evaluation:
     seconds: dict[str, float]
     memorised: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        medians = [f"{name} {self.spread(name, 'r').median:.3f}" for name in self.predictions]
+        count = max((len(each) for each in self.predictions.values()), default=0)
+        return f"Evaluation({count} samples, median r: {', '.join(medians)})"
+
     def spread(self, machine: Machine, figure: str) -> Spread:
         """Quartiles of one of ``FIGURES``."""
         return spread_of(self.predictions[machine], figure)
@@ -284,6 +289,7 @@ def _drawn_by_network(
             labels=label,
             indices=indices,
             callback=step_done,
+            progress=False,
         )
         for index, image in zip(indices, images.numpy(), strict=True):
             write_png(files[index].with_suffix(".png"), panels(encode(image)))

@@ -124,6 +124,11 @@ class RunReport:
     computed: int
     steps: tuple[StepProgress, ...]
 
+    def __repr__(self) -> str:
+        seconds = self.seconds_per_image_step()
+        speed = "" if seconds is None else f", {seconds:.3g} s per image-step"
+        return f"RunReport({str(self.folder.path)!r}, {self.computed} computed now{speed})"
+
     def seconds_per_image_step(self) -> float | None:
         """Median over the steps; None if nothing was computed."""
         return median(step.seconds / step.images for step in self.steps) if self.steps else None

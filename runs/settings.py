@@ -101,6 +101,14 @@ class RunSettings:
     smoothing: Smoothing | None = None
     canvas: tuple[int, int] | None = None
 
+    def __repr__(self) -> str:
+        machine = self.machine if self.boundary is None else f"{self.machine} {self.boundary}"
+        parts = [machine, f"{self.n} samples", f"{self.steps} steps", f"seed {self.seed}"]
+        for name in ("label", "tolerance", "canvas"):
+            value = getattr(self, name)
+            parts += [f"{name} {value}"] if value is not None else []
+        return f"RunSettings({', '.join(parts)}, {self.backend}, database={self.database!r})"
+
     @property
     def plan(self) -> SamplePlan:
         """How the samples are drawn."""

@@ -32,10 +32,12 @@ ALLOWED_IN_ENGINE = {
     "kinds": set(),
     "query": {"kinds"},
     "state": {"query"},
-    "result": {"state"},
+    "pictures": {"query"},
+    "result": {"query", "state", "pictures"},
     "schedule": set(),
     "patch_sizes": {"schedule"},
-    "sampler": {"schedule", "patch_sizes", "result"},
+    "progress": set(),
+    "sampler": {"schedule", "patch_sizes", "progress", "result"},
     "devices": set(),
     "mesh": {"state"},
     "backends": {"kinds", "query", "state", "mesh"},
@@ -52,8 +54,8 @@ EXCEPTIONS = {
 }
 # Imported by the functions that need them: they are optional, or slow to import.
 LAZY = {
-    "index": {"datasets", "faiss", "PIL"},
-    "engine": {"diffusers", "els.triton_kernels", "faiss", "triton"},
+    "index": {"datasets", "els.index.notebook_figure", "faiss", "PIL"},
+    "engine": {"diffusers", "els.triton_kernels", "faiss", "rich", "triton"},
     "networks": {"diffusers", "matplotlib", "safetensors"},
     "storage": {"matplotlib"},
 }

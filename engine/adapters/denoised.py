@@ -27,7 +27,7 @@ class PosteriorMean:
         self,
         machine: ScoreMachine | SmoothedDenoiser,
         patch_sizes: PatchSizes | None,
-        labels: int | None,
+        labels: int | str | None,
         sizes_schedule: Schedule,
         tolerance: float | None,
         seed: int,
@@ -43,17 +43,25 @@ class PosteriorMean:
             )
         levels = 1 if patch_sizes is None else levels_of(patch_sizes)
         sizes = sizes_for_machine(machine, patch_sizes, levels)
-        if labels is not None:
-            require_count("labels", labels, 0, most=None)
-            machine.db.class_members(labels)
+        label: int | None = machine.db.class_numbers(labels)
+        if label is not None:
+            require_count("labels", label, 0, most=None)
+            machine.db.class_members(label)
         if tolerance is not None:
             require_tolerance(tolerance)
         require_count("seed", seed, 0, most=None)
         self.machine = machine
         self._sizes = None if sizes is None else SizesByNoise(sizes, sizes_schedule)
-        self._labels = labels
+        self._labels = label
         self._tolerance = tolerance
         self._seed = seed
+
+    def __repr__(self) -> str:
+        sizes = () if self._sizes is None else self._sizes.sizes
+        parts = [repr(self.machine), *([f"P={' '.join(map(str, sizes))}"] if sizes else [])]
+        parts += [f"label {self._labels}"] if self._labels is not None else []
+        parts += [f"tolerance {self._tolerance:g}"] if self._tolerance is not None else []
+        return ", ".join(parts)
 
     def __call__(self, x: Tensor, alpha: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """The mean ``[B, C, H, W]``, in the dtype of x; alpha and sigma are float64 ``[B]``."""

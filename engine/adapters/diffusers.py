@@ -104,7 +104,8 @@ class ELSModel(torch.nn.Module):
         scheduler: a diffusers scheduler, or its ``alphas_cumprod`` ``[T]``, each in [0, 1).
         prediction_type: ``"epsilon"``, ``"sample"`` (the posterior mean) or ``"v_prediction"``
             (``alpha * eps - sigma * mean``); None for the scheduler's own, or else ``"epsilon"``.
-        labels: draw only on training images of this class, where ``class_labels`` are not given.
+        labels: draw only on training images of this class, its number or name, where
+            ``class_labels`` are not given.
         sizes_schedule: the schedule at whose t = i / S the i-th of S sizes was calibrated.
         tolerance: let the posterior means be approximated to this mean absolute error, as in
             :func:`els.engine.sample`; None for exact ones.
@@ -125,7 +126,7 @@ class ELSModel(torch.nn.Module):
         *,
         scheduler: Any,
         prediction_type: PredictionType | None = None,
-        labels: int | None = None,
+        labels: int | str | None = None,
         sizes_schedule: Schedule = Cosine(),  # noqa: B008 - frozen, as in els.engine.sample
         tolerance: float | None = None,
         seed: int = 0,
@@ -146,6 +147,10 @@ class ELSModel(torch.nn.Module):
         # What pipelines move and cast, and read device and dtype from.
         anchor = torch.empty(0, dtype=torch.float32, device=machine.device)
         self.register_buffer("_anchor", anchor, persistent=False)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` says: the machine, the patch sizes and what is predicted."""
+        return f"{self._posterior!r}, predicts {self.prediction_type}"
 
     @property
     def device(self) -> torch.device:

@@ -47,7 +47,7 @@ class EDMDenoiser:
         machine: ScoreMachine | SmoothedDenoiser,
         patch_sizes: PatchSizes | None = None,
         *,
-        labels: int | None = None,
+        labels: int | str | None = None,
         sizes_schedule: Schedule = Cosine(),  # noqa: B008 - frozen, as in els.engine.sample
         tolerance: float | None = None,
         seed: int = 0,
@@ -55,6 +55,9 @@ class EDMDenoiser:
         self._posterior = PosteriorMean(
             machine, patch_sizes, labels, sizes_schedule, tolerance, seed
         )
+
+    def __repr__(self) -> str:
+        return f"EDMDenoiser({self._posterior!r})"
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The noise level nearest to ``sigma``: itself, since every number is one."""

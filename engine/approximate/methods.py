@@ -197,7 +197,7 @@ def method_named(
     """The method that a mode and the arguments of ``posterior`` are shorthand for.
 
     Args:
-        mode: its name; a method is returned as it is.
+        mode: its name in any case; a method is returned as it is.
         tolerance: of ``auto``, which needs one; None for all others.
         k: see :class:`TopK`.
         subset: see :class:`Subset`.
@@ -211,11 +211,12 @@ def method_named(
         if tolerance is not None:
             raise ValueError(f"tolerance={tolerance!r} beside mode={mode!r}: give it to the method")
         return mode
-    if mode not in get_args(Mode):
+    name = mode.lower()
+    if name not in get_args(Mode):
         raise ValueError(
             f"mode={mode!r} is not known; choose one of {', '.join(get_args(Mode))}, or a method"
         )
-    if mode == "auto":
+    if name == "auto":
         require_tolerance(tolerance)
     elif tolerance is not None:
         raise ValueError(f"tolerance={tolerance!r} is of mode='auto' only, got mode={mode!r}")
@@ -227,7 +228,7 @@ def method_named(
         TopKSubset(k, subset),
         *([Auto(tolerance)] if tolerance is not None else []),
     )
-    return next(method for method in all_of_them if method.mode == mode)
+    return next(method for method in all_of_them if method.mode == name)
 
 
 def require_integer(argument: str, value: object, least: int, most: int) -> None:

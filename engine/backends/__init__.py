@@ -22,7 +22,7 @@ logger = logging.getLogger("els")
 def choose(
     name: BackendName, kind: Kind, *, threads: int | None, device: str | None
 ) -> tuple[Backend, str]:
-    """The backend of that name, and why it was chosen.
+    """The backend of that name, in any case, and why it was chosen.
 
     A backend asked for by name runs or raises; only ``"auto"`` chooses: Triton where it and a CUDA
     or ROCm device are there, else native, else torch; torch also where the others do not compute
@@ -32,14 +32,14 @@ def choose(
         ValueError: for an unknown name, or a kind that the backend does not compute.
         RuntimeError: if the backend cannot run here; the message says what would help.
     """
-    if name == "auto":
+    if name.lower() == "auto":
         backend, reason = _choose_automatically(threads, device)
         if not backend.supports(kind):
             reason = f"{backend.name} does not compute the window of kind {kind.name}"
             backend = _torch(str(backend.device))
         logger.info("backend %s: %s", backend.name, reason)
         return backend, reason
-    match name:
+    match name.lower():
         case "native":
             backend = _native(threads)
         case "torch":

@@ -186,7 +186,8 @@ def test_noise_differs_by_seed_sample_and_step() -> None:
         pytest.param({"seed": -1}, ValueError, "seed=-1", id="seed"),
         pytest.param({"eta": 1.5}, ValueError, "eta=1.5", id="eta-large"),
         pytest.param({"eta": float("nan")}, ValueError, "eta=nan", id="eta-nan"),
-        pytest.param({"schedule": "cosine"}, TypeError, r"Cosine\(\)", id="schedule-name"),
+        pytest.param({"schedule": 1}, TypeError, r"Cosine\(\)", id="schedule-type"),
+        pytest.param({"schedule": "square"}, ValueError, "cosine, linear", id="schedule-name"),
         pytest.param({"patch_sizes": None}, ValueError, "fashion-mnist-resnet", id="no-sizes"),
         pytest.param({"patch_sizes": 4}, ValueError, "odd", id="even-size"),
         pytest.param({"patch_sizes": 9}, ValueError, "shorter side is 7", id="size-too-large"),
@@ -310,3 +311,9 @@ def test_backends_answer_the_same_without_gradients(
     for name in ("reference", "mass", "centre", "logit_sum"):
         assert torch.equal(getattr(state, name), getattr(expected, name))
     assert not state.centre.requires_grad
+
+
+def test_a_schedule_has_a_name() -> None:
+    machine = ScoreMachine(DB, "IS", backend="torch")
+    by_name = sample(machine, n=1, steps=2, schedule="Linear")
+    assert torch.equal(by_name, sample(machine, n=1, steps=2, schedule=Linear()))
