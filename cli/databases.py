@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
+# Classes that are listed, the largest first, where there are more.
+_MOST_CLASSES = 20
 # Pairs of a pixel and a candidate that tell how long an exact posterior takes: some 0.1 s.
 _TRIED_PAIRS = 300_000_000
 
@@ -128,12 +130,15 @@ def info(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything and check the content hash.")
     ] = False,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="List every class, also if there are many.")
+    ] = False,
 ) -> None:
     """Show what a patch database holds."""
     from els.index import PatchDatabase
 
     db = PatchDatabase.open(database)
-    print_table(_described(db))
+    print_table(_described(db, all_classes=classes))
     if verify:
         with counting("images") as update:
             db.verify(progress=update)
@@ -290,7 +295,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _described(db: PatchDatabase) -> Table:
+def _described(db: PatchDatabase, *, all_classes: bool = False) -> Table:
     channels, height, width = db.shape
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("images", f"{len(db):,}")
@@ -309,9 +314,15 @@ def _described(db: PatchDatabase) -> Table:
         return table
     counts = Counter(db.labels.tolist())
     # Without names, numbers that are no label are left out: there may be billions.
-    for row, label in enumerate(range(db.num_classes) if db.class_names else sorted(counts)):
+    labels = list(range(db.num_classes) if db.class_names else sorted(counts))
+    hidden = 0 if all_classes else max(0, len(labels) - _MOST_CLASSES)
+    if hidden:
+        labels = sorted(labels, key=lambda label: -counts[label])[:_MOST_CLASSES]
+    for row, label in enumerate(labels):
         name = db.class_names[label] if db.class_names else ""
         table.add_row("" if row else "classes", f"{label:3d}  {counts[label]:7,}  {name}")
+    if hidden:
+        table.add_row("", f"... and {hidden:,} more (els info --classes)")
     return table
 
 

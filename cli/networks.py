@@ -13,6 +13,7 @@ from rich.progress import TaskID, TextColumn
 from rich.table import Table
 
 from els.cli.console import BoundaryOption, ScheduleOption, print_table, progress_bar, reported
+from els.cli.options import label_given
 
 # As in els.cli.app: commands import what they use, help none of it.
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def train(
     ] = None,
     levels: Annotated[int, typer.Option(help="Resolutions of a UNet.")] = 3,
     padding: Annotated[
-        BoundaryOption, typer.Option(help="What a convolution reads beyond the border.")
+        BoundaryOption,
+        typer.Option(case_sensitive=False, help="What a convolution reads beyond the border."),
     ] = BoundaryOption.ZEROS,
     normalization: Annotated[
         _Normalization | None,
@@ -109,7 +111,7 @@ def train(
         ),
     ] = _Prediction.EPSILON,
     schedule: Annotated[
-        ScheduleOption, typer.Option(help="Noise over time.")
+        ScheduleOption, typer.Option(case_sensitive=False, help="Noise over time.")
     ] = ScheduleOption.COSINE,
     steps: Annotated[int, typer.Option(help="Batches in all.")] = 20_000,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 32,
@@ -194,7 +196,10 @@ _NetworkName = Annotated[
         "module:function, a function that returns a torch module (t, x, label) -> epsilon."
     ),
 ]
-_Label = Annotated[int | None, typer.Option(help="Class, needed by a class-conditional network.")]
+_Label = Annotated[
+    str | None,
+    typer.Option(help="Class, its number or its name, needed by a class-conditional network."),
+]
 _Clip = Annotated[
     bool,
     typer.Option("--clip", help="Keep the network's clean image in [-1, 1]; the paper does not."),
@@ -221,7 +226,9 @@ def calibrate(
     ] = _Local.ELS,
     boundary: Annotated[
         BoundaryOption | None,
-        typer.Option(help="Of the machine; that of the network if not given."),
+        typer.Option(
+            case_sensitive=False, help="Of the machine; that of the network if not given."
+        ),
     ] = None,
     sizes: Annotated[
         str | None, typer.Option(help="Odd sizes to compare, such as 3,5,7; all if not given.")
@@ -273,7 +280,7 @@ def calibrate(
             sizes=None if sizes is None else _odd_sizes(sizes),
             metric=metric.value,
             search=search.value,
-            label=label,
+            label=None if label is None else db.class_numbers(label_given(label)),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     picture = output.with_suffix(".png")
@@ -335,7 +342,7 @@ def evaluate(
             n=n,
             seed=seed,
             machines=_machines(machines),
-            label=label,
+            label=None if label is None else db.class_numbers(label_given(label)),
             threads=threads,
             device=device,
             progress=update,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 
 def patch_sizes_given(text: str) -> str | int | list[int]:
     """The value of ``--sizes``: a table's name, one size, or a list, in the text or in a file."""
@@ -31,6 +33,35 @@ def patch_sizes_given(text: str) -> str | int | list[int]:
     except ValueError:
         return text
     return numbers if "," in text else numbers[0]
+
+
+def warn_of_another_boundary(text: str, boundary: str) -> None:
+    """Warn if ``--sizes`` is a file that was calibrated for another boundary than the machine's.
+
+    Args:
+        text: the value of ``--sizes``, which :func:`patch_sizes_given` takes.
+        boundary: of the machine.
+    """
+    if not text.endswith(".json"):
+        return
+    from els.storage.manifests import read_json
+
+    content = read_json(text)
+    calibrated = content.get("boundary", boundary) if isinstance(content, dict) else boundary
+    if calibrated != boundary:
+        typer.echo(
+            f"warning: --sizes {text} was calibrated for --boundary {calibrated}, not {boundary}; "
+            "images will be less like the network's",
+            err=True,
+        )
+
+
+def label_given(text: str) -> int | str:
+    """The value of ``--label``: the number of a class, or its name."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def memory_given(text: str) -> int:

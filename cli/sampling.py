@@ -25,7 +25,7 @@ from els.cli.console import (
     progress_bar,
     reported,
 )
-from els.cli.options import patch_sizes_given
+from els.cli.options import label_given, patch_sizes_given, warn_of_another_boundary
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def sample(
     ] = None,
     seed: Annotated[int, typer.Option(help="Sample i depends on this and on i alone.")] = 0,
     label: Annotated[
-        int | None, typer.Option(help="Draw only on training images of this class.")
+        str | None,
+        typer.Option(help="Draw only on training images of this class: its number or its name."),
     ] = None,
     schedule: Annotated[
         ScheduleOption, typer.Option(case_sensitive=False, help="Noise over time.")
@@ -197,6 +198,8 @@ def sample(
             smoothed = SmoothedDenoiser(chosen, std=std, copies=copies, seed=seed)
         speaks = mesh.rank == 0
         if speaks:
+            if chosen.is_local and sizes is not None:
+                warn_of_another_boundary(sizes, chosen.boundary)
             processes = "" if mesh.world_size == 1 else f"{mesh.world_size} processes, "
             reason = chosen.backend_reason
             typer.echo(f"backend: {processes}{chosen.backend}: {reason}", err=True)
@@ -210,7 +213,7 @@ def sample(
                 seed=seed,
                 schedule=schedule_named(schedule.value),
                 eta=eta,
-                label=label,
+                label=None if label is None else label_given(label),
                 trajectory=trajectory,
                 batch_size=batch_size,
                 tolerance=tolerance,

@@ -13,6 +13,7 @@ from els.engine.sampler import require_count
 from els.index import DatabaseError, PatchDatabase, encode
 from els.runs.folder import RunFolder, read_settings
 from els.runs.novelty import Nearest, nearest_images
+from els.runs.settings import database_in_words
 from els.runs.stores import RunError, Samples, within, write_array
 from els.storage.files import atomic_file, require_space
 from els.storage.png import grid, panels, write_png
@@ -168,12 +169,17 @@ def database_of(run: RunFolder, database: str | Path | None) -> PatchDatabase:
     except DatabaseError as error:
         if database is not None:
             raise
+        if Path(settings.database).exists():
+            reason = str(error)
+        else:
+            reason = f"the database of {run.path} is not at {settings.database} any more"
         raise DatabaseError(
-            f"{error}; if the run's database was moved, say where it is now with database=PATH"
+            f"{reason}; if it was moved, say where it is now with database=PATH"
         ) from error
     if db.content_hash != settings.content_hash:
         raise RunError(
-            f"{db.path} is not the database of {run.path}: its content hash is {db.content_hash}, "
-            f"the run's {settings.content_hash}; say where that one is now"
+            f"another database than that of {run.path}: it was drawn from "
+            f"{database_in_words(settings)}, this is {db.summary}; say where that one is now with "
+            "database=PATH"
         )
     return db

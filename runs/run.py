@@ -47,15 +47,21 @@ from els.runs.folder import (
     _write_manifest,
     read_settings,
 )
-from els.runs.settings import RunSettings, settings_from_json, settings_of, settings_to_json
+from els.runs.settings import (
+    RunSettings,
+    database_in_words,
+    settings_from_json,
+    settings_of,
+    settings_to_json,
+)
 from els.runs.stores import DEFAULT_SHARD_SIZE, RunError, Samples, missing
 from els.storage.files import atomic_file
 from els.storage.manifests import package_version
 from els.storage.png import grid, panels, write_png
 
-# Settings that may differ from those of the run in the folder; estimates are compared by
-# themselves.
-_MAY_DIFFER = {"n", "database", "estimates"}
+# Settings that may differ from those of the run in the folder; estimates and databases are compared
+# by themselves.
+_MAY_DIFFER = {"n", "database", "content_hash", "estimates"}
 # Steps whose timing is kept, for medians: bounded, so that a long run does not use more memory.
 _TIMINGS_KEPT = 4096
 # Seconds of work that an interruption may cost: batches without a given size are made to take at
@@ -171,9 +177,9 @@ def sample_run(
     steps: int = 20,
     patch_sizes: str | int | Sequence[int] | None = None,
     seed: int = 0,
-    schedule: Schedule = Cosine(),  # noqa: B008 - frozen, so one instance can serve every call
+    schedule: Schedule | str = Cosine(),  # noqa: B008 - frozen, one instance can serve every call
     eta: float = 0.0,
-    label: int | None = None,
+    label: int | str | None = None,
     trajectory: bool = False,
     batch_size: int | None = None,
     tolerance: float | None = None,
@@ -196,7 +202,7 @@ def sample_run(
         seed: see there.
         schedule: see there.
         eta: see there.
-        label: draw only on training images of this class.
+        label: draw only on training images of this class: its number or its name.
         trajectory: keep x_t and the predicted x_0 of every step, as a picture and as arrays.
         batch_size: samples computed at once; results do not depend on it, but for the rounding of
             sums with database shards. None for as many as take about 20 seconds, 1 to 16, of IS and
@@ -226,9 +232,10 @@ def sample_run(
             )
     if batch_size is not None:
         require_count("batch_size", batch_size, 1)
-    if label is not None:
-        require_count("label", label, 0, most=None)
-        machine.db.class_members(label)
+    number: int | None = machine.db.class_numbers(label)
+    if number is not None:
+        require_count("label", number, 0, most=None)
+        machine.db.class_members(number)
     plan = plan_sampling(
         machine,
         steps=steps,
@@ -239,7 +246,7 @@ def sample_run(
         tolerance=tolerance,
         canvas=canvas,
     )
-    settings = settings_of(machine, plan, n, label, trajectory)
+    settings = settings_of(machine, plan, n, number, trajectory)
     mesh = machine.mesh or ProcessMesh.alone()
     task = mesh.task()
     run = RunFolder(Path(folder))
@@ -645,7 +652,12 @@ def _explained(run: RunFolder, n: int) -> Iterator[None]:
 
 
 def _require_same(run: RunFolder, there: RunSettings, here: RunSettings) -> None:
-    differing = [
+    differing = []
+    if there.content_hash != here.content_hash:
+        differing.append(
+            f"its database is {database_in_words(there)}; the one here is {database_in_words(here)}"
+        )
+    differing += [
         f"{field.name} is {_shown(getattr(there, field.name))} there, "
         f"{_shown(getattr(here, field.name))} here"
         for field in fields(RunSettings)

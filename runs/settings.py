@@ -15,7 +15,8 @@ from els.engine.sampler import (
 )
 from els.engine.schedule import describe, described
 from els.engine.smoothed import Machine, SmoothedDenoiser
-from els.index import PatchDatabase
+from els.index import DatabaseError, PatchDatabase
+from els.index.database import short_hash
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,17 @@ class RunSettings:
             return machine
         std, copies = self.smoothing.std, self.smoothing.copies
         return SmoothedDenoiser(machine, std=std, copies=copies, seed=self.seed)
+
+
+def database_in_words(settings: RunSettings) -> str:
+    """A run's database: its path, first digits of its hash, and what it holds if it is there."""
+    try:
+        db = PatchDatabase.open(settings.database)
+    except DatabaseError:
+        db = None
+    if db is not None and db.content_hash == settings.content_hash:
+        return db.summary
+    return f"{settings.database}, content {short_hash(settings.content_hash)}"
 
 
 def _estimate_source(machine: Machine, plan: SamplePlan) -> EstimateSource | None:

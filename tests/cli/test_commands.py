@@ -466,3 +466,76 @@ def test_ctrl_c_while_the_imports_run(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             _, stderr = process.communicate(timeout=60)
         assert (process.returncode, stderr) == (130, "stopped\n")
+
+
+def test_a_class_is_given_by_number_or_name(db: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(["1", "b", "B"]):
+        result = els("sample", db, *SAMPLE, "--label", text, "-o", tmp_path / str(number))
+        assert result.exit_code == 0, result.stderr
+        assert read_settings(tmp_path / str(number)).label == 1
+    refused = els("sample", db, *SAMPLE, "--label", "bb", "-o", tmp_path / "none")
+    assert refused.exit_code == 1
+    assert "error: no class is called 'bb'; there are b, [red], c" in refused.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_sizes_of_another_boundary_are_warned_of(db: Path, tmp_path: Path) -> None:
+    sizes = tmp_path / "sizes.json"
+    content = {"format": "els-sizes", "sizes": [3, 3, 3], "boundary": "zeros"}
+    sizes.write_text(json.dumps(content))
+    warning = f"warning: --sizes {sizes} was calibrated for --boundary zeros, not circular"
+    options = ("--steps", 3, "-n", 1, "--backend", "torch", "--sizes", sizes)
+    for name, more, is_warned in (
+        ("zeros", (), False),
+        ("circular", ("--boundary", "circular"), True),
+        ("ideal", ("--boundary", "circular", "--machine", "IS"), False),
+    ):
+        result = els("sample", db, *options, *more, "-o", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+        assert (warning in result.stderr) == is_warned, name
+
+
+def test_another_database_is_told_in_words(db: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert els("sample", db, *SAMPLE, "-o", run).exit_code == 0
+    PatchDatabase.build(IMAGES[:3], path=other)
+    hashes = [PatchDatabase.open(each).content_hash for each in (db, other)]
+    for refused in (
+        els("sample", other, *SAMPLE, "-o", run),
+        els("explain", run, "--sample", 0, "--db", other),
+        els("grid", run, "-o", tmp_path / "grid.png", "--nearest", "--db", other),
+    ):
+        assert refused.exit_code == 1
+        for folder, count, content in ((db, 6, hashes[0]), (other, 3, hashes[1])):
+            words = f"{count} images 1x6x8, {folder}, content {content[:12]}"
+            assert words in refused.stderr
+            assert content not in refused.stderr
+    db.rename(tmp_path / "moved")
+    for refused in (
+        els("explain", run, "--sample", 0),
+        els("grid", run, "-o", tmp_path / "grid.png", "--nearest"),
+    ):
+        assert f"is not at {db} any more; if it was moved, say where it is now with --db PATH" in (
+            refused.stderr
+        )
+    gone = els("sample", other, *SAMPLE, "-o", run)
+    assert f"its database is {db}, content {hashes[0][:12]}; the one here is 3 images" in (
+        gone.stderr
+    )
+
+
+def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
+    labels = [*range(1000), *[7] * 5, 999]
+    images = np.zeros((len(labels), 4, 4), np.uint8)
+    np.savez(tmp_path / "source.npz", images=images, labels=labels)
+    built = els("build", tmp_path / "source.npz", "-o", tmp_path / "db")
+    for shown in (built, els("info", tmp_path / "db")):
+        assert shown.exit_code == 0, shown.stderr
+        rows = shown.stdout.partition("\nclasses")[2].splitlines()
+        assert rows[0].split() == ["7", "6"]
+        assert rows[1].split() == ["999", "2"]
+        assert rows[20].split("(")[0].strip() == "... and 980 more"
+        assert len(rows) == 21
+    every = els("info", tmp_path / "db", "--classes").stdout.partition("\nclasses")[2].splitlines()
+    assert len(every) == 1000
+    assert every[7].split() == ["7", "6"]

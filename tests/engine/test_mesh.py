@@ -236,7 +236,7 @@ def test_a_rank_with_another_database_is_refused(tmp_path: Path) -> None:
     }
     _, second = in_ranks(work)
     assert isinstance(second, RunError)
-    assert "content_hash is" in str(second)
+    assert "its database is" in str(second)
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, **other: str | None) -> None:

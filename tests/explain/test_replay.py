@@ -207,11 +207,14 @@ def test_wrong_arguments_are_refused(tmp_path: Path, options, words: str) -> Non
 def test_another_database_is_refused(tmp_path: Path) -> None:
     db, run = made(tmp_path, "IS", "zeros", 1)
     PatchDatabase.build(PatchDatabase.open(db).images[:2], path=tmp_path / "other")
-    with pytest.raises(RunError, match="is not the database"):
+    with pytest.raises(RunError, match="another database than that of") as caught:
         explain_run(run, 0, database=tmp_path / "other")
+    for each in (db, tmp_path / "other"):
+        assert PatchDatabase.open(each).summary in str(caught.value)
     db.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="no database"):
+    with pytest.raises(ValueError, match=r"is not at .*db any more; .*database=PATH") as caught:
         explain_run(run, 0)
+    assert "els build" not in str(caught.value)
     explain_run(run, 0, database=tmp_path / "moved")
 
 
