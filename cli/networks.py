@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from els.runs.run import StepProgress
 
 
+# Steps of a training after which the time left is told: the first ones take longer.
+_FEW_STEPS = 10
+
+
 class _Network(StrEnum):
     RESNET = "resnet"
     UNET = "unet"
@@ -52,6 +56,11 @@ class _Metric(StrEnum):
 class _Search(StrEnum):
     NEIGHBOURS = "neighbours"
     ALL = "all"
+
+
+class _Log(StrEnum):
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
 
 
 class _Precision(StrEnum):
@@ -134,11 +143,19 @@ def train(
     threads: Annotated[
         int | None, typer.Option(help="Threads of torch on a CPU; one per core if not given.")
     ] = None,
+    log: Annotated[
+        _Log | None,
+        typer.Option(
+            case_sensitive=False,
+            help="Also report the loss there, by the library of that name where it is installed.",
+        ),
+    ] = None,
 ) -> None:
     """Train a diffusion network; the same command resumes an interrupted training.
 
-    The folder holds network.json, weights.safetensors (averaged), training.safetensors (to go on)
-    and loss.png.
+    The folder holds network.json, weights.safetensors (averaged), training.safetensors (to go on),
+    loss.csv (step, loss, seconds) and loss.png. All of them are written after 10 seconds and then
+    every minute.
     """
     import torch
 
@@ -183,10 +200,19 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     with _training() as update:
-        folder = train_network(db, output, config, settings, device=device, progress=update)
+        folder = train_network(
+            db,
+            output,
+            config,
+            settings,
+            device=device,
+            progress=update,
+            log=None if log is None else log.value,
+        )
     typer.echo(f"network: {folder.path}")
-    if folder.picture.exists():
-        typer.echo(f"loss curve: {folder.picture}")
+    for what, path in (("losses", folder.losses), ("loss curve", folder.picture)):
+        if path.exists():
+            typer.echo(f"{what}: {path}")
 
 
 _NetworkName = Annotated[
@@ -412,13 +438,21 @@ def _drawing(n: int, steps: int) -> Iterator[Callable[[str, StepProgress], None]
 
 @contextmanager
 def _training() -> Iterator[Callable[[TrainingProgress], None]]:
-    with progress_bar("steps", TextColumn("{task.fields[loss]}")) as bar:
+    with progress_bar("steps", TextColumn("{task.fields[told]}")) as bar:
         task = None
+        first = 0
 
         def update(done: TrainingProgress) -> None:
-            nonlocal task
+            nonlocal task, first
             if task is None:
-                task = bar.add_task("training", total=done.steps, loss="")
-            bar.update(task, completed=done.step, loss=f"loss {done.loss:.4f}")
+                first = done.step
+                task = bar.add_task("training", total=None, told="")
+            told = f"loss {done.loss:.4f}"
+            if done.step < done.steps:
+                told += f", {done.kept:,} steps kept"
+            # The time left is an estimate from the steps after these, once there are some.
+            is_known = done.step - first >= _FEW_STEPS or done.step == done.steps
+            total = done.steps if is_known else None
+            bar.update(task, completed=done.step, total=total, told=told)
 
         yield update

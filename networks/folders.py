@@ -5,6 +5,7 @@ A folder holds::
     network.json            the config, the training settings and the data, fixed at the start
     weights.safetensors     the averaged weights, to be used; its header says after how many steps
     training.safetensors    all that training needs to go on; may be removed when it is finished
+    loss.csv                step, loss and seconds of training, all sessions, of every saved step
     loss.png                the loss curve
     sizes.json              calibrated patch sizes, where els calibrate was told to put them here
 
@@ -61,6 +62,11 @@ class NetworkFolder:
     def sizes(self) -> Path:
         """Calibrated patch sizes, where they come with the network."""
         return self.path / "sizes.json"
+
+    @property
+    def losses(self) -> Path:
+        """The loss of every saved step."""
+        return self.path / "loss.csv"
 
     @property
     def picture(self) -> Path:

@@ -8,9 +8,10 @@ so training that was killed goes on to the weights that it would have had.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from els.engine.devices import device_named
 from els.engine.sampler import require_count
 from els.index import PatchDatabase, decode
+from els.index.database import short_hash
 from els.networks.architecture import EpsilonNetwork, NetworkConfig, noise_scales
 from els.networks.folders import (
     NetworkError,
@@ -37,9 +39,10 @@ from els.networks.folders import (
     write_tensors,
 )
 from els.networks.resnet import ResNet
+from els.networks.trackers import Log, Tracker, require_tracker, tracked
 from els.networks.unet import AttentionUNet, UNet
 from els.storage.figures import optional_picture, write_figure
-from els.storage.files import remove_stale, visible_names
+from els.storage.files import atomic_file, remove_stale, visible_names
 from els.storage.manifests import package_version
 
 if TYPE_CHECKING:
@@ -47,8 +50,10 @@ if TYPE_CHECKING:
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
-# Seconds between two checkpoints.
+# Seconds between two checkpoints, at most but for a single step that takes longer.
 _CHECKPOINT_SECONDS = 60.0
+# Seconds from the start to the first, so that a short try keeps something.
+_FIRST_CHECKPOINT_SECONDS = 10.0
 # Norm to which gradients are clipped.
 _GRADIENT_NORM = 1.0
 # Bytes of a weight in training: itself, its gradient, AdamW's two moments and the average.
@@ -119,12 +124,14 @@ class TrainingProgress:
         steps: in all.
         loss: mean squared error of epsilon, the mean of the last hundred steps.
         seconds: processor time, all sessions, of all threads.
+        kept: steps that are saved: what is left if training is stopped now.
     """
 
     step: int
     steps: int
     loss: float
     seconds: float
+    kept: int = 0
 
 
 def build(config: NetworkConfig) -> EpsilonNetwork:
@@ -147,6 +154,7 @@ def train_network(
     device: str | None = None,
     progress: Callable[[TrainingProgress], None] | None = None,
     checkpoint_seconds: float = _CHECKPOINT_SECONDS,
+    log: Tracker | None = None,
 ) -> NetworkFolder:
     """Train a network on all images of a database; called again, it resumes.
 
@@ -156,8 +164,10 @@ def train_network(
         config: of the network; its shape is that of the images.
         settings: see there.
         device: where to train; None for a GPU if there is one.
-        progress: called now and then.
-        checkpoint_seconds: time between two writes of the folder.
+        progress: called after every step.
+        checkpoint_seconds: time between two writes of the folder; the first comes after 10 s, if
+            that is sooner.
+        log: also report loss and learning rate to ``"tensorboard"`` or ``"wandb"``.
 
     Returns:
         The folder, its weights finished.
@@ -166,7 +176,7 @@ def train_network(
         ValueError: if network and images do not fit, or the device is not there.
         NetworkError: if the folder holds something else or another training, or is in use.
         RuntimeError: if the loss is no longer finite, or without the packages that are needed.
-        DiskFullError: (an OSError) no room; the last checkpoint is safe.
+        DiskFullError: (an OSError) no room; the last checkpoint is kept.
     """
     if config.shape != db.shape:
         raise ValueError(
@@ -177,17 +187,24 @@ def train_network(
             f"num_classes={config.num_classes}, but the database has {db.num_classes} classes"
         )
     require_safetensors()
+    require_tracker(log)
     place = device_named(device)
     _require_memory(config, settings)
     network = NetworkFolder(Path(folder))
     with claimed(network.path, "training in"):
         _start(network, db, config, settings)
         if not _is_finished(network, settings):
-            with _explained(network):
+            with _explained(network, settings) as saves:
                 training = _Training(db, network, config, settings, place)
-                training.run(progress, checkpoint_seconds)
-        elif network.training.exists() and not network.picture.exists():
-            _draw_losses(network)
+                of_both = {"network": config.describe(), "training": asdict(settings)}
+                with tracked(log, network.path, of_both, training.step) as tell:
+                    training.run(progress, checkpoint_seconds, saves, tell)
+        elif network.training.exists() and not (
+            network.losses.exists() and network.picture.exists()
+        ):
+            # Whoever finished it may have been killed before the last of its files.
+            tensors, _ = read_tensors(network.training)
+            _report_losses(network, tensors["losses"].numpy(), _elapsed(tensors).numpy())
     return network
 
 
@@ -298,13 +315,28 @@ def _start(
         f"{name} is {there.get(part, {}).get(name)!r} there, {value!r} here"
         for part, values in wanted.items()
         for name, value in values.items()
-        if there.get(part, {}).get(name) != value
+        if part != "data" and there.get(part, {}).get(name) != value
     ]
+    if there["data"] != wanted["data"]:
+        of_there = f"{there['data'].get('images')} images"
+        content = short_hash(str(there["data"].get("content_hash")))
+        differing.append(f"its data are {of_there}, content {content}; here are {db.summary}")
     if differing:
         raise NetworkError(
             f"{folder.path} holds another training: {'; '.join(differing)}. Give the same "
             "settings to resume it, or another folder"
         )
+
+
+@dataclass
+class _Saves:
+    """When a training saves next.
+
+    Attributes:
+        due: on the monotonic clock; None before its first step.
+    """
+
+    due: float | None = None
 
 
 @final
@@ -338,6 +370,8 @@ class _Training:
             self.network.parameters(), weight_decay=settings.weight_decay, fused=True
         )
         self.losses: list[float] = []
+        # Wall time at the end of each step, of all sessions.
+        self.elapsed: list[float] = []
         self.seconds = 0.0
         self.order: tuple[int, npt.NDArray[np.int64]] | None = None
         if folder.training.exists():
@@ -349,27 +383,51 @@ class _Training:
         return len(self.losses)
 
     def run(
-        self, progress: Callable[[TrainingProgress], None] | None, checkpoint_seconds: float
+        self,
+        progress: Callable[[TrainingProgress], None] | None,
+        checkpoint_seconds: float,
+        saves: _Saves,
+        tell: Log,
     ) -> None:
         """All that is missing, with checkpoints."""
-        written = time.monotonic()
+        kept = self.step
+        if kept:
+            # Whoever saved these steps may have been killed before the last of its files.
+            self._report()
+        before = time.monotonic()
+        # A step takes its time from the end of the one before, saving included.
+        start = before - (self.elapsed[-1] if self.elapsed else 0.0)
+        due = before + min(_FIRST_CHECKPOINT_SECONDS, checkpoint_seconds)
         clock = _processor_seconds()
         while self.step < self.settings.steps:
+            saves.due = due
+            rate = self.settings.rate(self.step)
             self.losses.append(self._take_step(self.step))
-            now = _processor_seconds()
-            self.seconds, clock = self.seconds + now - clock, now
+            now = time.monotonic()
+            self.elapsed.append(now - start)
+            processor = _processor_seconds()
+            self.seconds, clock = self.seconds + processor - clock, processor
+            tell(self.step, self.losses[-1], rate)
             if progress is not None:
                 recent = float(np.mean(self.losses[-100:]))
-                progress(TrainingProgress(self.step, self.settings.steps, recent, self.seconds))
-            if time.monotonic() - written >= checkpoint_seconds:
+                done = (self.step, self.settings.steps, recent, self.seconds, kept)
+                progress(TrainingProgress(*done))
+            # Another step would end too late; after the last one everything is saved anyway.
+            if now + (now - before) >= due and self.step < self.settings.steps:
                 self.save()
-                written = time.monotonic()
+                kept = self.step
+                now = time.monotonic()
+                due = now + checkpoint_seconds
+            before = now
         self.save()
 
     def save(self) -> None:
         """Write everything; the training's state first, since the rest can be made from it."""
         header = {"step": str(self.step), "processor_seconds": f"{self.seconds:.1f}"}
-        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float32, device="cpu")}
+        tensors = {
+            "losses": torch.tensor(self.losses, dtype=torch.float32, device="cpu"),
+            "elapsed": torch.tensor(self.elapsed, dtype=torch.float64, device="cpu"),
+        }
         for name, parameter in self.network.named_parameters():
             state = self.optimiser.state[parameter]
             tensors[f"weights.{name}"] = parameter.detach()
@@ -378,12 +436,20 @@ class _Training:
         tensors |= {f"average.{name}": value for name, value in self.average.items()}
         write_tensors(self.folder.training, tensors, header)
         write_tensors(self.folder.weights, self.average, header)
-        _draw_losses(self.folder)
+        self._report()
+
+    def _report(self) -> None:
+        _report_losses(
+            self.folder, np.array(self.losses, np.float32), np.array(self.elapsed, np.float64)
+        )
 
     def _restore(self) -> None:
         tensors, header = read_tensors(self.folder.training)
         try:
             self.losses = tensors["losses"].tolist()
+            self.elapsed = _elapsed(tensors).tolist()
+            if len(self.elapsed) != len(self.losses):
+                raise ValueError(f"it has {len(self.losses)} losses, {len(self.elapsed)} times")
             self.seconds = float(header["processor_seconds"])
             with torch.no_grad():
                 for name, parameter in self.network.named_parameters():
@@ -474,22 +540,39 @@ def _is_finished(folder: NetworkFolder, settings: TrainingSettings) -> bool:
 
 
 @contextmanager
-def _explained(folder: NetworkFolder) -> Iterator[None]:
-    """Says what is safe when training is stopped; a step that was cut short is not saved."""
+def _explained(folder: NetworkFolder, settings: TrainingSettings) -> Iterator[_Saves]:
+    """Says what is kept when training is stopped; a step that was cut short is not saved."""
+    saves = _Saves()
     try:
-        yield
+        yield saves
     except (KeyboardInterrupt, OSError) as interruption:
-        step = read_tensors(folder.weights)[1]["step"] if folder.weights.exists() else "0"
-        interruption.add_note(
-            f"{step} steps are safe in {folder.path}; start again with the same arguments to resume"
-        )
+        due = ""
+        if saves.due is not None:
+            due = f"; the next save was due in {max(0, round(saves.due - time.monotonic()))} s"
+        kept = f"nothing is kept in {folder.path} yet"
+        if folder.weights.exists():
+            step = read_tensors(folder.weights)[1]["step"]
+            kept = f"{step} of {settings.steps} steps are kept in {folder.path}"
+        interruption.add_note(f"{kept}{due}. Start again with the same arguments to resume")
         raise
 
 
-def _draw_losses(folder: NetworkFolder) -> None:
-    """The loss curve, of what the folder's training has written."""
+def _elapsed(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Wall time at the end of each step; not known of steps that an older version took."""
+    losses = tensors["losses"]
+    return tensors.get("elapsed", torch.full(losses.shape, torch.nan, dtype=torch.float64))
+
+
+def _report_losses(
+    folder: NetworkFolder, losses: npt.NDArray[np.float32], elapsed: npt.NDArray[np.float64]
+) -> None:
+    """The losses as CSV, and their curve; both are those of the training's saved state."""
+    lines = ["step,loss,seconds"]
+    for step, (loss, at) in enumerate(zip(losses, elapsed.tolist(), strict=True), 1):
+        lines.append(f"{step},{loss},{'' if math.isnan(at) else f'{at:.3f}'}")
+    with atomic_file(folder.losses) as stream:
+        stream.write(("\n".join(lines) + "\n").encode("ascii"))
     with optional_picture(folder.picture):
-        losses = read_tensors(folder.training)[0]["losses"].numpy()
         write_figure(lambda: _loss_curve(losses), folder.picture)
 
 

@@ -56,7 +56,7 @@ EXCEPTIONS = {
 LAZY = {
     "index": {"datasets", "els.index.notebook_figure", "faiss", "PIL"},
     "engine": {"diffusers", "els.triton_kernels", "faiss", "rich", "triton"},
-    "networks": {"diffusers", "matplotlib", "safetensors"},
+    "networks": {"diffusers", "matplotlib", "safetensors", "tensorboard", "wandb"},
     "storage": {"matplotlib"},
 }
 # torch itself probes for triton, so the engine has to do without both of them for good.

@@ -6,8 +6,10 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ pytest.importorskip("safetensors", reason="networks are stored with safetensors"
 
 from machine_network import MachineNetwork
 
+from els.networks import training
 from els.networks.architecture import NetworkConfig
 from els.networks.denoiser import Network, NetworkDenoiser, open_network
 from els.networks.folders import (
@@ -128,6 +131,17 @@ def test_a_tiny_network_overfits_one_image(tmp_path: Path, changes) -> None:
     assert loss < 0.3 * blind
 
 
+def rows_of(folder: NetworkFolder) -> list[list[str]]:
+    """The lines of loss.csv: step, loss, seconds."""
+    header, *rows = folder.losses.read_text(encoding="ascii").splitlines()
+    assert header == "step,loss,seconds"
+    found = [row.split(",") for row in rows]
+    assert [int(row[0]) for row in found] == list(range(1, len(found) + 1))
+    losses = read_tensors(folder.training)[0]["losses"]
+    assert [float(row[1]) for row in found] == pytest.approx(losses.tolist(), rel=1e-6)
+    return found
+
+
 @pytest.mark.parametrize("changes", [{}, {"num_classes": 3}], ids=["plain", "conditional"])
 def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, changes) -> None:
     settings = TrainingSettings(steps=9, batch_size=3)
@@ -141,7 +155,13 @@ def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, changes) ->
         train_network(
             DB, tmp_path / "cut", config(**changes), settings, progress=stop, checkpoint_seconds=0
         )
-    assert "4 steps are safe" in stopped.value.__notes__[0]
+    (note,) = stopped.value.__notes__
+    assert note == (
+        f"4 of 9 steps are kept in {tmp_path / 'cut'}; the next save was due in 0 s. Start again "
+        "with the same arguments to resume"
+    )
+    kept = rows_of(NetworkFolder(tmp_path / "cut"))
+    assert len(kept) == 4
     assert load(NetworkFolder(tmp_path / "cut"))[1]["trained"]["step"] == "4"
     steps: list[int] = []
     cut = train_network(
@@ -155,7 +175,12 @@ def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, changes) ->
     ours, theirs = read_tensors(cut.training)[0], read_tensors(whole.training)[0]
     assert ours.keys() == theirs.keys()
     for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
+        assert name == "elapsed" or torch.equal(ours[name], theirs[name]), name
+    rows, others = rows_of(cut), rows_of(whole)
+    assert [row[:2] for row in rows] == [row[:2] for row in others]
+    assert rows[:4] == kept
+    times = [float(row[2]) for row in rows]
+    assert times == sorted(times)
     # Finished: nothing is done again, even if what training needed was removed.
     cut.training.unlink()
     before = cut.weights.read_bytes()
@@ -206,7 +231,7 @@ def test_other_settings_foreign_folders_and_damage_are_refused(tmp_path: Path) -
     with pytest.raises(NetworkError, match="seed is 0 there, 1 here"):
         train_network(DB, made.path, config(), TrainingSettings(steps=2, batch_size=2, seed=1))
     other = PatchDatabase.from_arrays(DB.images[:2])
-    with pytest.raises(NetworkError, match="content_hash"):
+    with pytest.raises(NetworkError, match=r"its data are .* images, content \w{12}; here are"):
         train_network(other, made.path, config(), settings)
     with pytest.raises(ValueError, match="shape"):
         train_network(DB, tmp_path / "new", config(shape=(1, 8, 9)), settings)
@@ -655,8 +680,6 @@ def test_a_device_that_is_not_there_is_refused_before_a_folder_is_made(tmp_path,
 
 
 def test_a_missing_loss_curve_is_drawn_later(tmp_path: Path, monkeypatch, caplog) -> None:
-    from els.networks import training
-
     settings = TrainingSettings(steps=2, batch_size=2)
     with monkeypatch.context() as patch:
         patch.setattr(training, "_loss_curve", lambda losses: 1 / 0)
@@ -668,3 +691,152 @@ def test_a_missing_loss_curve_is_drawn_later(tmp_path: Path, monkeypatch, caplog
     train_network(DB, made.path, config(), settings)
     assert made.picture.exists()
     assert made.weights.stat().st_mtime_ns == weights
+
+
+class Clock:
+    """The monotonic clock, which every training step moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds_per_step: float) -> None:
+        self.now = 1000.0
+        take = training._Training._take_step
+
+        def slow(its: Any, step: int) -> float:
+            self.now += seconds_per_step
+            return take(its, step)
+
+        monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(training._Training, "_take_step", slow)
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_step", "saves"),
+    [
+        # 10 s after the start, and then within a minute.
+        pytest.param(1.0, [9, 68, 127], id="second"),
+        pytest.param(0.25, [39], id="quarter"),
+        pytest.param(7.0, [1, 9, 17, 25], id="slow"),
+        pytest.param(45.0, [1, 2, 3, 4], id="45-seconds"),
+        pytest.param(100.0, [1, 2, 3], id="minutes"),
+    ],
+)
+def test_a_minute_at_most_is_lost(tmp_path, monkeypatch, seconds_per_step, saves) -> None:
+    clock = Clock(monkeypatch, seconds_per_step)
+    saved: list[tuple[int, float]] = []
+    save = training._Training.save
+
+    def watched(its: Any) -> None:
+        saved.append((its.step, clock.now))
+        save(its)
+
+    monkeypatch.setattr(training._Training, "save", watched)
+    monkeypatch.setattr(training._Training, "_report", lambda its: None)
+    kept: list[int] = []
+    last = saves[-1] + 1
+    settings = TrainingSettings(steps=last, batch_size=1)
+    train_network(
+        DB, tmp_path / "net", config(), settings, progress=lambda done: kept.append(done.kept)
+    )
+    assert [step for step, _ in saved] == [*saves, last]
+    moments = [1000.0, *(moment for _, moment in saved)]
+    for before, after in pairwise(moments):
+        assert after - before <= max(60.0, seconds_per_step)
+    # What is told is what is on the disk.
+    assert kept[saves[0] - 1] == 0
+    assert kept[saves[0]] == saves[0]
+
+
+def test_a_training_that_is_stopped_says_when_it_would_have_saved(tmp_path, monkeypatch) -> None:
+    Clock(monkeypatch, 3.0)
+
+    def stop(done: TrainingProgress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train_network(
+            DB, tmp_path / "net", config(), TrainingSettings(steps=50, batch_size=1), progress=stop
+        )
+    assert stopped.value.__notes__ == [
+        f"nothing is kept in {tmp_path / 'net'} yet; the next save was due in 7 s. Start again "
+        "with the same arguments to resume"
+    ]
+
+
+def test_losses_of_an_older_training_go_on(tmp_path: Path) -> None:
+    """It did not keep when its steps ended."""
+    settings = TrainingSettings(steps=3, batch_size=2)
+
+    def stop(done: TrainingProgress) -> None:
+        if done.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_network(DB, tmp_path / "net", config(), settings, progress=stop, checkpoint_seconds=0)
+    folder = NetworkFolder(tmp_path / "net")
+    tensors, header = read_tensors(folder.training)
+    del tensors["elapsed"]
+    write_tensors(folder.training, tensors, header)
+    folder.losses.unlink()
+    train_network(DB, folder.path, config(), settings)
+    assert [row[2] for row in rows_of(folder)] == ["", "", ""]
+    # Finished, the files are made again from the training's state.
+    made = folder.losses.read_bytes()
+    folder.losses.unlink()
+    train_network(DB, folder.path, config(), settings)
+    assert folder.losses.read_bytes() == made
+
+
+@pytest.mark.parametrize("log", ["tensorboard", "wandb"])
+def test_the_loss_is_logged_where_the_library_is(tmp_path, monkeypatch, log: str) -> None:
+    told: dict[int, dict[str, float]] = {}
+    begun: list[dict[str, Any]] = []
+    ended: list[bool] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            begun.append({"dir": folder, "purge_step": purge_step})
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            told.setdefault(step, {})[name] = value
+
+        def close(self) -> None:
+            ended.append(True)
+
+    def init(**options: Any) -> SimpleNamespace:
+        begun.append(options)
+        return SimpleNamespace(
+            log=lambda values, step: told.update({step: values}), finish=lambda: ended.append(True)
+        )
+
+    fake = SimpleNamespace(SummaryWriter=Writer, init=init)
+    module = "wandb" if log == "wandb" else "torch.utils.tensorboard"
+    monkeypatch.setitem(sys.modules, module, fake)
+    settings = TrainingSettings(steps=4, batch_size=2)
+
+    def stop(done: TrainingProgress) -> None:
+        if done.step == 3:
+            raise KeyboardInterrupt
+
+    arguments = (DB, tmp_path / "net", config(), settings)
+    with pytest.raises(KeyboardInterrupt):
+        train_network(*arguments, progress=stop, checkpoint_seconds=0, log=log)
+    train_network(*arguments, log=log)
+    losses = read_tensors(NetworkFolder(tmp_path / "net").training)[0]["losses"].tolist()
+    assert [told[step]["loss"] for step in (1, 2, 3, 4)] == pytest.approx(losses)
+    assert told[2]["learning rate"] == settings.rate(1)
+    assert ended == [True, True]
+    if log == "wandb":
+        assert begun[0]["id"] == begun[1]["id"]
+        assert begun[0]["config"]["training"]["steps"] == 4
+    else:
+        assert [each["purge_step"] for each in begun] == [1, 3]
+
+
+def test_a_library_that_is_not_there_is_said_before_any_work(tmp_path, monkeypatch) -> None:
+    settings = TrainingSettings(steps=1, batch_size=1)
+    for log, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(RuntimeError, match=f"log={log} needs {log}.*pip install {log}"):
+            train_network(DB, tmp_path / "net", config(), settings, log=log)
+    with pytest.raises(ValueError, match="log='mlflow' is not known"):
+        train_network(DB, tmp_path / "net", config(), settings, log="mlflow")
+    assert not (tmp_path / "net").exists()

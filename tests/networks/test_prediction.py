@@ -1,7 +1,9 @@
 """Calibration and evaluation, on networks whose right answers are known, and their commands."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,16 +12,18 @@ from machine_network import MachineNetwork
 from typer.testing import CliRunner, Result
 
 from els.cli import app as cli
+from els.cli import networks
 from els.engine import ScoreMachine, sample
 from els.index import PatchDatabase
 from els.runs.stores import RunError
 
 pytest.importorskip("safetensors", reason="networks are stored with safetensors")
 
-from els.networks.calibrate import calibrate, draw_calibration, read_calibration
+from els.networks.calibrate import _odd_ticks, calibrate, draw_calibration, read_calibration
 from els.networks.denoiser import Network, NetworkDenoiser, open_network
-from els.networks.evaluate import evaluate
+from els.networks.evaluate import Evaluation, _scatter, evaluate
 from els.networks.folders import NetworkError, embedded, network_folder
+from els.networks.training import TrainingProgress
 from els.runs.agreement import Agreement, compared
 
 RNG = np.random.default_rng(8)
@@ -232,6 +236,29 @@ def els(*arguments: object) -> Result:
     return CliRunner().invoke(cli.command_line(), [str(argument) for argument in arguments])
 
 
+@pytest.mark.parametrize("begun", [0, 700])
+def test_the_time_left_is_told_after_some_steps(monkeypatch, begun: int) -> None:
+    """The first steps of a session take longer, and a resumed one has steps that took no time."""
+    told: list[dict[str, Any]] = []
+
+    class Bar:
+        def add_task(self, name: str, **fields: Any) -> int:
+            assert fields["total"] is None
+            return 0
+
+        def update(self, task: int, **fields: Any) -> None:
+            told.append(fields)
+
+    monkeypatch.setattr(networks, "progress_bar", lambda *columns: nullcontext(Bar()))
+    with networks._training() as update:
+        for step in range(begun + 1, begun + 14):
+            update(TrainingProgress(step, 1000, 0.5, 1.0, kept=begun))
+        update(TrainingProgress(1000, 1000, 0.5, 1.0, kept=900))
+    assert [fields["total"] for fields in told] == [None] * 10 + [1000] * 4
+    assert told[0]["told"] == f"loss 0.5000, {begun} steps kept"
+    assert told[-1]["told"] == "loss 0.5000"
+
+
 def test_from_training_to_an_evaluation(tmp_path: Path) -> None:
     PatchDatabase.build(IMAGES, LABELS, path=tmp_path / "db")
     net, db = tmp_path / "net", tmp_path / "db"
@@ -239,6 +266,8 @@ def test_from_training_to_an_evaluation(tmp_path: Path) -> None:
     trained = els("train", db, "-o", net, *small)
     assert trained.exit_code == 0, trained.stderr
     assert (net / "loss.png").exists()
+    assert f"losses: {net / 'loss.csv'}\n" in trained.stdout
+    assert len((net / "loss.csv").read_text(encoding="ascii").splitlines()) == 4
     refused = els("train", db, "-o", net, *small, "--seed", 1)
     assert refused.exit_code == 1
     assert "seed is 0 there, 1 here" in refused.stderr
@@ -327,6 +356,31 @@ def test_the_picture_of_sizes(tmp_path: Path) -> None:
         )
         draw_calibration(found, path.with_suffix(".png"))
         assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ticks"),
+    [
+        pytest.param([3], [3], id="one"),
+        pytest.param([7, 3], [3, 5, 7], id="few"),
+        pytest.param([1, 19], [1, 5, 9, 13, 17], id="many"),
+        pytest.param([3, 63], [3, 11, 19, 27, 35, 43, 51, 59], id="very-many"),
+    ],
+)
+def test_ticks_of_sizes_are_sizes(sizes: list[int], ticks: list[int]) -> None:
+    assert _odd_ticks(sizes) == ticks
+
+
+def test_both_axes_of_the_scatter_have_the_same_ticks() -> None:
+    predictions = {
+        name: tuple(Agreement(r, r * r, r, 0.1) for r in values)
+        for name, values in {"IS": (0.2, 0.4), "ELS": (0.9, 0.8), "PCA": (0.5, 0.7)}.items()
+    }
+    (axes,) = _scatter(Evaluation(predictions, {})).axes
+    assert axes.get_xlim() == axes.get_ylim()
+    assert axes.get_xticks().tolist() == axes.get_yticks().tolist()
+    dots = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    assert len({line.get_color() for line in dots}) == len(dots) == 2
 
 
 def test_a_users_module_of_another_device_and_dtype_is_asked_in_float32(tmp_path: Path) -> None:
