@@ -7,10 +7,11 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec, get_type_hints
 
 import typer
@@ -86,7 +87,8 @@ def reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
             raise typer.Exit(1) from None
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             given = " ".join(map(str, kwargs.values()))
-            _fail(f"error: {in_options(_described(error), command, given)}", error)
+            message = in_options(_described(error), command, given)
+            _fail(f"error: {_option_of(error, command, kwargs)}{message}", error)
             _discard_output()
             raise typer.Exit(1) from None
 
@@ -167,16 +169,26 @@ def _described(error: Exception) -> str:
             return str(error) or type(error).__name__
 
 
-def in_options(message: str, command: Callable[..., None], given: str) -> str:
-    """A message of the library, with the command's options in place of the library's arguments.
+def _option_of(error: Exception, command: Callable[..., None], given: Mapping[str, object]) -> str:
+    """The option whose file or folder the system refuses, as a prefix of the error; "" for none."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | os.PathLike):
+        return ""
+    refused = Path(os.fsdecode(error.filename)).absolute()
+    for argument, option in _options(command).items():
+        value = given.get(argument)
+        if isinstance(value, Path):
+            path = value.absolute()
+            if refused.is_relative_to(path) or (
+                path.is_relative_to(refused) or refused.parent == path.parent
+            ):
+                return f"{option} {value}: " if str(value) != error.filename else f"{option} "
+    return ""
 
-    Args:
-        message: names arguments as ``steps=3`` or, where they have an underscore, ``shard_size``.
-        command: whose options they are.
-        given: the values of the command's own arguments, in which nothing is replaced.
-    """
-    hints = get_type_hints(command, include_extras=True)
-    for argument, hint in hints.items():
+
+def _options(command: Callable[..., None]) -> dict[str, str]:
+    """The option of each argument of a command that is given by one, such as ``--batch-size``."""
+    found = {}
+    for argument, hint in get_type_hints(command, include_extras=True).items():
         for info in getattr(hint, "__metadata__", ()):
             if isinstance(info, OptionInfo):
                 # Typer takes the first declaration of an Annotated option for a default.
@@ -185,10 +197,24 @@ def in_options(message: str, command: Callable[..., None], given: str) -> str:
                     for name in (info.default, *(info.param_decls or ()))
                     if isinstance(name, str) and name.startswith("-")
                 ]
-                option = max(declared, key=len, default="--" + argument.replace("_", "-"))
-                is_sizes = argument == "sizes" and _SIZES not in hints
-                for name in (argument, _SIZES) if is_sizes else (argument,):
-                    message = _renamed(message, name, option, given)
+                usual = "--" + argument.replace("_", "-")
+                found[argument] = max(declared, key=len, default=usual)
+    return found
+
+
+def in_options(message: str, command: Callable[..., None], given: str) -> str:
+    """A message of the library, with the command's options in place of the library's arguments.
+
+    Args:
+        message: names arguments as ``steps=3`` or, where they have an underscore, ``shard_size``.
+        command: whose options they are.
+        given: the values of the command's own arguments, in which nothing is replaced.
+    """
+    options = _options(command)
+    for argument, option in options.items():
+        is_sizes = argument == "sizes" and _SIZES not in options
+        for name in (argument, _SIZES) if is_sizes else (argument,):
+            message = _renamed(message, name, option, given)
     return message
 
 

@@ -356,6 +356,8 @@ def evaluate(
 
     device_named(device)
     db = PatchDatabase.open(database)
+    if sizes is not None and not sizes.exists():
+        raise ValueError(f"--sizes {sizes} is not there; els calibrate makes it")
     calibration = read_calibration(sizes or network_folder(network).sizes)
     opened = open_network(network)
     _warn_of_other_images(opened.content_hash, db)

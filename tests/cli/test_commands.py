@@ -539,3 +539,17 @@ def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
     every = els("info", tmp_path / "db", "--classes").stdout.partition("\nclasses")[2].splitlines()
     assert len(every) == 1000
     assert every[7].split() == ["7", "6"]
+
+
+def test_errors_of_the_system_name_the_option(db: Path, tmp_path: Path) -> None:
+    if not Path("/proc/self").exists():
+        pytest.skip("no /proc, where nobody can make a folder")
+    for arguments, words in (
+        (("sample", db, *SAMPLE, "-o", "/proc/run"), "error: --output /proc/run: No such file"),
+        (("build", tmp_path / "s.npy", "-o", "/proc/a/db"), "error: --output /proc/a/db: /proc/a"),
+        (("train", db, "-o", "/proc/net"), "error: --output /proc/net: /proc/net/.lock: No such"),
+    ):
+        np.save(tmp_path / "s.npy", IMAGES)
+        result = CliRunner().invoke(cli.command_line(), list(map(str, arguments)))
+        assert result.exit_code == 1
+        assert words in result.stderr, result.stderr
