@@ -34,6 +34,9 @@ _EXACT_BITS = 53
 _PIXEL_BITS = 8
 # Largest value of a row that is taken for 0: the scale of a smaller one would overflow.
 _SMALLEST = 1e-200
+# Log weight, relative to the heaviest image of a block, below which a weight is left out: a
+# thousand million of them change no bit of a float64.
+_LEAST_SHIFTED = -60.0
 
 
 def image_state(
@@ -108,29 +111,58 @@ def _ideal_block(
     All pixels share reference, mass, logit_sum and top, ``[B, 1, 1]``, whose addresses are image
     numbers.
     """
-    pixels = _integers(images, members, x.device).flatten(1)
+    levels = torch.from_numpy(images[members]).flatten(1).to(x.device, torch.float64)
+    product, norms = _products(x, levels)
     logits = _logits(
         energy.unsqueeze(1),
-        _exact_product(x, pixels.T) / 255,
-        _norms(pixels),
+        product,
+        norms,
         query.alpha.to(x.device).unsqueeze(1),
         query.sigma.to(x.device).unsqueeze(1),
     )
     reference = logits.amax(1, keepdim=True)
     shifted = logits - reference
-    weights = shifted.exp()
+    weights = torch.where(shifted >= _LEAST_SHIFTED, shifted.exp(), 0.0)
+    # Most images weigh nothing in so many dimensions, and are left out of the averages.
+    heavy = torch.nonzero(weights.amax(0) > 0).squeeze(1)
+    pixels = levels[heavy].mul_(2).sub_(255)
     ones = torch.ones_like(pixels[:, :1])
+    averaged = partial(_exact_product, terms=len(members))
+    light, shifted = weights[:, heavy], shifted[:, heavy]
     top = None
     if query.top:
         numbers = torch.tensor(members, device=x.device).expand(logits.shape)
         top = best(logits[:, None, None], numbers[:, None, None], query.top)
     yield PosteriorState(
         reference=reference.unsqueeze(2),
-        mass=_exact_product(weights, ones).unsqueeze(2),
-        centre=_exact_product(weights, pixels).reshape(query.x.shape) / 255,
-        logit_sum=_exact_product(weights * shifted, ones).unsqueeze(2) if query.entropy else None,
+        mass=averaged(light, ones).unsqueeze(2),
+        centre=averaged(light, pixels).reshape(query.x.shape) / 255,
+        logit_sum=averaged(light * shifted, ones).unsqueeze(2) if query.entropy else None,
         top=top,
     )
+
+
+def _products(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """``x . k`` and ``|k|^2`` of clean images ``k = (2 v - 255) / 255``, without rounding a sum.
+
+    Args:
+        x: noisy images, float64 ``[B, D]``.
+        levels: v, 0 to 255, float64 ``[n, D]``.
+
+    Returns:
+        float64 ``[B, n]`` and ``[n]``.
+    """
+    batch, size = x.shape
+    bits = _EXACT_BITS - _PIXEL_BITS - size.bit_length()
+    high, low, scale = _halves(x, bits)
+    rows = torch.cat([high, low, torch.ones_like(x[:1])])
+    found = rows @ levels.T
+    # Sums of whole numbers again: of x (2 v - 255), and of (2 v - 255)^2.
+    sums = rows @ torch.ones_like(x[0]).unsqueeze(1)
+    high, low = (2 * found[:-1] - 255 * sums[:-1]).chunk(2)
+    squares = (levels.unsqueeze(1) @ levels.unsqueeze(2)).flatten()
+    norms = (4 * squares - 1020 * found[-1] + 255**2 * size) / 255**2
+    return (high + low * 2.0**-bits) / scale / 255, norms
 
 
 class _NoisySpectra(NamedTuple):
@@ -260,14 +292,15 @@ def _halves(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return high, ((scaled - high) * 2.0**bits).round(), scale
 
 
-def _exact_product(values: Tensor, integers: Tensor) -> Tensor:
+def _exact_product(values: Tensor, integers: Tensor, terms: int) -> Tensor:
     """``values @ integers`` in which no sum is rounded, so that its order does not matter.
 
     Args:
         values: float64 ``[m, k]``.
         integers: float64 ``[k, n]``, whole numbers below ``2^8`` in size.
+        terms: k, or more where it must not show how many are left out.
     """
-    bits = _EXACT_BITS - _PIXEL_BITS - values.shape[1].bit_length()
+    bits = _EXACT_BITS - _PIXEL_BITS - terms.bit_length()
     high, low, scale = _halves(values, bits)
     high, low = (torch.cat([high, low]) @ integers).chunk(2)
     return (high + low * 2.0**-bits) / scale
