@@ -123,7 +123,7 @@ def build(
         typer.echo(f"note: {in_options(note, build, source)}", err=True)
 
 
-@commands.command(epilog="Example: els info db --verify")
+@commands.command(epilog="Examples: els info db --verify; els info db --grid images.png")
 @reported
 def info(
     database: Annotated[Path, typer.Argument(help="The database folder.")],
@@ -133,12 +133,21 @@ def info(
     classes: Annotated[
         bool, typer.Option("--classes", help="List every class, also if there are many.")
     ] = False,
+    grid: Annotated[
+        Path | None,
+        typer.Option(help="Draw images, evenly spread over the database, into this picture."),
+    ] = None,
 ) -> None:
     """Show what a patch database holds."""
     from els.index import PatchDatabase
 
     db = PatchDatabase.open(database)
     print_table(_described(db, all_classes=classes))
+    if grid is not None:
+        from els.storage.figures import write_figure
+
+        write_figure(db.show, grid)
+        typer.echo(f"grid: {grid}")
     if verify:
         with counting("images") as update:
             db.verify(progress=update)

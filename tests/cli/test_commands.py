@@ -99,6 +99,18 @@ def test_a_log_gets_lines_of_progress(
     assert "reading: 3 of 7 images after 0 s" in capsys.readouterr().err
 
 
+def test_info_draws_images(db: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, start in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF")):
+        assert f"grid: {tmp_path / name}" in els("info", db, "--grid", tmp_path / name).stdout
+        assert (tmp_path / name).read_bytes().startswith(start)
+    for name, says in (("a.xyz", "'xyz' is not supported"), ("none/a.png", "--grid")):
+        refused = els("info", db, "--grid", tmp_path / name)
+        assert refused.exit_code == 1
+        assert says in refused.stderr
+        assert not (tmp_path / name).exists()
+
+
 def test_info_finds_damage(db: Path) -> None:
     with (db / "images.npy").open("r+b") as stream:
         stream.seek(-1, 2)
