@@ -132,6 +132,10 @@ class ScoreMachine:
 
             self._backend = ShardedBackend(self._backend, mesh)
 
+    def __getstate__(self) -> dict[str, object]:
+        # Spectra may have gigabytes; a copy reads them from the database again.
+        return {**self.__dict__, "_spectra": {}}
+
     def __repr__(self) -> str:
         side = "x".join(map(str, self.db.shape))
         parts = [self.kind, *([self.boundary] if self.is_local else [])]

@@ -152,7 +152,7 @@ def _products(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         float64 ``[B, n]`` and ``[n]``.
     """
-    batch, size = x.shape
+    size = x.shape[1]
     bits = _EXACT_BITS - _PIXEL_BITS - size.bit_length()
     high, low, scale = _halves(x, bits)
     rows = torch.cat([high, low, torch.ones_like(x[:1])])

@@ -229,6 +229,15 @@ def test_copies_and_pickles_answer_alike(backend: BackendUnderTest, kind: str) -
         assert torch.equal(model(x, 1).sample, expected)
 
 
+def test_pickles_hold_no_spectrum() -> None:
+    machine = ScoreMachine(DB, "PCA")
+    before = len(pickle.dumps(machine))
+    answer = machine.posterior(X, alpha=0.8, sigma=0.6)
+    pickled = pickle.dumps(machine)
+    assert len(pickled) == before
+    assert torch.equal(pickle.loads(pickled).posterior(X, alpha=0.8, sigma=0.6).mean, answer.mean)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sigma", [0.1, 1e-2, 1e-3, 1e-4])
 def test_what_scores_cancel_is_not_rounded(
