@@ -411,11 +411,11 @@ def _pairs_per_second() -> float:
 
     ask()  # what is loaded or compiled once does not count
     start = time.perf_counter()
-    times = 0
-    while time.perf_counter() - start < _TIMED_SECONDS:
+    times, seconds = 0, 0.0
+    while times == 0 or seconds < _TIMED_SECONDS:
         ask()
-        times += 1
-    return times * len(db) * places * height * width / (time.perf_counter() - start)
+        times, seconds = times + 1, time.perf_counter() - start
+    return times * len(db) * places * height * width / seconds
 
 
 def _print(findings: list[Finding], check: SelfCheck | None, problem: str | None) -> None:
