@@ -25,6 +25,7 @@ A sizes file is JSON::
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -58,6 +59,8 @@ VERSION = 1
 # A size is the best if it beats so many on either side: curves have small bumps.
 _REACH = 2
 _MAY_DIFFER = {"seeds", "per_seed", "agreement"}
+# Patch sizes that are written at the axis of the picture, at most.
+_MOST_TICKS = 9
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,7 @@ def _drawn(calibration: Calibration) -> Figure:
     above.set(
         ylabel="patch size",
         title=f"{calibration.kind}, {calibration.boundary}, {calibration.images:,} images",
+        yticks=_odd_ticks([*calibration.sizes, *itertools.chain(*calibration.per_seed)]),
     )
     above.legend()
     agreement = np.array(calibration.agreement)
@@ -252,6 +256,13 @@ def _drawn(calibration: Calibration) -> Figure:
         below.set(ylabel="distance of epsilons", yscale="log")
     below.set(xlabel="sigma")
     return figure
+
+
+def _odd_ticks(sizes: Sequence[int]) -> list[int]:
+    """At most ``_MOST_TICKS`` odd numbers, evenly spread, from the least of the sizes on."""
+    least, most = min(sizes), max(sizes)
+    stride = 2 * max(1, -(-(most - least) // (2 * (_MOST_TICKS - 1))))
+    return list(range(least, most + 1, stride))
 
 
 def _best(

@@ -278,7 +278,8 @@ def _drawn_by_network(
             if progress is not None:
                 count = len(state.indices)
                 done = n - len(missing) + finished
-                progress("network", StepProgress(done, state.step, None, count, now - clock))
+                step = calibration.steps - state.step + 1
+                progress("network", StepProgress(done, step, None, count, now - clock))
             clock = now
 
         images = sample(
@@ -392,13 +393,20 @@ def _grid_figure(
 
 
 def _scatter(evaluation: Evaluation) -> Figure:
-    """R of every sample: local machines against the ideal score machine."""
+    """R of every sample: the other machines against the ideal score machine."""
     from matplotlib.figure import Figure
 
     ideal = [prediction.r for prediction in evaluation.predictions["IS"]]
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
-    colours = {"bbELS": "#0072B2", "ELS": "#E69F00", "LS": "#009E73"}
+    colours = {
+        "bbELS": "#0072B2",
+        "ELS": "#E69F00",
+        "LS": "#009E73",
+        "PCA": "#CC79A7",
+        "Wiener": "#D55E00",
+        "nearest": "#56B4E9",
+    }
     lowest = min(ideal)
     for name, predictions in evaluation.predictions.items():
         if name == "IS":
@@ -410,7 +418,9 @@ def _scatter(evaluation: Evaluation) -> Figure:
             ideal, values, "o", markersize=4, color=colours.get(name), label=f"{name}, {share}"
         )
     axes.plot([lowest, 1], [lowest, 1], color="0.6", linewidth=1)
-    axes.set(xlabel="r of the ideal score machine", ylabel="r of the local machine")
+    # The same ends, so that both axes have the same ticks.
+    ends = (lowest - 0.03 * (1 - lowest) - 1e-6, 1 + 0.03 * (1 - lowest) + 1e-6)
+    axes.set(xlabel="r of the ideal score machine", ylabel="r of the machine", xlim=ends, ylim=ends)
     axes.set_aspect("equal")
     axes.legend()
     return figure

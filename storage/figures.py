@@ -10,11 +10,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from els.storage.files import atomic_file
 
@@ -61,20 +61,43 @@ def neutral_style() -> Iterator[None]:
         yield
 
 
-def write_figure(draw: Callable[[], Figure], path: str | Path, *, dpi: int = 110) -> None:
+def write_figure(
+    draw: Callable[[], Figure],
+    path: str | Path,
+    *,
+    dpi: int = 110,
+    compression: Mapping[str, Any] | None = None,
+) -> None:
     """Draws a figure in the default style and writes it, whole or not at all.
 
     Args:
         draw: makes the figure.
         path: where to; its suffix is the format, such as ``.png``, ``.pdf`` or ``.svg``.
         dpi: dots per inch.
+        compression: options of the format that Pillow writes.
 
     Raises:
         OSError: if it cannot be written.
     """
     path = Path(path)
     with neutral_style(), atomic_file(path) as stream:
-        draw().savefig(stream, format=path.suffix[1:].lower(), dpi=dpi)
+        # Formats that Pillow does not write know no such argument.
+        options: dict[str, Any] = {"pil_kwargs": dict(compression)} if compression else {}
+        figure = draw()
+        _write_plain_numbers(figure)
+        figure.savefig(stream, format=path.suffix[1:].lower(), dpi=dpi, **options)
+
+
+def _write_plain_numbers(figure: Figure) -> None:
+    """Label logarithmic axes with numbers: matplotlib does with formulas, which are text here."""
+    from matplotlib.ticker import LogFormatter, LogFormatterMathtext
+
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+                axis.set_major_formatter("{x:g}")
+            if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
+                axis.set_minor_formatter(LogFormatter())
 
 
 @contextmanager

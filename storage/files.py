@@ -168,6 +168,24 @@ def remove_stale(folder: str | Path) -> None:
             os.close(descriptor)
 
 
+def require_place(path: str | Path) -> None:
+    """Checks, before long work, that a file can be at `path`.
+
+    Raises:
+        FileNotFoundError: its folder is not there.
+        IsADirectoryError: it is a folder.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder; give the name of a file", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT,
+            "its folder is not there; make the folder, or choose another path",
+            str(path),
+        )
+
+
 def require_space(path: str | Path, size: int) -> None:
     """Checks, before long work, that `size` bytes fit where `path` is to be.
 
@@ -197,12 +215,8 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _create(path: Path, *, folder: bool) -> tuple[Path, int]:
     """Makes a temporary beside a path, and its locked descriptor."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            errno.ENOENT,
-            "its folder is not there; make the folder, or choose another path",
-            str(path),
-        )
+    if not folder:
+        require_place(path)
     while True:
         temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}{_SUFFIX}")
         try:

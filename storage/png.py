@@ -13,8 +13,11 @@ from els.storage.files import atomic_file
 
 Pixels = npt.NDArray[np.uint8]
 
-_GAP = 2
+# Pixels between the tiles of a grid, and around them.
+GAP = 2
+# Pixels that the longer side of an enlarged grid has at most.
 _ENLARGED_SIDE = 512
+# Pixels of a grid that a tile's pixel is wide, at most.
 _MOST_ENLARGED = 8
 
 
@@ -62,24 +65,44 @@ def colours(image: Pixels) -> Pixels:
     return np.moveaxis(picked, 0, -1)
 
 
-def grid(tiles: Sequence[Pixels], columns: int) -> Pixels:
+def enlargement(tiles: Sequence[Pixels], columns: int, side: int = _ENLARGED_SIDE) -> int:
+    """How many pixels wide a pixel of the tiles is where their grid is to be some size.
+
+    Args:
+        tiles: as in :func:`grid`.
+        columns: tiles per row.
+        side: that the grid's longer side is not to exceed, in pixels.
+
+    Returns:
+        1, where the tiles are large or many, to 8.
+    """
+    height, width = map(int, tiles[0].shape[:2])
+    longer = max(-(-len(tiles) // columns) * height, columns * width)
+    return max(1, min(_MOST_ENLARGED, side // longer))
+
+
+def grid(
+    tiles: Sequence[Pixels], columns: int, *, scale: int | None = None, above: int = 0
+) -> Pixels:
     """Tiles of one shape, row by row with white gaps, enlarged while the whole is small.
 
     Args:
         tiles: uint8, all ``[H, W]`` or all ``[H, W, 3]``.
         columns: tiles per row.
+        scale: how many pixels wide a pixel of the tiles is; None for :func:`enlargement`.
+        above: more white above every row, in pixels.
 
     Returns:
         uint8 ``[H', W']`` or ``[H', W', 3]``.
     """
     height, width, *colour = tiles[0].shape
     rows = -(-len(tiles) // columns)
-    longer = max(rows * height, columns * width)
-    scale = max(1, min(_MOST_ENLARGED, _ENLARGED_SIDE // longer))
-    step_y, step_x = height * scale + _GAP, width * scale + _GAP
-    canvas = np.full((rows * step_y + _GAP, columns * step_x + _GAP, *colour), 255, np.uint8)
+    if scale is None:
+        scale = enlargement(tiles, columns)
+    step_y, step_x = height * scale + GAP + above, width * scale + GAP
+    canvas = np.full((rows * step_y + GAP, columns * step_x + GAP, *colour), 255, np.uint8)
     for place, tile in enumerate(tiles):
-        y, x = _GAP + place // columns * step_y, _GAP + place % columns * step_x
+        y, x = GAP + above + place // columns * step_y, GAP + place % columns * step_x
         enlarged = tile.repeat(scale, axis=0).repeat(scale, axis=1)
         canvas[y : y + height * scale, x : x + width * scale] = enlarged
     return canvas

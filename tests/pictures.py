@@ -184,3 +184,14 @@ def claiming(width: int, height: int) -> bytes:
     whole[16:24] = struct.pack(">II", width, height)
     whole[29:33] = struct.pack(">I", zlib.crc32(whole[12:29]))
     return bytes(whole)
+
+
+def find_tile(picture: NDArray[np.uint8], tile: NDArray[np.uint8]) -> tuple[int, int, int]:
+    """Row and column of an enlarged tile in a picture, both [H, W], and how much it is enlarged."""
+    for scale in range(8, 0, -1):
+        large = tile.repeat(scale, 0).repeat(scale, 1)
+        tall, wide = large.shape
+        for y, x in np.argwhere(picture == large[0, 0]):
+            if np.array_equal(picture[y : y + tall, x : x + wide], large):
+                return int(y), int(x), scale
+    raise AssertionError("the tile is not in the picture")

@@ -134,3 +134,16 @@ def test_a_picture_that_fails_is_one_warning_and_no_file(tmp_path: Path, caplog)
     with optional_picture(tmp_path / "no" / "a.png"):
         write_figure(figure, tmp_path / "no" / "a.png")
     assert "no/a.png" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("span", [(1e-5, 1e2), (2.0, 7.0)], ids=["decades", "within-one"])
+def test_logarithmic_axes_have_numbers(tmp_path: Path, span: tuple[float, float]) -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot(span, span)
+    axes.set(xscale="log", yscale="log")
+    write_figure(lambda: figure, tmp_path / "f.png")
+    labels = [axes.get_xticklabels(which=which) for which in ("major", "minor")]
+    texts = [label.get_text() for both in labels for label in both]
+    assert any(texts)
+    assert not any("$" in text for text in texts)
