@@ -5,6 +5,7 @@ import pickletools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -161,13 +162,13 @@ def _strings_and_integers(path: Path) -> tuple[list[bytes], dict[str, list[int]]
     strings: list[bytes] = []
     integers: dict[str, list[int]] = {}
     with open_regular(path, _MOST_CIFAR_BYTES) as stream:
-        for opcode, argument, _ in pickletools.genops(stream):
-            if isinstance(argument, str | bytes) and opcode.name in _STRINGS:
+        for opcode, value, _ in pickletools.genops(stream):
+            argument: Any = value
+            if opcode.name in _STRINGS:
                 # Python 2 wrote bytes, which are read as Latin-1.
-                text = argument.encode("latin-1") if isinstance(argument, str) else argument
-                strings.append(text)
+                is_text = isinstance(argument, str)
+                strings.append(argument.encode("latin-1") if is_text else argument)
             elif opcode.name in _INTEGERS and strings:
-                integers.setdefault(strings[-1][:_LONGEST_KEY].decode("latin-1"), []).append(
-                    argument
-                )
+                key = strings[-1][:_LONGEST_KEY].decode("latin-1")
+                integers.setdefault(key, []).append(argument)
     return strings, integers
