@@ -20,15 +20,18 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 from typer.models import OptionInfo
 
 _Arguments = ParamSpec("_Arguments")
 
+# Seconds whose work tells how long the rest takes: a step of a large image may take a minute.
+_SPEED_SECONDS = 300.0
 # Seconds between two lines of progress where there is no terminal.
 _LOG_SECONDS = 30.0
 # An argument of the library that has another name on the command line.
@@ -102,18 +105,53 @@ def print_table(table: Table) -> None:
     Console(markup=False, highlight=False, width=width).print(table)
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things in words: ``1 sample``, ``1,024 samples``."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def size_in_words(size: float) -> str:
+    """A number of bytes: ``340 bytes``, ``12.5 kB``, ``1,024.0 MB``."""
+    if size < 1e3:
+        return counted(round(size), "byte")
+    return f"{size / 1e3:,.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """A time: ``0.12 s``, ``79 s``, ``12 min``, ``1.5 h``."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+class _Times(ProgressColumn):
+    """``16 s elapsed, 79 s left``."""
+
+    # Seconds between two estimates of the time left, which would flicker otherwise.
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """The times of a task; without an estimate, the time that has elapsed alone."""
+        elapsed = task.finished_time if task.finished else task.elapsed
+        words = f"{duration(round(elapsed or 0))} elapsed"
+        if not task.finished and task.time_remaining is not None:
+            words += f", {duration(round(task.time_remaining))} left"
+        return Text(words, style="progress.remaining")
+
+
 @contextmanager
 def progress_bar(unit: str, *extra: TextColumn) -> Iterator[Progress]:
-    """A progress bar on stderr: units done, units in all, time left."""
+    """A progress bar on stderr: units done, units in all, time elapsed and left."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn(unit),
         *extra,
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _Times(),
+        speed_estimate_period=_SPEED_SECONDS,
         console=Console(stderr=True),
     ) as progress:
         if progress.console.is_terminal:

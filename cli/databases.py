@@ -17,10 +17,12 @@ from rich.table import Table
 from els.cli.console import (
     ScheduleOption,
     counting,
+    duration,
     in_options,
     print_table,
     progress_bar,
     reported,
+    size_in_words,
 )
 from els.cli.options import memory_given, patch_sizes_given, resize_given
 
@@ -247,8 +249,8 @@ def build_indices(
                     overwrite=overwrite,
                     progress=update,
                 )
-        megabytes = f"{made.size_bytes / 1e6:,.1f} MB"
-        table.add_row(str(size), f"{made.count:,}", made.factory, megabytes)
+        amount = size_in_words(made.size_bytes)
+        table.add_row(str(size), f"{made.count:,}", made.factory, amount)
     print_table(table)
 
 
@@ -264,9 +266,9 @@ def _announce(db: PatchDatabase, sizes: Sequence[int], threads: int | None) -> N
         seconds, most = build_cost(rows.count, rows.dimension, threads or available_cores())
         step = _exact_seconds(db, size)
         typer.echo(
-            f"P {size}: {rows.count:,} patches; about {_duration(seconds)} and at most "
-            f"{most / 1e6:,.1f} MB. An exact step of one image takes {_duration(step)}, so the "
-            f"index costs as much as {seconds / step:,.0f} of them.",
+            f"P {size}: {rows.count:,} patches; about {duration(seconds)} and "
+            f"at most {size_in_words(most)}. An exact step of one image takes {duration(step)}, so "
+            f"the index costs as much as {seconds / step:,.0f} of them.",
             err=True,
         )
         pixels = math.prod(db.shape[1:])
@@ -298,23 +300,17 @@ def _exact_seconds(db: PatchDatabase, patch_size: int) -> float:
     return min(times) * len(db) / len(some)
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _described(db: PatchDatabase, *, all_classes: bool = False) -> Table:
     channels, height, width = db.shape
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("images", f"{len(db):,}")
     table.add_row("shape", f"{height} x {width}, {channels} channel{'s' * (channels > 1)}")
-    table.add_row("size", f"{db.size_bytes / 1e6:,.1f} MB")
+    table.add_row("size", size_in_words(db.size_bytes))
     table.add_row("content", db.content_hash)
     table.add_row("path", str(db.path))
     for row, size in enumerate(db.index_sizes):
         index = db.open_index(size)
-        told = f"P {size:2d}  {index.size_bytes / 1e6:9,.1f} MB  {index.factory}"
+        told = f"P {size:2d}  {size_in_words(index.size_bytes):>12}  {index.factory}"
         table.add_row("" if row else "indices", told)
     if not db.index_sizes:
         table.add_row("indices", "none")

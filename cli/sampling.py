@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +19,9 @@ from rich.table import Table
 from els.cli.console import (
     BoundaryOption,
     ScheduleOption,
+    counted,
     counting,
+    duration,
     print_table,
     progress_bar,
     reported,
@@ -47,6 +48,12 @@ class _Machine(StrEnum):
     PCA = "PCA"
     WIENER = "Wiener"
     NEAREST = "nearest"
+
+
+class _Numbering(StrEnum):
+    ROWS = "rows"
+    ALL = "all"
+    NONE = "none"
 
 
 class _Backend(StrEnum):
@@ -101,7 +108,10 @@ def sample(
     ] = 0.0,
     trajectory: Annotated[
         bool,
-        typer.Option("--trajectory", help="Keep x_t and the predicted x_0 of every step."),
+        typer.Option(
+            "--trajectory",
+            help="Keep x_t and the predicted x_0 of every step; els trajectory draws them.",
+        ),
     ] = False,
     batch_size: Annotated[
         int | None,
@@ -160,8 +170,9 @@ def sample(
 ) -> None:
     """Sample images into a run folder; the same command resumes an interrupted run.
 
-    Each finished sample is written at once (samples/*.png and *.npy), a grid.png at the end;
-    run.json holds every setting. With other settings an existing run is refused. More than 1,000
+    Each finished sample is written at once (samples/*.png and *.npy), at the end a grid.png,
+    without words (els grid draws with numbers); run.json holds every setting. Steps count from 1,
+    the noise. With other settings an existing run is refused. More than 1,000
     samples are written in shards/ of 1,000 (els merge, els grid, els status).
 
     On many cores, GPUs or machines: torchrun --nproc-per-node=2 -m els.engine sample db ...
@@ -225,7 +236,7 @@ def sample(
         _print_report(report, n)
 
 
-@commands.command(epilog="Example: els status run --watch")
+@commands.command(epilog="Examples: els status run --watch; els status run --memorised")
 @reported
 def status(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
@@ -233,6 +244,18 @@ def status(
         bool, typer.Option("--watch", help="Look again until no process works on the run.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    memorised: Annotated[
+        bool,
+        typer.Option(
+            "--memorised",
+            help="Also compare every sample with every training image: memorised are those whose "
+            "nearest image is less than a third as far as the second nearest.",
+        ),
+    ] = False,
+    database: Annotated[
+        Path | None,
+        typer.Option("--db", help="For --memorised: where the database is now, if it was moved."),
+    ] = None,
 ) -> None:
     """Show how far a run is: samples done, rate, time left."""
     from dataclasses import asdict
@@ -241,7 +264,9 @@ def status(
 
     if watch and as_json:
         raise ValueError("--json prints once; leave out --watch")
-    seen = run_status(run)
+    if watch and memorised:
+        raise ValueError("--memorised compares once; leave out --watch")
+    seen = run_status(run, memorised=memorised, database=database)
     if as_json:
         typer.echo(json.dumps(asdict(seen), indent=2))
     elif not watch:
@@ -254,7 +279,9 @@ def status(
                 live.update(_status_table(seen), refresh=True)
 
 
-@commands.command(epilog="Example: els merge run -o samples.npz")
+@commands.command(
+    epilog="Examples: els merge run -o samples.npz; els merge run -o part.npz --partial"
+)
 @reported
 def merge(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
@@ -269,20 +296,34 @@ def merge(
     partial: Annotated[
         bool, typer.Option("--partial", help="Take what is finished of an incomplete run.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file at --output.")
+    ] = False,
 ) -> None:
     """Write the samples of a run to one file, in order; streamed, whole or not at all."""
     from els.runs.export import merge_run
 
     with counting("samples") as update:
-        count = merge_run(run, output, partial=partial, progress=update)
-    typer.echo(f"{count:,} samples: {output}")
+        count = merge_run(run, output, partial=partial, overwrite=overwrite, progress=update)
+    typer.echo(f"{counted(count, 'sample')}: {output}")
 
 
-@commands.command(epilog="Example: els grid run -o grid.png --rows 4 --columns 16 --first 100")
+@commands.command(
+    epilog="Examples: els grid run -o grid.png --rows 4 --columns 16 --first 100; "
+    "els grid run -o best.pdf --indices 3,17,5; els grid run -o new.png --nearest --numbers all"
+)
 @reported
 def grid(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture (.png).")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The picture: .png, .jpg, .webp, .tiff, .pdf or .svg; one that is there is "
+            "replaced.",
+        ),
+    ],
     rows: Annotated[int, typer.Option(help="Rows of samples, at most.")] = 8,
     columns: Annotated[int, typer.Option(help="Samples in a row.")] = 8,
     first: Annotated[int, typer.Option(help="Number of the first sample.")] = 0,
@@ -293,6 +334,15 @@ def grid(
         bool,
         typer.Option("--nearest", help="Right of every sample, its nearest training image."),
     ] = False,
+    numbers: Annotated[
+        _Numbering | None,
+        typer.Option(
+            case_sensitive=False,
+            help="rows: left of each row, the number of its first sample. all: above each sample, "
+            "its own, and above a nearest image its. none: pictures alone. If not given, rows, and "
+            "with --indices all.",
+        ),
+    ] = None,
     database: Annotated[
         Path | None, typer.Option("--db", help="Where the database is now, if it was moved.")
     ] = None,
@@ -313,6 +363,7 @@ def grid(
         first=first,
         indices=chosen,
         nearest=nearest,
+        numbers=None if numbers is None else numbers.value,
         database=database,
     )
     if nearest:
@@ -334,7 +385,32 @@ def grid(
         print_table(table)
         many = sum(found is not None and found.is_memorised for _, found in drawn)
         typer.echo(f"memorised: {many} of {len(drawn)}")
-    typer.echo(f"{len(drawn):,} samples: {output}")
+    typer.echo(f"{counted(len(drawn), 'sample')}: {output}")
+
+
+@commands.command(
+    epilog="Examples: els trajectory run --sample 3 -o strip.png; "
+    "els trajectory run --sample 3 -o movie.webp"
+)
+@reported
+def trajectory(
+    run: Annotated[Path, typer.Argument(help="The folder of a run with --trajectory.")],
+    sample: Annotated[int, typer.Option(help="Number of the sample, from 0.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The picture: .webp and .gif move, a frame a step; .png, .jpg, .tiff, .pdf and "
+            ".svg have the steps side by side.",
+        ),
+    ],
+) -> None:
+    """Draw the steps of a sample: x_t and the predicted x_0, from noise (step 1) to clean."""
+    from els.runs.trajectory import draw_trajectory
+
+    steps = draw_trajectory(run, sample, output)
+    typer.echo(f"{counted(steps, 'step')}: {output}")
 
 
 @commands.command(epilog="Example: els compare exact approximate -o compared")
@@ -361,7 +437,7 @@ def compare(
     table.add_row("median", *(f"{median:.4f}" for median in medians))
     print_table(table)
     if len(found) > _MOST_ROWS:
-        typer.echo(f"{len(found):,} samples, of which {_MOST_ROWS} are shown")
+        typer.echo(f"{counted(len(found), 'sample')}, of which {_MOST_ROWS} are shown")
     for name in ("metrics.json", "grid.png"):
         if output is not None and (output / name).exists():
             typer.echo(f"written: {output / name}")
@@ -414,17 +490,20 @@ def _status_table(status: RunStatus) -> Table:
     table.add_row("done", f"{status.finished:,} of {status.n:,} ({status.finished / status.n:.1%})")
     table.add_row("rate", unknown if rate is None else f"{rate:.3g} samples/s")
     if status.is_running:
-        table.add_row("left", unknown if left is None else str(timedelta(seconds=round(left))))
+        table.add_row("left", unknown if left is None else duration(left))
     shards = status.database_shards
     shared = f", in groups of {shards} that share the database" if shards > 1 else ""
     table.add_row("processes", f"{status.processes}{shared}")
+    if status.memorised is not None:
+        share = status.memorised / max(1, status.finished)
+        table.add_row("memorised", f"{status.memorised:,} of {status.finished:,} ({share:.1%})")
     table.add_row("backend", status.backend)
     table.add_row("started", status.started)
     return table
 
 
 def _print_report(report: RunReport, n: int) -> None:
-    typer.echo(f"{n} samples in {report.folder.path} ({report.computed} computed now)")
+    typer.echo(f"{counted(n, 'sample')} in {report.folder.path} ({report.computed:,} computed now)")
     typer.echo(f"grid: {report.folder.grid}")
     seconds = report.seconds_per_image_step()
     if seconds is None:
@@ -474,10 +553,10 @@ def _sampling(
     speed = TextColumn("{task.fields[seconds]}")
     with progress_bar("image-steps", speed) as progress:
         task: TaskID | None = None
-        before = 0
+        before = total = 0
 
         def update(done: StepProgress) -> None:
-            nonlocal task, before
+            nonlocal task, before, total
             if task is None:
                 # The time left is that of this session: samples of earlier ones do not count.
                 before = done.finished
@@ -487,9 +566,12 @@ def _sampling(
             progress.update(
                 task,
                 # Of the other processes, only what is finished is known.
-                completed=(done.finished - before) * steps + done.images * (steps - done.step + 1),
-                description=f"step {steps - done.step + 1:2d}/{steps}{size}",
+                completed=(done.finished - before) * steps + done.images * done.step,
+                description=f"step {done.step:2d}/{steps}{size}",
                 seconds=f"({done.seconds / done.images:.3f} s)",
             )
 
         yield update
+        if task is not None:
+            # The run is complete; the other processes' last batches were not heard of.
+            progress.update(task, completed=total)

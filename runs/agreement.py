@@ -12,7 +12,7 @@ Published code reports r under the name r^2, so all are given.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,10 +21,11 @@ import numpy.typing as npt
 
 from els.index import encode
 from els.runs.folder import RunFolder, read_settings
-from els.runs.stores import RunError, within
+from els.runs.stores import RunError, united, within
 from els.storage.figures import optional_picture
 from els.storage.files import write_json
-from els.storage.png import grid, panels, write_png
+from els.storage.labelled import Labels, write_grid
+from els.storage.png import Pixels, panels
 
 Image = npt.NDArray[np.float32]
 
@@ -79,7 +80,8 @@ def compare_runs(
     Args:
         first: folder of the run that counts as true.
         second: folder of the other.
-        output: a folder for ``metrics.json``, and ``grid.png`` with the first samples of both.
+        output: a folder for ``metrics.json``, and ``grid.png`` with the first samples of both, a
+            row a run.
 
     Returns:
         The figures of each sample, by its number.
@@ -103,19 +105,35 @@ def compare_runs(
     if not common:
         raise RunError(f"{first} and {second} have no finished sample in common")
     found = {}
-    for number in common:
-        truth, image = (run.load(number) for run in runs)
+    shown: list[list[Pixels]] = [[], []]
+    streams = (_samples(run, common) for run in runs)
+    for number, truth, image in zip(common, *streams, strict=True):
         if truth.shape != image.shape:
             raise RunError(
                 f"samples of {first} are {truth.shape}, of {second} {image.shape}: not comparable"
             )
         found[number] = compared(truth, image)
+        if len(found) <= _GRID_MOST:
+            for tiles, values in zip(shown, (truth, image), strict=True):
+                tiles.append(panels(encode(values)))
     if output is not None:
-        _write(Path(output), runs, found)
+        _write(Path(output), runs, found, shown)
     return found
 
 
-def _write(folder: Path, runs: Sequence[RunFolder], found: dict[int, Agreement]) -> None:
+def _samples(run: RunFolder, numbers: Sequence[int]) -> Iterator[Image]:
+    """Samples with these ascending numbers; every file is read once, not once a sample."""
+    for part in united(range(number, number + 1) for number in numbers):
+        for samples in run.samples(part):
+            yield from samples
+
+
+def _write(
+    folder: Path,
+    runs: Sequence[RunFolder],
+    found: dict[int, Agreement],
+    shown: Sequence[Sequence[Pixels]],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     agreements = list(found.values())
     write_json(
@@ -127,7 +145,11 @@ def _write(folder: Path, runs: Sequence[RunFolder], found: dict[int, Agreement])
             "by_sample": {str(number): asdict(figures) for number, figures in found.items()},
         },
     )
-    shown = list(found)[:_GRID_MOST]
+    names = [run.path.resolve().name for run in runs]
+    if names[0] == names[1]:
+        names = [str(run.path) for run in runs]
     with optional_picture(folder / "grid.png"):
-        tiles = [panels(encode(run.load(number))) for run in runs for number in shown]
-        write_png(folder / "grid.png", grid(tiles, columns=len(shown)))
+        columns = tuple(str(number) for number in list(found)[:_GRID_MOST])
+        labels = Labels(title="samples", rows=tuple(names), columns=columns)
+        tiles = [tile for of_run in shown for tile in of_run]
+        write_grid(folder / "grid.png", tiles, len(columns), labels)

@@ -6,6 +6,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -15,8 +16,12 @@ from els.runs.folder import RunFolder, read_settings
 from els.runs.novelty import Nearest, nearest_images
 from els.runs.settings import database_in_words
 from els.runs.stores import RunError, Samples, within, write_array
-from els.storage.files import atomic_file, require_space
-from els.storage.png import grid, panels, write_png
+from els.storage.files import atomic_file, require_place, require_space
+from els.storage.labelled import Labels, require_picture, write_grid
+from els.storage.png import Pixels, panels
+
+Numbering: TypeAlias = Literal["rows", "all", "none"]
+"""Which numbers a grid has: of every row's first sample, of every tile, or none."""
 
 MOST_TILES = 10_000
 _FLOAT_BYTES = 4
@@ -27,6 +32,7 @@ def merge_run(
     output: str | Path,
     *,
     partial: bool = False,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write the samples of a run to one .npz file, in order and without ever holding all.
@@ -38,6 +44,7 @@ def merge_run(
         folder: of the run.
         output: the file; it appears whole or not at all.
         partial: take what is finished of a run that is not complete.
+        overwrite: replace a file that is there.
         progress: called with how many samples are written, and how many will be.
 
     Returns:
@@ -45,12 +52,19 @@ def merge_run(
 
     Raises:
         ValueError: for another kind of file.
+        FileExistsError: if the file is there, and is not to be replaced.
+        FileNotFoundError: if its folder is not there.
         RunError: if there is no run, samples are missing or damaged, or none is there.
         DiskFullError: (an OSError) no room for the file.
     """
     output = Path(output)
     if output.suffix != ".npz":
         raise ValueError(f"{output} must end in .npz, the one format that els merge writes")
+    require_place(output)
+    if output.exists() and not overwrite:
+        raise FileExistsError(
+            f"{output} is there already; give another name, or replace it with overwrite=True"
+        )
     run = RunFolder(Path(folder))
     settings = read_settings(run.path)
     finished = [within(numbers, settings.n) for numbers in run.finished(settings)]
@@ -92,18 +106,22 @@ def draw_grid(
     first: int = 0,
     indices: Sequence[int] | None = None,
     nearest: bool = False,
+    numbers: Numbering | None = None,
     database: str | Path | None = None,
 ) -> list[tuple[int, Nearest | None]]:
-    """Draw samples of a run, row by row, as one PNG.
+    """Draw samples of a run, row by row, as one picture.
 
     Args:
         folder: of the run.
-        output: the picture.
+        output: the picture, of any of ``els.storage.labelled.PICTURE_FORMATS``.
         rows: at most so many; fewer if the run has fewer samples.
         columns: tiles in a row.
         first: number of the first sample.
         indices: which samples instead, in this order; ``rows`` and ``first`` do not matter then.
         nearest: draw the nearest training image right of every sample.
+        numbers: ``rows``, left of each row that of its first sample; ``all``, above each tile that
+            of its sample or training image; ``none``. None for ``rows``, and for ``all`` with
+            ``indices``.
         database: where the run's database is now, if it was moved; read for nearest images only.
 
     Returns:
@@ -111,16 +129,18 @@ def draw_grid(
 
     Raises:
         TypeError: for an argument that is not an integer.
-        ValueError: for a value out of range, or another kind of file.
+        ValueError: for a value out of range, another kind of file, or more pixels than it can have.
+        FileNotFoundError: if the picture's folder is not there.
         RunError: if there is no run, or a sample is not finished or damaged.
     """
     output = Path(output)
-    if output.suffix != ".png":
-        raise ValueError(f"{output} must end in .png")
+    require_picture(output)
     run = RunFolder(Path(folder))
     n = read_settings(run.path).n
     require_count("rows", rows, 1)
     require_count("columns", columns, 1)
+    if numbers is None:
+        numbers = "rows" if indices is None else "all"
     if indices is None:
         require_count("first", first, 0)
         runs = [range(first, min(n, first + rows * columns))]
@@ -131,24 +151,32 @@ def draw_grid(
         raise ValueError(
             f"a grid has 1 to {MOST_TILES:,} samples, not {count}; the run has numbers 0 to {n - 1}"
         )
-    for numbers in runs:
-        require_count("indices", numbers.start, 0)
-        if numbers.stop > n:
-            raise ValueError(f"sample {numbers.stop - 1} is not in the run: it has 0 to {n - 1}")
-    shown = [number for numbers in runs for number in numbers]
-    samples = [values for numbers in runs for part in run.samples(numbers) for values in part]
+    for part in runs:
+        require_count("indices", part.start, 0)
+        if part.stop > n:
+            raise ValueError(f"sample {part.stop - 1} is not in the run: it has 0 to {n - 1}")
+    shown = [number for part in runs for number in part]
+    columns = min(columns, count)
+    rows_of = tuple(str(number) for number in shown[::columns]) if numbers == "rows" else ()
+    samples = [values for part in runs for piece in run.samples(part) for values in piece]
     tiles = [panels(encode(values)) for values in samples]
     if not nearest:
-        write_png(output, grid(tiles, columns=min(columns, count)))
+        of_tiles = tuple(map(str, shown)) if numbers == "all" else ()
+        write_grid(output, tiles, columns, Labels(rows=rows_of, tiles=of_tiles))
         return [(number, None) for number in shown]
     db = database_of(run, database)
     found = nearest_images(db, np.stack(samples))
-    pairs = [
-        tile
-        for sample, of_sample in zip(tiles, found, strict=True)
-        for tile in (sample, panels(db.images[of_sample.image]))
-    ]
-    write_png(output, grid(pairs, columns=2 * min(columns, count)))
+    pairs: list[Pixels] = []
+    names: list[str] = []
+    for number, tile, of_sample in zip(shown, tiles, found, strict=True):
+        pairs += [tile, panels(db.images[of_sample.image])]
+        names += [str(number), f"image {of_sample.image}"]
+    labels = Labels(
+        rows=rows_of,
+        columns=() if numbers == "none" else ("sample", "nearest") * columns,
+        tiles=tuple(names) if numbers == "all" else (),
+    )
+    write_grid(output, pairs, 2 * columns, labels)
     return list(zip(shown, found, strict=True))
 
 

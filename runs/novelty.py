@@ -6,7 +6,7 @@ third of that to the second nearest (arXiv 2303.00848, Yoon et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +87,19 @@ def nearest_images(
         Nearest(int(places[i, 0]), float(roots[i, 0]), float(roots[i, 1]), (int(y), int(x)))
         for i, (y, x) in enumerate(shifts)
     ]
+
+
+def count_memorised(db: PatchDatabase, samples: Iterable[npt.NDArray[np.float32]]) -> int:
+    """How many samples are memorised.
+
+    Args:
+        db: the training images.
+        samples: ``[n, C, H, W]`` at a time, in [-1, 1]; all images are read once for each.
+
+    Raises:
+        ValueError: if the samples are not of the training images' shape.
+    """
+    return sum(found.is_memorised for part in samples for found in nearest_images(db, part))
 
 
 def _blocks(db: PatchDatabase, size: int) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:

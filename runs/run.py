@@ -79,7 +79,7 @@ class StepProgress:
     Attributes:
         finished: samples that were finished before this batch, by all processes, earlier
             sessions' included.
-        step: counts down from the number of steps to 1.
+        step: counts up from 1, the noise, to the number of steps.
         patch_size: of the step; None for IS and ES.
         images: samples in the batch.
         seconds: that the step took, for all of them.
@@ -99,7 +99,7 @@ class StepSummary:
     """A step of all batches of a process.
 
     Attributes:
-        step: counts down from the number of steps, the noise, to 1.
+        step: counts up from 1, the noise, to the number of steps.
         patch_size: None for IS and ES.
         seconds_per_image: median.
         modes: how many posteriors were computed in which mode, the most frequent first.
@@ -142,7 +142,7 @@ class RunReport:
     def by_step(self) -> list[StepSummary]:
         """What the steps computed and claim, from noise to clean."""
         summaries = []
-        for number in sorted({step.step for step in self.steps}, reverse=True):
+        for number in sorted({step.step for step in self.steps}):
             steps = [step for step in self.steps if step.step == number]
             claims = [claim for step in steps for claim in step.claims]
             summary = StepSummary(
@@ -429,7 +429,9 @@ def _compute(
             break
         indices = [index for piece in pieces for index in piece]
         finished = settings.n - work.count + task.add("finished", 0)
-        watch = _Watch(finished, saved, keep_states=settings.trajectory, progress=progress)
+        watch = _Watch(
+            finished, plan.steps, saved, keep_states=settings.trajectory, progress=progress
+        )
         images = sample_plan(
             machine,
             plan,
@@ -577,6 +579,7 @@ class _Watch:
     def __init__(
         self,
         finished: int,
+        steps: int,
         saved: _SavedSteps,
         *,
         keep_states: bool,
@@ -585,6 +588,7 @@ class _Watch:
         self.states: list[StepState] = []
         self.timings: list[StepProgress] = []
         self._finished = finished
+        self._steps = steps
         self._saved = saved
         self._keep_states = keep_states
         self._progress = progress
@@ -593,9 +597,9 @@ class _Watch:
     def __call__(self, state: StepState) -> None:
         seconds = time.perf_counter() - self._clock
         images = len(state.indices)
-        timing = StepProgress(
-            self._finished, state.step, state.patch_size, images, seconds, state.claims
-        )
+        # The sampler counts down to 1, as its time does.
+        step = self._steps - state.step + 1
+        timing = StepProgress(self._finished, step, state.patch_size, images, seconds, state.claims)
         self.timings.append(timing)
         if self._keep_states:
             self.states.append(state)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
+from els.runs.export import database_of
 from els.runs.folder import RunFolder, read_sessions, read_settings
+from els.runs.novelty import count_memorised
 from els.runs.settings import RunSettings
-from els.runs.stores import RunError, within
+from els.runs.stores import RunError, Samples, within
 from els.storage.locks import is_locked
+
+# Samples that are compared with the training images at once.
+_COMPARED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class RunStatus:
         processes: of the latest session.
         database_shards: among how many of them the images were divided.
         backend: that they compute with.
+        memorised: how many of the finished samples are memorised (:mod:`els.runs.novelty`); None
+            if that was not asked for.
     """
 
     n: int
@@ -38,18 +48,28 @@ class RunStatus:
     processes: int
     database_shards: int
     backend: str
+    memorised: int | None = None
 
 
-def run_status(folder: str | Path) -> RunStatus:
+def run_status(
+    folder: str | Path, *, memorised: bool = False, database: str | Path | None = None
+) -> RunStatus:
     """How far a run is; it may still be running, on any machine that sees the folder.
+
+    Args:
+        folder: of the run.
+        memorised: also compare every finished sample with every training image.
+        database: where the run's database is now, if it was moved; read for memorised samples only.
 
     Raises:
         RunError: if there is no run, or it is damaged.
+        ValueError: for memorised samples on a canvas, or if the database is not there any more.
     """
     run = RunFolder(Path(folder))
     settings, sessions = read_settings(run.path), read_sessions(run.path)
     is_running = is_locked(run.lock)
-    finished = sum(len(within(numbers, settings.n)) for numbers in run.finished(settings))
+    there = [within(numbers, settings.n) for numbers in run.finished(settings)]
+    finished = sum(map(len, there))
     latest = sessions[-1] if sessions else {}
     try:
         started = datetime.fromisoformat(latest["started"])
@@ -77,7 +97,21 @@ def run_status(folder: str | Path) -> RunStatus:
         processes,
         shards,
         backend,
+        count_memorised(database_of(run, database), _blocks(run, there)) if memorised else None,
     )
+
+
+def _blocks(run: RunFolder, finished: list[range]) -> Iterator[Samples]:
+    """The finished samples, float32 ``[n, C, H, W]`` with up to 1,000 at a time."""
+    waiting: list[Samples] = []
+    for numbers in finished:
+        for part in run.samples(numbers):
+            waiting.append(part)
+            if sum(map(len, waiting)) >= _COMPARED_AT_ONCE:
+                yield np.concatenate(waiting)
+                waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def _last_written(run: RunFolder, settings: RunSettings) -> datetime:

@@ -17,11 +17,11 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from els.cli import app as cli
-from els.cli import console
+from els.cli import console, sampling
 from els.engine import ScoreMachine
 from els.index import PatchDatabase
 from els.runs.folder import RunFolder, read_settings
-from els.runs.run import sample_run
+from els.runs.run import StepProgress, sample_run
 from els.runs.stores import RunError
 
 RNG = np.random.default_rng(13)
@@ -74,13 +74,13 @@ def test_an_index_says_what_it_costs_and_info_lists_it(db: Path) -> None:
     assert made.exit_code == 0, made.stderr
     for size, count in ((3, 144), (5, 48)):
         found = re.search(
-            rf"P {size}: {count} patches; about 1 s and at most (\S+) MB", made.stderr
+            rf"P {size}: {count} patches; about 1 s and at most (\S+) kB", made.stderr
         )
         assert found
         assert "An exact step of one image takes" in made.stderr
         assert f"P {size}: with so few images --tolerance computes every step" in made.stderr
         index = PatchDatabase.open(db).open_index(size)
-        assert index.size_bytes <= 1e6 * float(found[1]) + 1e5
+        assert index.size_bytes <= 1e3 * float(found[1]) + 50
     told = els("info", db).stdout
     assert re.search(r"indices  P  3 .* Flat\s+P  5 .* Flat", told)
     again = els("index", db, "--patch-sizes", "3")
@@ -97,6 +97,59 @@ def test_a_log_gets_lines_of_progress(
         progress.update(task, completed=3)
         time.sleep(0.2)
     assert "reading: 3 of 7 images after 0 s" in capsys.readouterr().err
+
+
+def test_a_bar_says_in_words_what_elapsed_and_what_is_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # 3 of 7 images in 60 s, by a clock of our own.
+    with console.progress_bar("images") as progress:
+        progress.get_time = lambda: now
+        now = 0.0
+        task = progress.add_task("reading", total=7)
+        now = 60.0
+        progress.update(task, completed=3)
+        now = 120.0
+        progress.update(task, completed=6)
+    assert "6/7 images 2 min elapsed, 20 s left" in capsys.readouterr().err
+    with console.progress_bar("images") as progress:
+        progress.add_task("reading", total=7)
+    assert "0/7 images 0 s elapsed\n" in re.sub(" +\n", "\n", capsys.readouterr().err)
+
+
+def test_the_bar_of_a_complete_run_is_full(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where other processes drew samples that this one did not hear of."""
+    with sampling._sampling(6, 2, shown=True) as update:
+        assert update is not None
+        # Two of six, each in two steps; the others' four are never heard of.
+        update(StepProgress(0, 1, 3, 2, 0.1))
+        update(StepProgress(0, 2, 3, 2, 0.1))
+    assert "12/12 image-steps" in capsys.readouterr().err
+    interrupted = sampling._sampling(6, 2, shown=True)
+    update = interrupted.__enter__()
+    assert update is not None
+    update(StepProgress(2, 1, 3, 2, 0.1))
+    interrupted.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert "2/8 image-steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        pytest.param(console.counted(1, "image"), "1 image", id="one"),
+        pytest.param(console.counted(0, "image"), "0 images", id="none"),
+        pytest.param(console.counted(1024, "image"), "1,024 images", id="many"),
+        pytest.param(console.size_in_words(340), "340 bytes", id="bytes"),
+        pytest.param(console.size_in_words(12_540), "12.5 kB", id="kilobytes"),
+        pytest.param(console.size_in_words(2.5e9), "2,500.0 MB", id="megabytes"),
+        pytest.param(console.duration(0.123), "0.12 s", id="short"),
+        pytest.param(console.duration(99.6), "100 s", id="seconds"),
+        pytest.param(console.duration(601), "10 min", id="minutes"),
+        pytest.param(console.duration(9000), "2.5 h", id="hours"),
+    ],
+)
+def test_amounts_in_words(words: str, expected: str) -> None:
+    assert words == expected
 
 
 def test_info_draws_images(db: Path, tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from els.engine import ScoreMachine
 from els.index import PatchDatabase, encode
 from els.runs.export import draw_grid, merge_run
 from els.runs.folder import RunFolder
+from els.runs.novelty import nearest_images
 from els.runs.run import StepProgress, sample_run
 from els.runs.status import run_status
 from els.runs.stores import RunError
 from els.storage.files import DiskFullError
+from els.storage.labelled import PICTURE_FORMATS, Labels
 from els.storage.png import grid
 
 RNG = np.random.default_rng(31)
@@ -92,8 +94,10 @@ def test_a_merge_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-200] + bytes(50) + whole[-150:])
     with pytest.raises(RunError, match="damaged"):
-        merge_run(run.path, output)
+        merge_run(run.path, output, overwrite=True)
     shard.write_bytes(whole)
+    with pytest.raises(FileExistsError, match="is there already"):
+        merge_run(run.path, output)
 
     def no_room(path: Path, size: int) -> None:
         assert size >= 11 * 20 * 4
@@ -101,10 +105,15 @@ def test_a_merge_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch) -
 
     monkeypatch.setattr("els.runs.export.require_space", no_room)
     with pytest.raises(DiskFullError):
-        merge_run(run.path, output)
+        merge_run(run.path, output, overwrite=True)
     assert output.read_bytes() == b"mine"
     with pytest.raises(ValueError, match=r"must end in \.npz"):
         merge_run(run.path, tmp_path / "all.zip")
+    with pytest.raises(FileNotFoundError, match="its folder is not there; make the folder"):
+        merge_run(run.path, tmp_path / "none" / "all.npz")
+    monkeypatch.undo()
+    assert merge_run(run.path, output, overwrite=True) == 11
+    assert output.read_bytes() != b"mine"
 
 
 @LAYOUTS
@@ -118,9 +127,71 @@ def test_a_grid_shows_the_samples_asked_for(tmp_path: Path, shard_size: int) -> 
         ({"indices": [7, 2, 7]}, [tiles[7], tiles[2], tiles[7]], 3),
     ]
     for options, shown, columns in cases:
-        assert len(draw_grid(run.path, tmp_path / "grid.png", **options)) == len(shown)
-        with Image.open(tmp_path / "grid.png") as picture:
-            np.testing.assert_array_equal(np.asarray(picture), grid(shown, columns))
+        drawn = draw_grid(run.path, tmp_path / "grid.png", **options, numbers="none")
+        assert len(drawn) == len(shown)
+        np.testing.assert_array_equal(grey(tmp_path / "grid.png"), grid(shown, columns))
+
+
+def grey(path: Path) -> np.ndarray:
+    """A picture without colours, uint8 ``[H, W]``."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[..., 0]
+
+
+def test_a_grid_says_which_samples_it_shows(tmp_path: Path, monkeypatch) -> None:
+    run = sampled(tmp_path / "run", 6)
+    seen: list[Labels] = []
+    monkeypatch.setattr(
+        "els.runs.export.write_grid", lambda path, tiles, columns, labels: seen.append(labels)
+    )
+    output = tmp_path / "grid.png"
+    draw_grid(run.path, output, rows=2, columns=3, first=4)
+    draw_grid(run.path, output, rows=2, columns=3, numbers="all")
+    draw_grid(run.path, output, indices=[7, 2, 7])
+    draw_grid(run.path, output, indices=[7, 2, 7], columns=2, numbers="rows")
+    assert seen == [
+        Labels(rows=("4", "7")),
+        Labels(tiles=("0", "1", "2", "3", "4", "5")),
+        Labels(tiles=("7", "2", "7")),
+        Labels(rows=("7", "7")),
+    ]
+
+
+@pytest.mark.parametrize("suffix", PICTURE_FORMATS)
+def test_a_grid_in_every_format(tmp_path: Path, suffix: str) -> None:
+    run = sampled(tmp_path / "run", 6)
+    output = tmp_path / f"grid{suffix.upper()}"
+    draw_grid(run.path, output)
+    content = output.read_bytes()
+    if suffix in (".pdf", ".svg"):
+        assert content.startswith(b"%PDF" if suffix == ".pdf" else b"<?xml")
+        return
+    # Left of the tiles are the numbers, so that the picture is wider than they are.
+    tiles = [encode(run.load(index))[0] for index in range(11)]
+    picture = grey(output)
+    plain = grid(tiles, 8)
+    shown = picture[:, -plain.shape[1] :]
+    assert np.abs(shown.astype(int) - plain).max() <= (12 if "jp" in suffix else 0)
+    assert picture.shape[1] > plain.shape[1]
+    assert picture[:, : -plain.shape[1]].min() < 128
+
+
+def test_a_grid_that_cannot_be_written_is_refused_before_work(tmp_path: Path, monkeypatch) -> None:
+    run = sampled(tmp_path / "run", 6)
+
+    def read(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(RunFolder, "samples", read)
+    with pytest.raises(ValueError, match=r"g\.bmp must end in one of \.png, \.jpg, .*\.svg"):
+        draw_grid(run.path, tmp_path / "g.bmp")
+    with pytest.raises(FileNotFoundError, match="its folder is not there; make the folder"):
+        draw_grid(run.path, tmp_path / "none" / "g.png")
+    (tmp_path / "g.png").mkdir()
+    with pytest.raises(IsADirectoryError, match="it is a folder"):
+        draw_grid(run.path, tmp_path / "g.png")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +257,36 @@ def test_status_when_the_clock_counts(tmp_path: Path) -> None:
         run_status(run.path)
 
 
+def test_status_counts_the_memorised(tmp_path: Path) -> None:
+    db = PatchDatabase.build(DB.images, path=tmp_path / "db")
+    options = OPTIONS | {"patch_sizes": None, "shard_size": 3}
+    sample_run(ScoreMachine(db, "nearest"), tmp_path / "run", **options)
+    # What the nearest-image denoiser draws is a training image.
+    assert run_status(tmp_path / "run", memorised=True).memorised == 11
+    assert run_status(tmp_path / "run").memorised is None
+    machine = ScoreMachine(db, "ELS", "zeros", "torch")
+    sample_run(machine, tmp_path / "mixed", **OPTIONS)
+    samples = np.stack([RunFolder(tmp_path / "mixed").load(index) for index in range(11)])
+    expected = sum(found.is_memorised for found in nearest_images(db, samples))
+    assert run_status(tmp_path / "mixed", memorised=True).memorised == expected
+    shown = els("status", tmp_path / "run", "--memorised")
+    assert shown.exit_code == 0, shown.stderr
+    assert re.search(r"memorised +11 of 11 \(100\.0%\)", shown.stdout)
+    assert "memorised" not in els("status", tmp_path / "run").stdout
+    told = json.loads(els("status", tmp_path / "run", "--json", "--memorised").stdout)
+    assert told["memorised"] == 11
+    assert els("status", tmp_path / "run", "--watch", "--memorised").exit_code == 1
+    (tmp_path / "db").rename(tmp_path / "moved")
+    lost = els("status", tmp_path / "run", "--memorised")
+    assert lost.exit_code == 1
+    assert "say where it is now with --db PATH" in lost.stderr
+    found = els("status", tmp_path / "run", "--memorised", "--db", tmp_path / "moved")
+    assert "11 of 11" in found.stdout
+    sample_run(machine, tmp_path / "wide", **OPTIONS, canvas=(6, 9))
+    with pytest.raises(ValueError, match="of the same shape"):
+        run_status(tmp_path / "wide", memorised=True, database=tmp_path / "moved")
+
+
 def test_the_commands(tmp_path: Path) -> None:
     run = sampled(tmp_path / "run", 6, stop_after=6)
     shown = els("status", run.path)
@@ -196,6 +297,11 @@ def test_the_commands(tmp_path: Path) -> None:
     assert refused.exit_code == 1
     assert "--partial" in refused.stderr
     assert "6 samples" in els("merge", run.path, "-o", tmp_path / "all.npz", "--partial").stdout
+    refused = els("merge", run.path, "-o", tmp_path / "all.npz", "--partial")
+    assert refused.exit_code == 1
+    assert "replace it with --overwrite" in refused.stderr
+    again = els("merge", run.path, "-o", tmp_path / "all.npz", "--partial", "--overwrite")
+    assert again.exit_code == 0, again.stderr
     sampled(tmp_path / "run", 6)
     told = json.loads(els("status", run.path, "--json").stdout)
     assert (told["finished"], told["n"], told["is_running"]) == (11, 11, False)
@@ -205,6 +311,14 @@ def test_the_commands(tmp_path: Path) -> None:
     assert els("status", run.path, "--watch", "--json").exit_code == 1
     assert "3 samples" in els("grid", run.path, "-o", tmp_path / "g.png", "--first", 8).stdout
     assert "2 samples" in els("grid", run.path, "-o", tmp_path / "g.png", "--indices", "4,1").stdout
+    assert "1 sample: " in els("grid", run.path, "-o", tmp_path / "g.jpg", "--indices", "4").stdout
+    numbered = els("grid", run.path, "-o", tmp_path / "g.pdf", "--numbers", "ALL")
+    assert numbered.exit_code == 0, numbered.stderr
+    unknown = els("grid", run.path, "-o", tmp_path / "g.bmp")
+    assert unknown.exit_code == 1
+    assert ".webp" in unknown.stderr
+    nowhere = els("grid", run.path, "-o", tmp_path / "none" / "g.png")
+    assert "its folder is not there; make the folder" in nowhere.stderr
     wrong = els("grid", run.path, "-o", tmp_path / "g.png", "--indices", "4;1")
     assert wrong.exit_code == 1
     assert "3,17,5" in wrong.stderr

@@ -10,12 +10,14 @@ from typer.testing import CliRunner
 from els.cli.app import app
 from els.engine import ScoreMachine
 from els.index import PatchDatabase, decode
-from els.runs import novelty
-from els.runs.agreement import compare_runs
+from els.runs import agreement, export, novelty, stores
+from els.runs.agreement import compare_runs, compared
 from els.runs.export import draw_grid
+from els.runs.folder import RunFolder
 from els.runs.novelty import Nearest, nearest_images
 from els.runs.run import sample_run
 from els.runs.stores import RunError
+from els.storage.labelled import Labels
 
 RNG = np.random.default_rng(5)
 IMAGES = RNG.integers(0, 256, (23, 3, 5, 6), dtype=np.uint8)
@@ -76,6 +78,8 @@ def test_runs_are_compared(runs: Path, tmp_path: Path) -> None:
         np.median([f.r for f in found.values()])
     )
     assert (tmp_path / "out" / "grid.png").exists()
+    samples = RunFolder(runs / "IS").load(1), RunFolder(runs / "ELS").load(1)
+    assert found[1] == compared(*samples)
     with pytest.raises(RunError, match="different noise"):
         compare_runs(runs / "IS", runs / "other")
     done = CliRunner().invoke(
@@ -87,7 +91,38 @@ def test_runs_are_compared(runs: Path, tmp_path: Path) -> None:
     assert done.exit_code == 1
 
 
-def test_a_grid_shows_the_nearest(runs: Path, tmp_path: Path) -> None:
+def test_a_comparison_reads_every_file_once(runs: Path, tmp_path: Path, monkeypatch) -> None:
+    machine = ScoreMachine(PatchDatabase.open(runs / "db"), "IS")
+    options = {"n": 17, "steps": 2}
+    sample_run(machine, tmp_path / "shards", **options, shard_size=5)
+    sample_run(machine, tmp_path / "files", **options)
+    sample_run(machine, tmp_path / "more", **(options | {"n": 30}), shard_size=7)
+    expected = compare_runs(tmp_path / "files", tmp_path / "files")
+    RunFolder(tmp_path / "files").values(11).unlink()
+    read: list[Path] = []
+    load = stores._load
+    monkeypatch.setattr(stores, "_load", lambda path: (read.append(path), load(path))[1])
+    labels: list[Labels] = []
+    write = agreement.write_grid
+
+    def keep(path: Path, tiles: list[np.ndarray], columns: int, words: Labels) -> None:
+        labels.append(words)
+        write(path, tiles, columns, words)
+
+    monkeypatch.setattr(agreement, "write_grid", keep)
+    found = compare_runs(tmp_path / "shards", tmp_path / "more", tmp_path / "out")
+    assert list(found) == list(range(17))
+    # 4 shards of 5 and 3 of 7, also for the picture.
+    assert len(read) == 4 + 3
+    assert labels == [
+        Labels("samples", ("shards", "more"), tuple(map(str, range(12)))),
+    ]
+    # With a gap, and samples of whose two folders one is sharded.
+    partly = compare_runs(tmp_path / "shards", tmp_path / "files")
+    assert partly == {number: expected[number] for number in range(17) if number != 11}
+
+
+def test_a_grid_shows_the_nearest(runs: Path, tmp_path: Path, monkeypatch) -> None:
     found = draw_grid(runs / "nearest", tmp_path / "grid.png", nearest=True)
     # What the nearest-image denoiser draws is an image.
     assert all(each is not None and each.is_memorised for _, each in found)
@@ -96,3 +131,16 @@ def test_a_grid_shows_the_nearest(runs: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "memorised: 3 of 3" in done.output
+    words: list[Labels] = []
+    monkeypatch.setattr(export, "write_grid", lambda path, tiles, columns, made: words.append(made))
+    for numbers in (None, "all", "none"):
+        found = draw_grid(
+            runs / "IS", tmp_path / "two.png", columns=2, nearest=True, numbers=numbers
+        )
+    heads = ("sample", "nearest") * 2
+    images = [f"image {each.image}" for _, each in found if each is not None]
+    assert words == [
+        Labels(rows=("0", "2"), columns=heads),
+        Labels(columns=heads, tiles=("0", images[0], "1", images[1], "2", images[2])),
+        Labels(),
+    ]

@@ -577,7 +577,7 @@ def test_an_interruption_of_slow_samples_loses_only_the_last(machine, tmp_path, 
     monkeypatch.setattr("els.runs.run.time", Clock(11.0))
 
     def stop(step: StepProgress) -> None:
-        if step.finished == 3 and step.step == 1:
+        if step.finished == 3 and step.step == OPTIONS["steps"]:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -747,7 +747,7 @@ def test_an_index_that_appears_during_a_run_stops_it(estimated) -> None:
     machine, run, options = estimated
 
     def build(step: StepProgress) -> None:
-        if step.finished == 3 and step.step == 2:
+        if step.finished == 3 and step.step == 1:
             machine.db.build_index(5)
 
     with pytest.raises(RunError, match="index of patch size 5 was built during the run"):
@@ -826,7 +826,7 @@ def test_a_run_with_a_tolerance_says_what_its_steps_computed(
     machine = ScoreMachine(PatchDatabase.from_arrays(images), "ELS", "circular")
     report = sample_run(machine, tmp_path / "run", n=2, steps=3, patch_sizes=3, tolerance=0.05)
     steps = report.by_step()
-    assert [step.step for step in steps] == [3, 2, 1]
+    assert [step.step for step in steps] == [1, 2, 3]
     assert all(sum(step.modes.values()) == 2 for step in steps)
     assert all(0 <= step.error <= 0.05 for step in steps)
     assert any(0 < step.work < 1 for step in steps)
