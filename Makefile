@@ -24,7 +24,7 @@ demo: .venv/installed
 	test -d demo/db || $(BIN)/els build embedded:fashion-mnist -o demo/db
 	$(BIN)/els sample demo/db -n 8 --steps 20 --machine ELS --boundary zeros \
 		--sizes fashion-mnist-resnet --seed 0 -o demo/run
-	$(BIN)/els explain demo/run --sample 2 --step 9
+	$(BIN)/els explain demo/run --sample 2 --step 12
 
 # A process per core; more than four would mostly import torch. Whole files stay together as long
 # as none is idle, since they share fixtures.

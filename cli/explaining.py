@@ -14,6 +14,7 @@ from els.cli.console import (
     print_table,
     progress_bar,
     reported,
+    size_in_words,
 )
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
@@ -28,7 +29,7 @@ _MOST_LISTED = 8
 
 
 @commands.command(
-    epilog="Examples: els explain run --sample 3 --step 8; els explain run --sample 3 --html"
+    epilog="Examples: els explain run --sample 3 --step 13; els explain run --sample 3 --html"
 )
 @reported
 def explain(
@@ -39,8 +40,9 @@ def explain(
         typer.Option(
             "--output",
             "-o",
-            help="The picture (.png, .pdf, .svg), or with --html the page; by default in the run "
-            "folder. A picture's data goes beside it, as .npz.",
+            help="The picture (.png, .jpg, .webp, .tiff, .pdf, .svg), or with --html the page; by "
+            "default in the run folder: explain-000003-step13.png is of sample 3 at step 13. A "
+            "picture's data goes beside it, as .npz.",
         ),
     ] = None,
     html: Annotated[
@@ -50,8 +52,12 @@ def explain(
         ),
     ] = False,
     step: Annotated[
-        int, typer.Option(help="The step to look at closely: 1 is the last and cleanest.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="The step to look at closely; 1 is the first, the noise. If not given, the last; "
+            "a page opens at the one at which the fewest patches share a pixel."
+        ),
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option(
@@ -81,14 +87,17 @@ def explain(
                 run, sample, database=database, step=step, top=top, threads=threads, progress=update
             )
         write_page(walkthrough, db, page)
-        typer.echo(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+        typer.echo(f"page: {page} ({size_in_words(page.stat().st_size)})")
         return
     if output is not None and output.suffix.lower() in (".html", ".htm"):
         raise ValueError(f"{output} is a page, not a picture; add --html to make one")
+    if output is not None:
+        require_picture(output)
+    steps = read_settings(run).steps
+    step = steps if step is None else step
     picture = run / f"explain-{sample:06d}-step{step:02d}.png" if output is None else output
-    require_picture(picture)
     top = DEFAULT_TOP if top is None else top
-    with _stepping(read_settings(run).steps) as update:
+    with _stepping(steps) as update:
         explanation, db = explain_run(
             run, sample, database=database, step=step, top=top, threads=threads, progress=update
         )

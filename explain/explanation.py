@@ -31,7 +31,7 @@ class Explanation:
         index: the sample's number in its run.
         kind: the machine.
         values: the sample, float32 ``[C, H, W]``, nominally in [-1, 1].
-        step: the step that is looked at closely; steps count down to 1.
+        step: the step that is looked at closely; steps count from 1, the noise, to S.
         sigma: standard deviation of the noise, float64 ``[S]``.
         patch_sizes: int64 ``[S]``; 0 for IS and ES, which compare whole images.
         effective_patches: exp(entropy of the weights), float32 ``[S, H, W]``.
@@ -63,7 +63,7 @@ class Explanation:
     @property
     def row(self) -> int:
         """The row of :attr:`step` in the arrays."""
-        return len(self.sigma) - self.step
+        return self.step - 1
 
     def offsets(self) -> npt.NDArray[np.int64]:
         """``(dy, dx)`` from every pixel to the centre of its heaviest patch, ``[S, H, W, 2]``.
@@ -106,7 +106,7 @@ class Walkthrough:
             effective patches are those posteriors' estimates, and the heaviest patches are of what
             they read or the index found.
         step: where to begin to look; one of :attr:`steps`.
-        steps: which are kept, counting down to 1, int64 ``[S]``.
+        steps: which are kept, counting from 1, the noise, to :attr:`plan_steps`, int64 ``[S]``.
         sigma: standard deviation of the noise, float64 ``[S]``.
         patch_sizes: int64 ``[S]``; 0 for IS and ES, which compare whole images.
         noisy: x_t, float32 ``[S, C, H, W]``.

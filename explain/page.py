@@ -21,8 +21,14 @@ from els.storage.figures import require_matplotlib
 from els.storage.files import atomic_file
 from els.storage.png import Pixels, colours, require_suffix
 
-MOST_EMBEDDED_PIXELS = 2_000_000
-"""Most pixels of training images in a page: 2,551 images of 28 x 28, 1,953 of 32 x 32."""
+MOST_EMBEDDED_PIXELS = 16_000_000
+"""Most pixels of training images in a page: 20,408 images of 28 x 28, 15,625 of 32 x 32."""
+# Bytes of training images that are kept without loss; more are compressed as JPEG.
+_MOST_LOSSLESS = 4_000_000
+# Of JPEG, without subsampled colours: pixels of photographs are off by some 1.3 of 255.
+_JPEG_QUALITY = 90
+# Radius of the surroundings of a pixel at the machines that compare whole images.
+_WHOLE_IMAGE_REACH = 1
 
 _SUFFIXES = (".html", ".htm")
 _PARTS = Path(__file__).with_name("web")
@@ -41,8 +47,9 @@ def require_page(path: str | Path) -> None:
 def write_page(walkthrough: Walkthrough, db: PatchDatabase, path: str | Path) -> None:
     """Write the page, whole or not at all; it needs no other file and no network.
 
-    The training images that weigh most are inside, up to ``MOST_EMBEDDED_PIXELS`` pixels; of the
-    others the page has the numbers, and says so.
+    Every training image that the page names is inside. Where those of all patches are more than
+    ``MOST_EMBEDDED_PIXELS``, those of every pixel's heaviest patch go first, then those that weigh
+    most; patches of the others are left out, and the page says so.
 
     Args:
         walkthrough: what to show.
@@ -76,21 +83,21 @@ def page(walkthrough: Walkthrough, db: PatchDatabase) -> str:
 
 @dataclass(frozen=True)
 class _Sources:
-    """The training images that a walkthrough refers to, those with most weight first.
+    """The training images that a page shows, and where its patches are in them.
 
     Attributes:
         numbers: in the database, int64 ``[M]``.
         place: of each entry's image among them, int32 ``[S, H, W, k]``; -1 for none.
         pixel: ``y * W + x`` of each entry's centre, int32 ``[S, H, W, k]``.
-        embedded: how many of the numbers, from the first, are shown as pictures.
-        embedded_weight: their share of the weight of all entries, 0 to 1.
+        left_out: how many more images the walkthrough's patches come from.
+        weight: share of the weight of all patches that those of the images have, 0 to 1.
     """
 
     numbers: npt.NDArray[np.int64]
     place: npt.NDArray[np.int32]
     pixel: npt.NDArray[np.int32]
-    embedded: int
-    embedded_weight: float
+    left_out: int
+    weight: float
 
 
 def _sources(walkthrough: Walkthrough, db: PatchDatabase) -> _Sources:
@@ -100,19 +107,44 @@ def _sources(walkthrough: Walkthrough, db: PatchDatabase) -> _Sources:
     image, y, x = db.locate(addresses)
     used, inverse = np.unique(image[there], return_inverse=True)
     weights = np.bincount(inverse, walkthrough.weights[there].astype(np.float64))
-    order = np.argsort(-weights, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
+    is_heaviest = np.isin(used, image[..., 0])
+    order = np.lexsort((-weights, ~is_heaviest))
+    shown = min(len(used), max(1, MOST_EMBEDDED_PIXELS // (height * width)))
+    rank = np.full(len(used), -1, dtype=np.int32)
+    rank[order[:shown]] = np.arange(shown)
     place = np.full(addresses.shape, -1, dtype=np.int32)
     place[there] = rank[inverse]
-    embedded = min(len(used), max(1, MOST_EMBEDDED_PIXELS // (height * width)))
     return _Sources(
-        used[order],
+        used[order[:shown]],
         place,
         (y * width + x).astype(np.int32),
-        embedded,
-        float(weights[order[:embedded]].sum() / weights.sum()),
+        len(used) - shown,
+        float(weights[order[:shown]].sum() / weights.sum()),
     )
+
+
+def _telling_pixel(walkthrough: Walkthrough, row: int) -> tuple[int, int]:
+    """The pixel around which the denoised image of a step varies most, ``(y, x)``.
+
+    Around a pixel is its patch. Squared deviations are summed over the part of it that lies in the
+    image, so that pixels near the border, whose patches have less of it, come last.
+    """
+    size = int(walkthrough.patch_sizes[row])
+    reach = size // 2 if size else _WHOLE_IMAGE_REACH
+    values = walkthrough.predicted[row].astype(np.float64)
+    _, height, width = values.shape
+    # Sums over windows, by cumulative sums: of one, of the values and of their squares.
+    terms = np.stack([np.ones_like(values), values, values**2])
+    sums = np.pad(terms, ((0, 0), (0, 0), (1, 0), (1, 0))).cumsum(2).cumsum(3)
+    (top, bottom), (left, right) = (
+        (np.maximum(at - reach, 0), np.minimum(at + reach + 1, side))
+        for at, side in ((np.arange(height), height), (np.arange(width), width))
+    )
+    rows = sums[:, :, bottom] - sums[:, :, top]
+    count, total, squares = rows[..., right] - rows[..., left]
+    deviations = (squares - total**2 / count).sum(0)
+    y, x = np.unravel_index(int(deviations.argmax()), deviations.shape)
+    return int(y), int(x)
 
 
 def _data(walkthrough: Walkthrough, db: PatchDatabase) -> dict[str, Any]:
@@ -121,7 +153,8 @@ def _data(walkthrough: Walkthrough, db: PatchDatabase) -> dict[str, Any]:
     from matplotlib import colormaps
 
     sources = _sources(walkthrough, db)
-    sprite, columns = _sprite(db, sources.numbers[: sources.embedded])
+    sprite, columns = _sprite(db, sources.numbers)
+    opens_at = int(np.flatnonzero(walkthrough.steps == walkthrough.step)[0])
     heaviest = zip(*db.locate(walkthrough.addresses[..., 0]), strict=True)
     mosaic = [colours(np.moveaxis(db.images[image, :, y, x], -1, 0)) for image, y, x in heaviest]
     most = max(2.0, float(walkthrough.effective_patches.max()))
@@ -138,7 +171,8 @@ def _data(walkthrough: Walkthrough, db: PatchDatabase) -> dict[str, Any]:
         "top": walkthrough.weights.shape[-1],
         "planSteps": walkthrough.plan_steps,
         "tolerance": walkthrough.tolerance,
-        "opensAt": int(np.flatnonzero(walkthrough.steps == walkthrough.step)[0]),
+        "opensAt": opens_at,
+        "pixelAtFirst": _telling_pixel(walkthrough, opens_at),
         "steps": walkthrough.steps.tolist(),
         "sigma": walkthrough.sigma.tolist(),
         "sizes": walkthrough.patch_sizes.tolist(),
@@ -150,8 +184,8 @@ def _data(walkthrough: Walkthrough, db: PatchDatabase) -> dict[str, Any]:
         "numbers": sources.numbers.tolist(),
         "labels": None if db.labels is None else db.labels[sources.numbers].tolist(),
         "classNames": None if db.class_names is None else list(db.class_names),
-        "embedded": sources.embedded,
-        "embeddedWeight": sources.embedded_weight,
+        "leftOut": sources.left_out,
+        "weightShown": sources.weight,
         "sprite": sprite,
         "spriteColumns": columns,
         "noisy": _strip([colours(encode(values)) for values in walkthrough.noisy]),
@@ -173,7 +207,7 @@ def _sprite(db: PatchDatabase, numbers: npt.NDArray[np.int64]) -> tuple[str, int
     for place, number in enumerate(numbers):
         top, left = place // columns * height, place % columns * width
         canvas[top : top + height, left : left + width] = colours(db.images[number])
-    return _picture(canvas), columns
+    return _picture(canvas, most_lossless=_MOST_LOSSLESS), columns
 
 
 def _strip(tiles: list[Pixels]) -> str:
@@ -181,14 +215,26 @@ def _strip(tiles: list[Pixels]) -> str:
     return _picture(np.concatenate(tiles))
 
 
-def _picture(pixels: Pixels) -> str:
-    """``[H, W, 3]`` as a data URI of a PNG, in grey where it is grey."""
+def _picture(pixels: Pixels, most_lossless: int | None = None) -> str:
+    """A picture as a data URI, in grey where it is grey.
+
+    Args:
+        pixels: ``[H, W, 3]``.
+        most_lossless: bytes of a PNG in place of which a smaller JPEG may stand; None for no limit.
+    """
     is_grey = bool((pixels == pixels[..., :1]).all())
+    picture = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if is_grey else pixels))
+    kind, content = "png", _encoded(picture, format="PNG", optimize=True)
+    if most_lossless is not None and len(content) > most_lossless:
+        lossy = _encoded(picture, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+        kind, content = min(("jpeg", lossy), (kind, content), key=lambda each: len(each[1]))
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
+
+
+def _encoded(picture: Image.Image, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels[..., 0] if is_grey else pixels)).save(
-        buffer, format="PNG", optimize=True
-    )
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, **options)
+    return buffer.getvalue()
 
 
 def _array(values: npt.NDArray[Any], dtype: str) -> str:

@@ -15,6 +15,7 @@ from els.index import PatchDatabase, encode
 from els.runs.novelty import nearest_images
 from els.storage.figures import neutral_style, write_figure
 from els.storage.files import atomic_file
+from els.storage.labelled import PICTURE_FORMATS
 from els.storage.png import colours, require_suffix
 
 # Imported inside neutral_style: whether matplotlib can be imported depends on MPLBACKEND.
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 20
 MOST_CONTRIBUTORS = 8
-
-_FORMATS = (".png", ".pdf", ".svg")
 
 _Rgb = npt.NDArray[np.float64]
 
@@ -52,16 +51,17 @@ def require_picture(path: str | Path) -> None:
     Raises:
         ValueError: naming the suffixes that are.
     """
-    require_suffix(path, _FORMATS)
+    require_suffix(path, PICTURE_FORMATS)
 
 
 def write_explanation(explanation: Explanation, db: PatchDatabase, path: str | Path) -> Path:
-    """Write the picture (PNG, PDF, SVG: by the suffix) and, beside it, its data as ``.npz``.
+    """Write the picture and, beside it, its data as ``.npz``.
 
     Args:
         explanation: what to draw.
         db: the training images that it refers to.
-        path: of the picture; its folder is made.
+        path: of the picture, of any of ``els.storage.labelled.PICTURE_FORMATS``; its folder is
+            made.
 
     Returns:
         The path of the data: every field of the explanation under its name, and the numbers and
@@ -119,10 +119,9 @@ def _title(explanation: Explanation) -> str:
     row, steps = explanation.row, len(explanation.sigma)
     size = explanation.patch_sizes[row]
     compared = f"{size} x {size} patches" if size else "whole images"
-    when = "the last step" if explanation.step == 1 else f"step {explanation.step} from the end"
     return (
-        f"Sample {explanation.index}, {explanation.kind} machine: {when} of {steps} "
-        f"(noise sigma = {explanation.sigma[row]:.3f}, {compared})"
+        f"Sample {explanation.index}, {explanation.kind} machine: step {explanation.step} of "
+        f"{steps} (noise sigma = {explanation.sigma[row]:.3f}, {compared})"
     )
 
 
@@ -181,7 +180,7 @@ def _draw_steps(
         panel.set_axis_off()
     for column, row in enumerate(rows):
         size = explanation.patch_sizes[row]
-        title = f"{explanation.sigma[row]:.2f}" + (f"\nP {size}" if size else "")
+        title = f"{row + 1}\n{explanation.sigma[row]:.2f}" + (f"\nP {size}" if size else "")
         image_numbers = explanation.heaviest[row, :, :, 0]
         _show(panels[0, column], _source_colours(image_numbers, palette), title, fontsize=9)
         _show(panels[1, column], None, "", fontsize=9)
@@ -192,7 +191,7 @@ def _draw_steps(
             for panel in panels[:, column]:
                 panel.spines[:].set(color=_MARK, linewidth=2.5)
     figure.suptitle(
-        "from noise to clean (noise sigma and patch size above each step): "
+        "from noise to clean (number, noise sigma and patch size above each step): "
         "which training image, and how many patches effectively share the pixel",
         fontsize=12,
     )

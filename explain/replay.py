@@ -38,7 +38,7 @@ def explain_sample(
     index: int,
     *,
     label: int | None = None,
-    step: int = 1,
+    step: int | None = None,
     top: int = DEFAULT_TOP,
     progress: Callable[[StepState], None] | None = None,
 ) -> Explanation:
@@ -49,19 +49,20 @@ def explain_sample(
         plan: how it was drawn.
         index: its number.
         label: the class that was drawn on.
-        step: to look at closely, 1 (the last, cleanest) to ``plan.steps``.
+        step: to look at closely, 1 (the noise) to ``plan.steps``; None for the last, the cleanest.
         top: how many of the heaviest patches to keep per pixel at that step; 1 at the others.
         progress: called after every step.
 
     Raises:
         ValueError: for a step or top out of range.
     """
+    step = plan.steps if step is None else step
     _require_step(step, plan)
     if not 1 <= top <= MAX_TOP:
         raise ValueError(f"top={top} is out of range 1 to {MAX_TOP}")
-    tops = [top if i == step else 1 for i in range(plan.steps, 0, -1)]
+    tops = [top if row == step - 1 else 1 for row in range(plan.steps)]
     values, states, answers = _drawn_again(machine, plan, index, tops, label, progress)
-    close = answers[plan.steps - step]
+    close = answers[step - 1]
     addresses = close.addresses.numpy()
     there = addresses >= 0
     sources, _, _ = machine.db.locate(np.where(there, addresses, 0))
@@ -85,7 +86,7 @@ def explain_run(
     index: int,
     *,
     database: str | Path | None = None,
-    step: int = 1,
+    step: int | None = None,
     top: int = DEFAULT_TOP,
     threads: int | None = None,
     progress: Callable[[StepState], None] | None = None,
@@ -131,7 +132,7 @@ def walk_sample(
     index: int,
     *,
     label: int | None = None,
-    step: int = 1,
+    step: int | None = None,
     top: int = DEFAULT_WALK_TOP,
     progress: Callable[[StepState], None] | None = None,
 ) -> Walkthrough:
@@ -145,7 +146,8 @@ def walk_sample(
         plan: how it was drawn.
         index: its number.
         label: the class that was drawn on.
-        step: where to begin to look, 1 (the last, cleanest) to ``plan.steps``.
+        step: where to begin to look, 1 (the noise) to ``plan.steps``; None for the one of those
+            that are kept at which the fewest patches share a pixel, by the geometric mean.
         top: how many patches to keep per pixel.
         progress: called after every step.
 
@@ -153,7 +155,8 @@ def walk_sample(
         ValueError: for a step or top out of range, or images so large that three steps are more
             than ``MOST_ENTRIES``.
     """
-    _require_step(step, plan)
+    if step is not None:
+        _require_step(step, plan)
     _, height, width = plan.shape(machine.db)
     room = MOST_ENTRIES // (height * width)
     most = min(MAX_TOP, room // min(3, plan.steps))
@@ -162,10 +165,13 @@ def walk_sample(
             f"top={top} is out of range 1 to {most} for images of {height} x {width} pixels: "
             f"at most {MOST_ENTRIES:,} patches are kept, and three steps at least"
         )
-    kept = _spread(plan.steps, room // top, plan.steps - step)
+    kept = _spread(plan.steps, room // top, plan.steps - 1 if step is None else step - 1)
     tops = [top if row in kept else 1 for row in range(plan.steps)]
     values, states, answers = _drawn_again(machine, plan, index, tops, label, progress)
     states, answers = [states[row] for row in kept], [answers[row] for row in kept]
+    if step is None:
+        shared = [float(answer.effective.double().log().mean()) for answer in answers]
+        step = kept[int(np.argmin(shared))] + 1
     return Walkthrough(
         index=index,
         kind=machine.kind,
@@ -174,7 +180,7 @@ def walk_sample(
         plan_steps=plan.steps,
         tolerance=plan.tolerance,
         step=step,
-        steps=np.array([state.step for state in states]),
+        steps=np.array(kept, dtype=np.int64) + 1,
         sigma=np.array([state.sigma for state in states]),
         patch_sizes=np.array([state.patch_size or 0 for state in states], dtype=np.int64),
         noisy=torch.cat([state.x_t for state in states]).float().numpy(),
@@ -190,7 +196,7 @@ def walk_run(
     index: int,
     *,
     database: str | Path | None = None,
-    step: int = 1,
+    step: int | None = None,
     top: int = DEFAULT_WALK_TOP,
     threads: int | None = None,
     progress: Callable[[StepState], None] | None = None,
@@ -215,7 +221,9 @@ def walk_run(
 
 def _require_step(step: int, plan: SamplePlan) -> None:
     if not 1 <= step <= plan.steps:
-        raise ValueError(f"step={step} is out of range 1 (the last, cleanest) to {plan.steps}")
+        raise ValueError(
+            f"step={step} is out of range 1 (the noise) to {plan.steps} (the last, the cleanest)"
+        )
 
 
 def _spread(count: int, most: int, wanted: int) -> list[int]:

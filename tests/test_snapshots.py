@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 MODULES = ("els.index", "els.engine")
 # Named anew since version 0.1.0 (CHANGELOG.md).
 RENAMED = {"maximum": "reference", "tilt": "logit_sum"}
+# Options that mean something else since version 0.1.0 (CHANGELOG.md): steps count from the noise.
+MEANT_ANEW = {("els explain", "step")}
 
 
 def parameters(function: Any) -> list[list[str]]:
@@ -130,7 +132,8 @@ def test_commands_and_options_are_there() -> None:
             there = now[words][name]
             assert set(there["spellings"]) >= set(option["spellings"]), (words, name)
             assert set(there["choices"]) >= set(option["choices"]), (words, name)
-            assert there["default"] == option["default"], (words, name)
+            if (words, name) not in MEANT_ANEW:
+                assert there["default"] == option["default"], (words, name)
             assert there["required"] <= option["required"], (words, name)
         assert not [
             name for name, option in now[words].items() if option["required"] and name not in before

@@ -10,12 +10,17 @@
   const pixel = numbers(data.pixel, Int32Array);
   const isCircular = data.boundary === "circular";
   const MARK = "#ff2d6f";
-  const thumb = () => (window.innerWidth < 480 ? 64 : 88);
+  // The sides of the window; innerWidth grows with what overflows it while the page is made.
+  const root = document.documentElement;
+  const thumb = () => (root.clientWidth < 480 ? 64 : 88);
+  // As in the style sheet: the patches are below the sample then, not beside it.
+  const isNarrow = () => window.matchMedia("(max-width: 48rem)").matches;
+  const hasPatches = sizes.some((size) => size > 0);
 
   const state = {
     row: data.opensAt,
-    y: Math.floor(height / 2),
-    x: Math.floor(width / 2),
+    y: data.pixelAtFirst[0],
+    x: data.pixelAtFirst[1],
     view: "predicted",
     isHeld: false,
   };
@@ -36,11 +41,16 @@
     return new Type(bytes.buffer);
   }
 
-  async function load(name) {
-    const picture = new Image();
-    picture.src = data[name];
-    await picture.decode();
-    pictures[name] = picture;
+  function load(name) {
+    return new Promise((resolve, reject) => {
+      const picture = new Image();
+      picture.onload = () => {
+        pictures[name] = picture;
+        resolve();
+      };
+      picture.onerror = () => reject(new Error(name));
+      picture.src = data[name];
+    });
   }
 
   // Numbers as words.
@@ -54,6 +64,13 @@
   function count(value) {
     const rounded = value < 100 ? Number(value.toPrecision(3)) : Math.round(value);
     return rounded.toLocaleString("en");
+  }
+
+  // "1 image", "2.5 patches".
+  function counted(value, thing) {
+    const words = count(value);
+    const plural = thing === "patch" ? "patches" : `${thing}s`;
+    return `${words} ${words === "1" ? thing : plural}`;
   }
 
   function signed(value) {
@@ -83,7 +100,9 @@
   function patchesOf(row, y, x) {
     const found = [];
     const start = ((row * height + y) * width + x) * top;
-    for (let entry = start; entry < start + top && place[entry] >= 0; entry++) {
+    for (let entry = start; entry < start + top; entry++) {
+      // There are fewer candidates, or its image is not in this page.
+      if (place[entry] < 0) continue;
       const centre = { y: Math.floor(pixel[entry] / imageWidth), x: pixel[entry] % imageWidth };
       let [dy, dx] = [centre.y - y, centre.x - x];
       if (data.kind === "ES") [dy, dx] = [shorter(dy, height), shorter(dx, width)];
@@ -176,7 +195,7 @@
 
   function showBoard() {
     const room = at("sample").parentElement.clientWidth;
-    const tall = (0.62 * window.innerHeight * width) / height;
+    const tall = ((isNarrow() ? 0.3 : 0.62) * root.clientHeight * width) / height;
     const cssWidth = Math.max(120, Math.floor(Math.min(room, tall, 26 * 16)));
     const size = sizes[state.row];
     const outlines = [{ y: state.y, x: state.x, reach: 0, strong: true }];
@@ -225,8 +244,9 @@
       const label = power < 4 ? String(10 ** power) : `1e${power}`;
       parts.push(svg("text", { x: left - 5, y: level + 4, "text-anchor": "end" }, label));
     }
-    parts.push(svg("text", { x: left, y: tall - 3 }, "noise"));
-    parts.push(svg("text", { x: wide - right, y: tall - 3, "text-anchor": "end" }, "clean"));
+    const ends = [`step ${steps[0]}, noise`, `step ${steps[steps.length - 1]}, clean`];
+    parts.push(svg("text", { x: left, y: tall - 3 }, ends[0]));
+    parts.push(svg("text", { x: wide - right, y: tall - 3, "text-anchor": "end" }, ends[1]));
     const points = steps.map((_, row) => `${x(row).toFixed(1)},${y(shared(row)).toFixed(1)}`);
     parts.push(svg("polyline", { class: "curve", points: points.join(" ") }));
     parts.push(svg("circle", { class: "now", cx: x(state.row), cy: y(shared(state.row)), r: 4.5 }));
@@ -247,8 +267,7 @@
     const shown = element("div", "pictures");
     const [whole, patch] = [element("canvas"), element("canvas")];
     for (const canvas of [whole, patch]) canvas.setAttribute("aria-hidden", "true");
-    const missing = element("div", "missing", "picture not in this page");
-    shown.append(whole, patch, missing);
+    shown.append(whole, patch);
     const words = element("div", "words");
     const weight = element("p", "weight");
     const bar = element("div", "bar");
@@ -257,7 +276,7 @@
     words.append(weight, bar, image, offset);
     row.append(shown, words);
     at("patches").append(row);
-    return { row, whole, patch, missing, weight, bar: bar.firstChild, image, offset };
+    return { row, whole, patch, weight, bar: bar.firstChild, image, offset };
   });
 
   function showPatches() {
@@ -267,10 +286,13 @@
     const carried = found.reduce((sum, patch) => sum + patch.weight, 0);
     at("where").textContent = `Pixel in row ${state.y}, column ${state.x}` +
       (state.isHeld ? " (held)" : "");
-    const things = size ? "patches" : "images";
+    const sharers = counted(shared(state.row), size ? "patch" : "image");
+    const these = found.length === 1 ? "this one carries" : `these ${found.length} carry`;
     at("summary").textContent =
-      `${count(shared(state.row))} ${things} effectively share it; ` +
-      `these ${found.length} carry ${share(carried)} of the weight.`;
+      `${sharers} effectively ${sharers.startsWith("1 ") ? "makes" : "share"} it; ` +
+      (found.length
+        ? `${these} ${share(carried)} of the weight.`
+        : "its heaviest patches are of images that are not in this page.");
     at("query").hidden = !size;
     at("query").style.display = size ? "" : "none";
     if (size) {
@@ -283,19 +305,11 @@
       const patch = found[rank];
       shown.row.hidden = patch === undefined;
       if (patch === undefined) return;
-      const isEmbedded = patch.index < data.embedded;
-      shown.whole.hidden = !isEmbedded;
-      shown.patch.hidden = !isEmbedded || !size;
-      shown.missing.hidden = isEmbedded;
-      for (const part of [shown.whole, shown.patch, shown.missing]) {
-        part.style.display = part.hidden ? "none" : "";
-      }
-      if (isEmbedded) {
-        const outlines = [{ y: patch.y, x: patch.x, reach: 0, strong: true }];
-        if (size > 1) outlines.unshift({ y: patch.y, x: patch.x, reach, strong: false });
-        drawWhole(shown.whole, ofImage(patch.index), thumb(), outlines);
-        if (size) drawPatch(shown.patch, ofImage(patch.index), patch.y, patch.x, reach, thumb());
-      }
+      shown.patch.style.display = size ? "" : "none";
+      const outlines = [{ y: patch.y, x: patch.x, reach: 0, strong: true }];
+      if (size > 1) outlines.unshift({ y: patch.y, x: patch.x, reach, strong: false });
+      drawWhole(shown.whole, ofImage(patch.index), thumb(), outlines);
+      if (size) drawPatch(shown.patch, ofImage(patch.index), patch.y, patch.x, reach, thumb());
       const name = className(patch.index);
       shown.weight.textContent = share(patch.weight);
       shown.bar.style.width = `${100 * patch.weight}%`;
@@ -305,7 +319,10 @@
     });
   }
 
+  let isLoaded = false;
   function show() {
+    // The window may be resized, and keys pressed, before the pictures are there.
+    if (!isLoaded) return;
     showLevel();
     showBoard();
     showChart();
@@ -318,11 +335,15 @@
     clearTimeout(announcement);
     announcement = setTimeout(() => {
       const [best] = patchesOf(state.row, state.y, state.x);
-      const name = className(best.index);
+      const name = best ? className(best.index) : "";
+      const heaviest = best
+        ? `${share(best.weight)}, image ${data.numbers[best.index]}${name ? `, ${name}` : ""}, ` +
+          moved(best.dy, best.dx)
+        : "not in this page";
+      const thing = hasPatches ? "patch" : "image";
       at("live").textContent =
-        `Row ${state.y}, column ${state.x}, step ${steps[state.row]}. Heaviest patch: ` +
-        `${share(best.weight)}, image ${data.numbers[best.index]}${name ? `, ${name}` : ""}, ` +
-        `${moved(best.dy, best.dx)}. ${count(shared(state.row))} patches share the pixel.`;
+        `Row ${state.y}, column ${state.x}, step ${steps[state.row]}. Heaviest ${thing}: ` +
+        `${heaviest}. ${counted(shared(state.row), thing)} in effect.`;
     }, 150);
   }
 
@@ -407,33 +428,46 @@
     const beyond = isCircular ? "the opposite side" : "zeros";
     const boundary = isLocal ? `, which reads ${beyond} beyond the border,` : "";
     at("lede").textContent =
-      `Drawn by the ${data.kind} machine${boundary} from ${data.images.toLocaleString("en")} ` +
-      "training images. At every step each pixel is an average of training patches; " +
+      `Drawn by the ${data.kind} machine${boundary} from ` +
+      `${counted(data.images, "training image")}. ` +
+      "At every step each pixel is an average of training patches; " +
       "choose a pixel and a step to see which, and how much each weighs.";
     const isThinned = steps.length < data.planSteps;
-    const others = data.numbers.length - data.embedded;
+    const things = hasPatches ? "patches" : "images";
+    const thing = hasPatches ? "patch" : "image";
+    at("curve").textContent = `${things[0].toUpperCase()}${things.slice(1)} that share this pixel, ` +
+      "step by step";
     at("limits").textContent =
-      (isThinned ? `${steps.length} of ${data.planSteps} steps are in this page. ` : "") +
+      (isThinned ? `${steps.length} of ${counted(data.planSteps, "step")} are in this page. ` : "") +
       (data.tolerance === null
         ? ""
         : "The sample was drawn with approximate posteriors (mean absolute error " +
           `${data.tolerance}); the weights are their estimates, and the patches the heaviest ` +
           "of those that they read or that an index found. ") +
-      `Each pixel has its ${top} heaviest patches at each step. They come from ` +
-      `${data.numbers.length.toLocaleString("en")} images` +
-      (others
-        ? `; the ${data.embedded.toLocaleString("en")} that weigh most are here as pictures ` +
-          `(${share(data.embeddedWeight)} of the weight shown), the others by number.`
-        : ", all of them here as pictures.") +
+      `Each pixel has its ${top === 1 ? `heaviest ${thing}` : `${top} heaviest ${things}`} at ` +
+      `each step, from ${counted(data.numbers.length, "training image")}, all in this page.` +
+      (data.leftOut
+        ? ` Those from ${counted(data.leftOut, "more image")}, with ` +
+          `${share(1 - data.weightShown)} of the weight, did not fit and are left out.`
+        : "") +
+      (data.sprite.startsWith("data:image/jpeg")
+        ? " The images are compressed: colours are off by a few of 255 levels."
+        : "") +
       " Rows and columns count from 0; an offset goes from the pixel to the patch's centre.";
     at("step").max = steps.length - 1;
     at("shades").style.background = `linear-gradient(to right, ${data.shades.join(", ")})`;
     at("most").textContent = count(data.mostShared);
   }
 
-  Promise.all(["sprite", "noisy", "predicted", "mosaic", "shared"].map(load)).then(() => {
-    introduce();
-    show();
-    document.documentElement.dataset.ready = "yes";
-  });
+  introduce();
+  Promise.all(["sprite", "noisy", "predicted", "mosaic", "shared"].map(load)).then(
+    () => {
+      isLoaded = true;
+      show();
+      root.dataset.ready = "yes";
+    },
+    () => {
+      at("lede").textContent = "This browser cannot decode the pictures of this page; " +
+        "open it in another one, or make it again with a smaller --top.";
+    });
 })();

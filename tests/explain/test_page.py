@@ -51,14 +51,15 @@ class Made:
     def posterior(self, index: int, step: int, top: int = TOP) -> Any:
         settings = read_settings(self.run)
         machine = ScoreMachine(self.db, settings.machine, settings.boundary or "zeros", "torch")
-        schedule, t = settings.plan.schedule, step / STEPS
+        # Steps count from the noise, time from the clean end.
+        schedule, t = settings.plan.schedule, (STEPS - step + 1) / STEPS
         with np.load(RunFolder(self.run).trajectory(index, ".npz")) as arrays:
-            x = torch.from_numpy(arrays["x_t"][STEPS - step])
+            x = torch.from_numpy(arrays["x_t"][step - 1])
         return machine.posterior(
             x.unsqueeze(0),
             alpha=schedule.alpha(t),
             sigma=schedule.sigma(t),
-            patch_size=settings.plan.patch_sizes and settings.plan.patch_sizes[step - 1],
+            patch_size=settings.plan.patch_sizes and settings.plan.patch_sizes[STEPS - step],
             top=top,
         )
 
@@ -115,7 +116,7 @@ def array(text: str, dtype: str, *shape: int) -> np.ndarray:
 
 def picture(uri: str) -> np.ndarray:
     kind, content = uri.split(",")
-    assert kind == "data:image/png;base64"
+    assert kind in ("data:image/png;base64", "data:image/jpeg;base64")
     with Image.open(io.BytesIO(base64.b64decode(content))) as opened:
         return np.asarray(opened.convert("RGB"))
 
@@ -125,7 +126,7 @@ def test_a_walkthrough_is_what_the_machine_saw(kind, boundary, channels, tmp_pat
     made = make(tmp_path, kind, boundary, channels)
     walkthrough, db = walk_run(made.run, 1, step=2, top=TOP)
     assert isinstance(walkthrough, Walkthrough)
-    assert walkthrough.steps.tolist() == [3, 2, 1]
+    assert walkthrough.steps.tolist() == [1, 2, 3]
     np.testing.assert_array_equal(walkthrough.values, RunFolder(made.run).load(1))
     with np.load(RunFolder(made.run).trajectory(1, ".npz")) as arrays:
         np.testing.assert_array_equal(walkthrough.noisy, arrays["x_t"])
@@ -161,10 +162,14 @@ def test_the_file_holds_the_walkthrough(made: Made, tmp_path: Path) -> None:
     numbers = np.array(data["numbers"])
     np.testing.assert_array_equal(numbers[place] * HEIGHT * WIDTH + pixel, walkthrough.addresses)
     assert data["labels"] == db.labels[numbers].tolist()
-    # Every image once, those that weigh most first.
-    assert len(set(data["numbers"])) == len(data["numbers"]) == data["embedded"]
+    # Every image once: those of heaviest patches first, and of them those that weigh most.
+    assert len(set(data["numbers"])) == len(data["numbers"])
+    assert (data["leftOut"], data["weightShown"]) == (0, 1)
     carried = np.bincount(place.ravel(), walkthrough.weights.ravel())
-    assert (np.diff(carried) <= 1e-12).all()
+    first = np.isin(np.arange(len(carried)), place[..., 0])
+    assert (np.diff(first.astype(int)) <= 0).all()
+    assert (np.diff(carried[first]) <= 1e-12).all()
+    assert (np.diff(carried[~first]) <= 1e-12).all()
     sprite, columns = picture(data["sprite"]), data["spriteColumns"]
     for index, number in enumerate(numbers):
         y, x = index // columns * HEIGHT, index % columns * WIDTH
@@ -193,14 +198,60 @@ def test_the_file_is_all_there_is(made: Made) -> None:
     assert "url(" not in text
 
 
-def test_what_does_not_fit_is_said(made: Made, monkeypatch) -> None:
+def test_patches_of_images_that_do_not_fit_are_left_out(made: Made, monkeypatch) -> None:
+    walkthrough, db = walk_run(made.run, 0, top=TOP)
     monkeypatch.setattr(pages, "MOST_EMBEDDED_PIXELS", 3 * HEIGHT * WIDTH)
-    data = Page(page(*walk_run(made.run, 0, top=TOP))).data
-    assert data["embedded"] == 3 < len(data["numbers"])
-    weights = array(data["weights"], "<f4", -1)
-    carried = weights[array(data["place"], "<i4", -1) < 3].sum() / weights.sum()
-    assert data["embeddedWeight"] == pytest.approx(carried, rel=1e-5)
+    data = Page(page(walkthrough, db)).data
+    n, _, _ = db.locate(walkthrough.addresses)
+    assert len(data["numbers"]) == 3
+    assert data["leftOut"] == len(np.unique(n)) - 3 > 0
+    heaviest = np.bincount(n.ravel(), walkthrough.weights.ravel())
+    heaviest[~np.isin(np.arange(COUNT), n[..., 0])] = 0
+    assert data["numbers"] == np.argsort(-heaviest, kind="stable")[:3].tolist()
+    place = array(data["place"], "<i4", *n.shape)
+    # What a page names is in it.
+    assert place.max() == 2
+    np.testing.assert_array_equal(place >= 0, np.isin(n, data["numbers"]))
+    carried = walkthrough.weights[place >= 0].sum() / walkthrough.weights.sum()
+    assert data["weightShown"] == pytest.approx(carried, rel=1e-5)
     assert len(picture(data["sprite"])) == 2 * HEIGHT
+
+
+def test_many_images_are_compressed(made: Made, monkeypatch) -> None:
+    walkthrough, db = walk_run(made.run, 0, top=TOP)
+    whole = Page(page(walkthrough, db)).data
+    assert whole["sprite"].startswith("data:image/png")
+    monkeypatch.setattr(pages, "_MOST_LOSSLESS", 10)
+    # So small that even pictures of a few pixels are smaller than their PNG.
+    monkeypatch.setattr(pages, "_JPEG_QUALITY", 1)
+    small = Page(page(walkthrough, db)).data
+    assert small["sprite"].startswith("data:image/jpeg")
+    assert len(small["sprite"]) < len(whole["sprite"])
+    assert picture(small["sprite"]).shape == picture(whole["sprite"]).shape
+    # The other pictures are kept as they are, and so are these where JPEG takes more.
+    assert small["noisy"] == whole["noisy"]
+    monkeypatch.setattr(pages, "_JPEG_QUALITY", 100)
+    assert Page(page(walkthrough, db)).data["sprite"] == whole["sprite"]
+
+
+def test_a_page_opens_at_the_step_that_the_fewest_patches_share(made: Made) -> None:
+    walkthrough, db = walk_run(made.run, 1, top=TOP)
+    shared = np.log(walkthrough.effective_patches.astype(float)).mean((1, 2))
+    assert walkthrough.step == walkthrough.steps[shared.argmin()]
+    data = Page(page(walkthrough, db)).data
+    row = int(shared.argmin())
+    assert data["opensAt"] == row
+    # And at the pixel whose patch varies most, as far as it lies in the image.
+    reach = int(walkthrough.patch_sizes[row]) // 2
+    padded = np.pad(walkthrough.predicted[row, 0].astype(float), reach, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1,) * 2)
+    spread = np.nansum((windows - np.nanmean(windows, (2, 3), keepdims=True)) ** 2, (2, 3))
+    assert data["pixelAtFirst"] == list(np.unravel_index(spread.argmax(), spread.shape))
+
+
+def test_the_size_of_a_page_is_bounded_by_its_pixels() -> None:
+    # Of 60,000 images of 28 x 28, those that fit.
+    assert pages.MOST_EMBEDDED_PIXELS // 28**2 == 20_408
 
 
 def test_steps_are_left_out_where_there_are_too_many(tmp_path: Path, monkeypatch) -> None:
@@ -208,12 +259,12 @@ def test_steps_are_left_out_where_there_are_too_many(tmp_path: Path, monkeypatch
     db = PatchDatabase.build(images, path=tmp_path / "db")
     sample_run(ScoreMachine(db, "IS", backend="torch"), tmp_path / "run", n=1, steps=30)
     whole, _ = walk_run(tmp_path / "run", 0, step=9)
-    assert whole.steps.tolist() == list(range(30, 0, -1))
+    assert whole.steps.tolist() == list(range(1, 31))
     monkeypatch.setattr(explain, "MOST_ENTRIES", 8 * 16 * 2)
     some, _ = walk_run(tmp_path / "run", 0, step=9, top=2)
     assert len(some.steps) <= 8
     assert {30, 9, 1} <= set(some.steps.tolist())
-    rows = 30 - some.steps
+    rows = some.steps - 1
     np.testing.assert_array_equal(some.noisy, whole.noisy[rows])
     np.testing.assert_array_equal(some.weights, whole.weights[rows][..., :2])
     # Two images: two candidates, and nothing in the places beyond.
@@ -339,6 +390,20 @@ def written(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def held_back(path: Path, made: Made) -> Path:
+    """A page whose pictures are decoded only when ``release()`` is called."""
+    write_page(*walk_run(made.run, 1, top=TOP), path)
+    script = (
+        "const held = [], descriptor = Object.getOwnPropertyDescriptor(Image.prototype, 'src');"
+        "Object.defineProperty(HTMLImageElement.prototype, 'src', {set(value) {"
+        "  held.push(() => descriptor.set.call(this, value)); }});"
+        "window.release = () => held.forEach((go) => go());"
+    )
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"use strict";', f'"use strict";{script}', 1), encoding="utf-8")
+    return path
+
+
 def require_shown(browser: Browser, made: Made, step: int, y: int, x: int) -> None:
     """What the page shows of a pixel is what the machine says, to the digits that are shown."""
     post = made.posterior(1, step)
@@ -366,7 +431,8 @@ def test_a_person_explores(browser: Browser, made: Made, written: Path) -> None:
 
     browser.open(written)
     assert browser.driver.title == "Where sample 1 came from"
-    require_shown(browser, made, 2, HEIGHT // 2, WIDTH // 2)
+    data = Page(written.read_text(encoding="utf-8")).data
+    require_shown(browser, made, 2, *data["pixelAtFirst"])
     browser.point(1, 2)
     require_shown(browser, made, 2, 1, 2)
     # Held: the mouse goes on, the pixel stays.
@@ -386,17 +452,20 @@ def test_a_person_explores(browser: Browser, made: Made, written: Path) -> None:
     browser.press(Keys.END, Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
     require_shown(browser, made, 2, 1, WIDTH - 1)
     browser.press("[")
-    require_shown(browser, made, 3, 1, WIDTH - 1)
+    require_shown(browser, made, 1, 1, WIDTH - 1)
     assert not browser.find("#earlier").is_enabled()
     browser.press("]", "]", "]")
-    require_shown(browser, made, 1, 1, WIDTH - 1)
+    require_shown(browser, made, 3, 1, WIDTH - 1)
     browser.find("#earlier").click()
     require_shown(browser, made, 2, 1, WIDTH - 1)
+    # The slider moves right as the number rises.
+    left = int(browser.find("#step").get_attribute("value"))
     browser.press(Keys.ARROW_RIGHT, at="#step")
-    require_shown(browser, made, 1, 1, WIDTH - 1)
-    assert browser.find("#step").get_attribute("aria-valuetext").startswith("step 1 of 3")
+    assert int(browser.find("#step").get_attribute("value")) == left + 1
+    require_shown(browser, made, 3, 1, WIDTH - 1)
+    assert browser.find("#step").get_attribute("aria-valuetext").startswith("step 3 of 3")
     best = browser.rows()[0]
-    expected = f"Row 1, column {WIDTH - 1}, step 1. Heaviest patch: "
+    expected = f"Row 1, column {WIDTH - 1}, step 3. Heaviest patch: "
     live = "return document.querySelector('#live').textContent.replaceAll('\\u00a0', ' ')"
     browser.wait(lambda: browser.run(live).startswith(expected))
     assert f"image {best['image']:.0f}, " in browser.run(live)
@@ -412,7 +481,9 @@ def test_a_canvas_of_another_size(
     walkthrough, db = walk_run(tmp_path / "run", 0, top=TOP)
     write_page(walkthrough, db, tmp_path / "page.html")
     browser.open(tmp_path / "page.html")
-    n, row, column = db.locate(walkthrough.addresses[1, canvas[0] // 2, canvas[1] // 2])
+    data = Page((tmp_path / "page.html").read_text(encoding="utf-8")).data
+    y, x = data["pixelAtFirst"]
+    n, row, column = db.locate(walkthrough.addresses[data["opensAt"], y, x])
     shown = browser.rows()
     assert [patch["image"] for patch in shown] == n.tolist()
     assert [(patch["y"], patch["x"]) for patch in shown] == list(zip(row, column, strict=True))
@@ -511,12 +582,86 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def drawn_in(browser: Browser, canvas: Any) -> list[int]:
+    """The bytes of a canvas."""
+    return browser.run(
+        "const c = arguments[0];"
+        "return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]",
+        canvas,
+    )
+
+
+def test_a_resize_before_the_pictures_are_decoded(
+    browser: Browser, made: Made, tmp_path: Path
+) -> None:
+    path = held_back(tmp_path / "held.html", made)
+    browser.errors()
+    browser.driver.get(path.as_uri())
+    for width in (900, 390, 1200):
+        size = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": False}
+        browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.run("window.dispatchEvent(new Event('resize'))")
+    browser.press("]", at="body")
+    assert browser.text("#lede").startswith("Drawn by the ELS machine")
+    assert browser.run("return document.documentElement.dataset.ready") is None
+    browser.run("window.release()")
+    browser.wait(lambda: browser.run("return document.documentElement.dataset.ready") == "yes")
+    assert len(set(drawn_in(browser, browser.find("#sample canvas")))) > 2
+    assert browser.rows()
+    assert browser.errors() == []
+
+
+def test_pictures_that_a_browser_cannot_decode_are_said(
+    browser: Browser, made: Made, tmp_path: Path
+) -> None:
+    path = tmp_path / "page.html"
+    write_page(*walk_run(made.run, 1, top=TOP), path)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(r'"sprite":"[^"]*"', '"sprite":"data:image/none;base64,AA"', text))
+    browser.driver.get(path.as_uri())
+    browser.wait(lambda: "cannot decode" in browser.text("#lede"))
+    browser.errors()
+
+
+def test_on_a_phone_the_patches_are_in_sight(browser: Browser, written: Path) -> None:
+    browser.open(written, width=390)
+    for selector in ("#sample", "#step", "#where", "#summary", "#patches li"):
+        bottom = browser.run(
+            "return document.querySelector(arguments[0]).getBoundingClientRect().bottom", selector
+        )
+        assert bottom <= 844, selector
+    # What explains them comes after.
+    tops = [
+        browser.run(
+            "return document.querySelector(arguments[0]).getBoundingClientRect().top", selector
+        )
+        for selector in ("h1", "#sample", "#patches", "#caption", "#lede", "#limits")
+    ]
+    assert tops == sorted(tops)
+
+
+def test_one_is_singular(browser: Browser, tmp_path: Path) -> None:
+    db = PatchDatabase.build(
+        RNG.integers(0, 256, (1, 1, HEIGHT, WIDTH), dtype=np.uint8), path=tmp_path / "db"
+    )
+    sample_run(ScoreMachine(db, "IS", backend="torch"), tmp_path / "run", n=1, steps=1)
+    write_page(*walk_run(tmp_path / "run", 0, top=1), tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    assert "from 1 training image. " in browser.text("#lede")
+    assert browser.text("#summary") == (
+        "1 image effectively makes it; this one carries 100 % of the weight."
+    )
+    words = browser.text("#limits")
+    assert "Each pixel has its heaviest image at each step, from 1 training image," in words
+
+
 @pytest.mark.parametrize(("kind", "boundary", "channels"), CASES)
 def test_every_machine_has_a_page(
     browser: Browser, kind, boundary, channels, tmp_path: Path, monkeypatch
 ) -> None:
     made = make(tmp_path, kind, boundary, channels)
-    monkeypatch.setattr(pages, "MOST_EMBEDDED_PIXELS", 2 * HEIGHT * WIDTH)
+    most = 6 if kind in ("LS", "ELS") else 3
+    monkeypatch.setattr(pages, "MOST_EMBEDDED_PIXELS", most * HEIGHT * WIDTH)
     write_page(*walk_run(made.run, 1, step=2, top=TOP), tmp_path / "page.html")
     browser.open(tmp_path / "page.html")
     browser.point(0, 8)
@@ -528,13 +673,13 @@ def test_every_machine_has_a_page(
     compared = browser.find("#query").is_displayed()
     assert compared == (kind in ("LS", "ELS"))
     words = browser.text("#limits")
-    assert "the 2 that weigh most are here as pictures" in words
+    assert f"from {most} training images, all in this page. Those from " in words
+    assert "did not fit and are left out" in words
     data = Page((tmp_path / "page.html").read_text(encoding="utf-8")).data
-    for row, shown in zip(
-        browser.driver.find_elements("css selector", "#patches li"), browser.rows(), strict=True
-    ):
-        missing = row.find_element("css selector", ".missing").is_displayed()
-        assert missing == (data["numbers"].index(shown["image"]) >= 2)
+    assert {shown["image"] for shown in browser.rows()} <= set(data["numbers"])
+    for canvas in browser.driver.find_elements("css selector", "#patches canvas"):
+        if canvas.is_displayed():
+            assert len(set(drawn_in(browser, canvas))) > 1
     # Names are text, whatever is in them.
     assert any(name in browser.text("#patches") for name in NAMES)
     assert browser.driver.title == "Where sample 1 came from"

@@ -159,7 +159,7 @@ def test_baselines_are_explained_by_their_images(tmp_path: Path, kind: str) -> N
 
 def test_the_data_is_beside_the_picture(tmp_path: Path) -> None:
     _, run = made(tmp_path, "ELS", "zeros", 1)
-    explanation, db = explain_run(run, 0, step=3, top=4)
+    explanation, db = explain_run(run, 0, step=1, top=4)
     data = write_explanation(explanation, db, tmp_path / "new" / "why.svg")
     assert data == tmp_path / "new" / "why.npz"
     assert (tmp_path / "new" / "why.svg").read_bytes().startswith(b"<?xml")
@@ -223,6 +223,18 @@ def test_a_sample_that_cannot_be_reproduced_is_not_explained(tmp_path: Path) -> 
     np.save(RunFolder(run).values(0), RunFolder(run).load(0) + np.float32(0.5))
     with pytest.raises(RunError, match="came out differently"):
         explain_run(run, 0)
+
+
+def test_steps_count_from_the_noise(tmp_path: Path) -> None:
+    _, run = made(tmp_path, "ELS", "zeros", 1)
+    last, _ = explain_run(run, 0, top=3)
+    assert (last.step, last.row) == (3, 2)
+    first, _ = explain_run(run, 0, step=1, top=3)
+    assert first.row == 0
+    assert first.sigma.tolist() == last.sigma.tolist() == sorted(last.sigma, reverse=True)
+    # At the last step fewer patches share a pixel than in the noise.
+    assert last.weights[..., 0].mean() > first.weights[..., 0].mean()
+    np.testing.assert_array_equal(last.heaviest, first.heaviest)
 
 
 def test_only_pictures_are_drawn() -> None:
