@@ -7,9 +7,10 @@ A run folder holds::
                         sample is finished
     samples/000000.png  the same as 8-bit pixels (2 and 4 channels: side by side, in grey)
     steps/              where samples are that take long, until they are finished: 000000.npz
-    trajectory/         on request: 000000.png (above x_t, below the predicted x_0, noise first)
-                        and 000000.npz (both as float32 [steps, C, H, W], with t, alpha, sigma)
-    grid.png            all samples (the first 1,024), made when the last is finished
+    trajectory/         on request: 000000.png (above x_t, below the predicted x_0, step 1, the
+                        noise, first) and 000000.npz (both as float32 [steps, C, H, W], with t,
+                        alpha, sigma); els.runs.trajectory draws it with words
+    grid.png            all samples (the first 1,024) without words, made when the last is finished
 
 A large run has ``shards/`` in place of ``samples/``: see :mod:`els.runs.stores`.
 """
