@@ -49,6 +49,7 @@ from els.runs.folder import (
 )
 from els.runs.settings import (
     RunSettings,
+    Smoothing,
     database_in_words,
     settings_from_json,
     settings_of,
@@ -662,8 +663,8 @@ def _require_same(run: RunFolder, there: RunSettings, here: RunSettings) -> None
             f"its database is {database_in_words(there)}; the one here is {database_in_words(here)}"
         )
     differing += [
-        f"{field.name} is {_shown(getattr(there, field.name))} there, "
-        f"{_shown(getattr(here, field.name))} here"
+        f"{field.name} is {_shown(field.name, getattr(there, field.name))} there, "
+        f"{_shown(field.name, getattr(here, field.name))} here"
         for field in fields(RunSettings)
         if field.name not in _MAY_DIFFER and getattr(there, field.name) != getattr(here, field.name)
     ]
@@ -718,8 +719,16 @@ def _require_no_new_indices(machine: Machine, settings: RunSettings) -> None:
             )
 
 
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _shown(name: str, value: object) -> str:
+    match value:
+        case None:
+            return "none"
+        case Smoothing(std=std, copies=copies):
+            return f"{std:g}x{copies}"
+        case tuple():
+            return ("x" if name == "canvas" else " ").join(map(str, value))
+        case _:
+            return str(value)
 
 
 def _surroundings(machine: Machine, mesh: ProcessMesh) -> dict[str, Any]:
