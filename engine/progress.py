@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TypeAlias
 
 Progress: TypeAlias = Callable[[int, int], object]
@@ -44,7 +45,10 @@ def shown(progress: bool | Progress | None, total: int) -> Iterator[Progress]:
             "progress=True draws a bar with rich: pip install rich, or give a function of "
             "(done, total)"
         ) from error
-    with Bar(console=Console(stderr=True)) as bar:
+    # Without its widgets rich would warn at every call, in place of a bar.
+    has_widgets = find_spec("ipywidgets") is not None
+    console = Console(stderr=True, force_jupyter=None if has_widgets else False)
+    with Bar(console=console) as bar:
         task = bar.add_task("sampling", total=total)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

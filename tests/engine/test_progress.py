@@ -61,6 +61,13 @@ def test_a_notebook_gets_one(monkeypatch, capsys) -> None:
     assert "sampling" in capsys.readouterr().err
 
 
+def test_a_notebook_without_widgets_gets_a_plain_one_and_no_warning(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    sample(MACHINE, **ARGUMENTS, progress=True)
+    assert "100%" in capsys.readouterr().err
+
+
 def test_without_rich_only_an_explicit_bar_is_refused(monkeypatch) -> None:
     for name in ("rich.console", "rich.progress"):
         monkeypatch.setitem(sys.modules, name, None)
