@@ -92,6 +92,9 @@ def notebook_page(path: Path, *, is_executed: bool) -> dict[str, str | bytes]:
     notebook = nbformat.read(path, as_version=4)
     if is_executed:
         ExecutePreprocessor(timeout=CELL_TIMEOUT).preprocess(notebook)
+        for cell in notebook.cells:
+            if "outputs" in cell:
+                cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
     names = {"unique_key": path.stem}
     markdown, resources = MarkdownExporter().from_notebook_node(notebook, names)
     markdown = markdown.replace("](../docs/", "](../")
