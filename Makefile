@@ -11,6 +11,7 @@ install: .venv/installed-dev
 # What is needed to run: `make demo` stops here.
 .venv/installed: setup.py pyproject.toml constraints.txt $(wildcard engine/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv and compiling the kernels: some minutes without output."
 	$(PIP_INSTALL) --editable .
 	touch $@
 
