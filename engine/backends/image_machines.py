@@ -24,8 +24,10 @@ from els.engine.backends.statistical import locality_state
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, best, empty, merge, stack
 
-# Temporary memory of one block of images, in bytes.
+# Temporary memory of one block of images and shifts, in bytes.
 _BLOCK_BYTES = 16 << 20
+# Bytes of images as float64 that one core's cache holds beside other numbers.
+_CACHED_BYTES = 2 << 20
 # Images of a block, at most.
 _MOST_IMAGES = 4096
 # Bits of an integer that float64 holds exactly.
@@ -64,9 +66,8 @@ def _ideal_state(
     """The same of the ideal score machine."""
     height, width = query.x.shape[2:]
     x = query.x.to(torch.float64).flatten(1)
-    count = min(_MOST_IMAGES, _BLOCK_BYTES // (16 * x.shape[1]))
     block_state = partial(_ideal_block, images, query, x, _energy(x))
-    state = merged_in_order(block_state, blocks(members, count), merge, x.device)
+    state = merged_in_order(block_state, blocks(members, _MOST_IMAGES), merge, x.device)
     if state.top is not None:
         # Every pixel's candidates are the same pixel of the heaviest images.
         pixel = torch.arange(height * width, device=x.device).reshape(height, width, 1)
@@ -111,8 +112,7 @@ def _ideal_block(
     All pixels share reference, mass, logit_sum and top, ``[B, 1, 1]``, whose addresses are image
     numbers.
     """
-    levels = torch.from_numpy(images[members]).flatten(1).to(x.device, torch.float64)
-    product, norms = _products(x, levels)
+    product, norms = _products(x, images, members)
     logits = _logits(
         energy.unsqueeze(1),
         product,
@@ -123,31 +123,44 @@ def _ideal_block(
     reference = logits.amax(1, keepdim=True)
     shifted = logits - reference
     weights = torch.where(shifted >= _LEAST_SHIFTED, shifted.exp(), 0.0)
-    # Most images weigh nothing in so many dimensions, and are left out of the averages.
-    heavy = torch.nonzero(weights.amax(0) > 0).squeeze(1)
-    pixels = levels[heavy].mul_(2).sub_(255)
-    ones = torch.ones_like(pixels[:, :1])
-    averaged = partial(_exact_product, terms=len(members))
-    light, shifted = weights[:, heavy], shifted[:, heavy]
     top = None
     if query.top:
         numbers = torch.tensor(members, device=x.device).expand(logits.shape)
         top = best(logits[:, None, None], numbers[:, None, None], query.top)
     yield PosteriorState(
         reference=reference.unsqueeze(2),
-        mass=averaged(light, ones).unsqueeze(2),
-        centre=averaged(light, pixels).reshape(query.x.shape) / 255,
-        logit_sum=averaged(light * shifted, ones).unsqueeze(2) if query.entropy else None,
+        mass=_exact_sum(weights).unsqueeze(2),
+        centre=_centre(weights, images, members).reshape(query.x.shape),
+        logit_sum=_exact_sum(weights * shifted).unsqueeze(2) if query.entropy else None,
         top=top,
     )
 
 
-def _products(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+def _levels(
+    images: npt.NDArray[np.uint8], members: npt.NDArray[np.int64], device: torch.device
+) -> Iterator[tuple[npt.NDArray[np.uint8], Tensor]]:
+    """A few images at a time, as uint8 and float64 ``[n, D]``, the same memory each time.
+
+    A processor's cache holds them, and memory that is asked for again and again would take longer
+    than the products.
+    """
+    size = images[0].size
+    rows = max(1, min(len(members), _CACHED_BYTES // (8 * size)))
+    buffer = torch.empty((rows, size), dtype=torch.float64, device=device)
+    for start in range(0, len(members), rows):
+        levels = np.asarray(images)[members[start : start + rows]].reshape(-1, size)
+        yield levels, buffer[: len(levels)].copy_(torch.from_numpy(levels))
+
+
+def _products(
+    x: Tensor, images: npt.NDArray[np.uint8], members: npt.NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
     """``x . k`` and ``|k|^2`` of clean images ``k = (2 v - 255) / 255``, without rounding a sum.
 
     Args:
         x: noisy images, float64 ``[B, D]``.
-        levels: v, 0 to 255, float64 ``[n, D]``.
+        images: v of all images, uint8 ``[N, C, H, W]``.
+        members: n image numbers.
 
     Returns:
         float64 ``[B, n]`` and ``[n]``.
@@ -156,13 +169,39 @@ def _products(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     bits = _EXACT_BITS - _PIXEL_BITS - size.bit_length()
     high, low, scale = _halves(x, bits)
     rows = torch.cat([high, low, torch.ones_like(x[:1])])
-    found = rows @ levels.T
-    # Sums of whole numbers again: of x (2 v - 255), and of (2 v - 255)^2.
-    sums = rows @ torch.ones_like(x[0]).unsqueeze(1)
-    high, low = (2 * found[:-1] - 255 * sums[:-1]).chunk(2)
-    squares = (levels.unsqueeze(1) @ levels.unsqueeze(2)).flatten()
-    norms = (4 * squares - 1020 * found[-1] + 255**2 * size) / 255**2
+    # numpy squares and adds whole numbers without a copy; 255^2 D fits 32 bits up to 33,000 pixels.
+    whole = np.int32 if 255**2 * size < 1 << 31 else np.int64
+    products, squares = [], []
+    for levels, values in _levels(images, members, x.device):
+        products.append(rows @ values.T)
+        squares.append(np.einsum("nd,nd->n", levels, levels, dtype=whole))
+    found = torch.cat(products, dim=1)
+    square = torch.from_numpy(np.concatenate(squares)).to(x.device, torch.float64)
+    # Whole numbers again: the sums of x (2 v - 255), and of (2 v - 255)^2.
+    sums = rows[:-1] @ torch.ones_like(x[0]).unsqueeze(1)
+    high, low = (2 * found[:-1] - 255 * sums).chunk(2)
+    norms = (4 * square - 1020 * found[-1] + 255**2 * size) / 255**2
     return (high + low * 2.0**-bits) / scale / 255, norms
+
+
+def _centre(
+    weights: Tensor, images: npt.NDArray[np.uint8], members: npt.NDArray[np.int64]
+) -> Tensor:
+    """``sum_n w_n k_n``, float64 ``[B, D]``, without rounding a sum.
+
+    Images that weigh nothing, most of them in so many dimensions, are not read.
+    """
+    bits = _EXACT_BITS - _PIXEL_BITS - len(members).bit_length()
+    high, low, scale = _halves(weights, bits)
+    heavy = torch.nonzero(weights.amax(0) > 0).squeeze(1)
+    rows = torch.cat([high, low])[:, heavy]
+    sums = weights.new_zeros(len(rows), images[0].size)
+    start = 0
+    for _, values in _levels(images, members[heavy.cpu().numpy()], weights.device):
+        sums += rows[:, start : start + len(values)] @ values.mul_(2).sub_(255)
+        start += len(values)
+    high, low = sums.chunk(2)
+    return (high + low * 2.0**-bits) / scale / 255
 
 
 class _NoisySpectra(NamedTuple):
@@ -292,18 +331,11 @@ def _halves(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return high, ((scaled - high) * 2.0**bits).round(), scale
 
 
-def _exact_product(values: Tensor, integers: Tensor, terms: int) -> Tensor:
-    """``values @ integers`` in which no sum is rounded, so that its order does not matter.
-
-    Args:
-        values: float64 ``[m, k]``.
-        integers: float64 ``[k, n]``, whole numbers below ``2^8`` in size.
-        terms: k, or more where it must not show how many are left out.
-    """
-    bits = _EXACT_BITS - _PIXEL_BITS - terms.bit_length()
+def _exact_sum(values: Tensor) -> Tensor:
+    """The sum of each row ``[m, k]``, float64 ``[m, 1]``, in which no sum is rounded."""
+    bits = _EXACT_BITS - values.shape[1].bit_length()
     high, low, scale = _halves(values, bits)
-    high, low = (torch.cat([high, low]) @ integers).chunk(2)
-    return (high + low * 2.0**-bits) / scale
+    return (high.sum(1, keepdim=True) + low.sum(1, keepdim=True) * 2.0**-bits) / scale
 
 
 def _integers(
