@@ -100,6 +100,6 @@ def test_runs_and_explanations(tmp_path: Path) -> None:
         f"RunSettings(ELS zeros, 1 samples, 2 steps, seed 0, torch, database={str(db.path)!r})"
     )
     explanation, _ = explain_run(tmp_path / "run", 0, top=3)
-    assert repr(explanation) == "Explanation(sample 0, ELS, 1x8x9, 2 steps, step 1 closely, top 3)"
+    assert repr(explanation) == "Explanation(sample 0, ELS, 1x8x9, 2 steps, step 2 closely, top 3)"
     walkthrough, _ = walk_run(tmp_path / "run", 0, top=3)
     assert repr(walkthrough) == "Walkthrough(sample 0, ELS zeros, 1x8x9, 2 of 2 steps, top 3)"

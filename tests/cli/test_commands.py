@@ -55,7 +55,7 @@ def test_from_images_to_an_explanation(tmp_path: Path) -> None:
     assert (run / "explain-000001-step02.npz").exists()
     walked = els("explain", run, "--sample", 1, "--html", "--top", 3)
     assert walked.exit_code == 0, walked.stderr
-    assert "MB)" in walked.stdout
+    assert "kB)" in walked.stdout
     assert '"top":3' in (run / "explain-000001.html").read_text(encoding="utf-8")
 
 
