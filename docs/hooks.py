@@ -27,8 +27,11 @@ EXAMPLES = sorted(ROOT.glob("examples/*.ipynb"))
 CELL_TIMEOUT = 300
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Show the packages to mkdocstrings where they will be installed, as `make types` does."""
+def on_startup(**_: object) -> None:
+    """Show the packages to mkdocstrings where they will be installed, as `make types` does.
+
+    At the start, since mkdocstrings looks once, before other hooks, for the folder that is there.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = ROOT / "build" / "types" / "els"
     packages.mkdir(parents=True, exist_ok=True)
@@ -36,7 +39,6 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         link = packages / folder
         if not link.is_symlink():
             link.symlink_to(ROOT / folder)
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
