@@ -216,8 +216,10 @@ def _option_of(error: Exception, command: Callable[..., None], given: Mapping[st
         value = given.get(argument)
         if isinstance(value, Path):
             path = value.absolute()
-            if refused.is_relative_to(path) or (
-                path.is_relative_to(refused) or refused.parent == path.parent
+            if (
+                refused.is_relative_to(path)
+                or path.is_relative_to(refused)
+                or refused.parent == path.parent
             ):
                 return f"{option} {value}: " if str(value) != error.filename else f"{option} "
     return ""
@@ -258,15 +260,16 @@ def in_options(message: str, command: Callable[..., None], given: str) -> str:
 
 def _renamed(message: str, name: str, option: str, given: str) -> str:
     # A word without an underscore may be just that word.
-    value = r"(=True\b|=|\b)(?=(\s?))" if "_" in name else r"(=True\b|=)(?=(\s?))"
+    value = r"(=True\b|=|\b)" if "_" in name else r"(=True\b|=)"
     if re.search(rf"\b{name}{value}", given):
         return message
-    return re.sub(
-        rf"(?<![\w/-]){name}{value}",
-        # Before a space or a stop there is no value.
-        lambda found: option + " " * (found[1] == "=" and not found[2]),
-        message,
-    )
+
+    def as_option(found: re.Match[str]) -> str:
+        # In "add limit= or ..." no value follows the argument.
+        follows = message[found.end() : found.end() + 1].strip()
+        return f"{option} " if found[1] == "=" and follows else option
+
+    return re.sub(rf"(?<![\w/-]){name}{value}", as_option, message)
 
 
 def _discard_output() -> None:

@@ -306,7 +306,7 @@ def calibrate(
             sizes=None if sizes is None else _odd_sizes(sizes),
             metric=metric.value,
             search=search.value,
-            label=None if label is None else db.class_numbers(label_given(label)),
+            label=db.class_numbers(label_given(label)),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     picture = output.with_suffix(".png")
@@ -370,7 +370,7 @@ def evaluate(
             n=n,
             seed=seed,
             machines=_machines(machines),
-            label=None if label is None else db.class_numbers(label_given(label)),
+            label=db.class_numbers(label_given(label)),
             threads=threads,
             device=device,
             progress=update,

@@ -56,8 +56,10 @@ def warn_of_another_boundary(text: str, boundary: str) -> None:
         )
 
 
-def label_given(text: str) -> int | str:
-    """The value of ``--label``: the number of a class, or its name."""
+def label_given(text: str | None) -> int | str | None:
+    """The value of ``--label``: the number of a class, or its name; None if it is not given."""
+    if text is None:
+        return None
     try:
         return int(text)
     except ValueError:

@@ -224,7 +224,7 @@ def sample(
                 seed=seed,
                 schedule=schedule_named(schedule.value),
                 eta=eta,
-                label=None if label is None else label_given(label),
+                label=label_given(label),
                 trajectory=trajectory,
                 batch_size=batch_size,
                 tolerance=tolerance,

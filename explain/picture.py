@@ -13,7 +13,7 @@ import numpy.typing as npt
 from els.explain.explanation import Contributor, Explanation
 from els.index import PatchDatabase, encode
 from els.runs.novelty import nearest_images
-from els.storage.figures import neutral_style, write_figure
+from els.storage.figures import neutral_style, printable, write_figure
 from els.storage.files import atomic_file
 from els.storage.labelled import PICTURE_FORMATS
 from els.storage.png import colours, require_suffix
@@ -238,8 +238,7 @@ def _class_name(db: PatchDatabase, image: int) -> str:
     label = int(db.labels[image])
     if not db.class_names:
         return f", class {label}"
-    # A folder's name need not be valid text, which fonts could not show.
-    return "\n" + db.class_names[label].encode("utf-8", "replace").decode("utf-8")
+    return "\n" + printable(db.class_names[label])
 
 
 def _show(axes: Axes, picture: npt.NDArray[Any] | None, title: str, *, fontsize: int = 12) -> None:

@@ -295,7 +295,7 @@ class PatchDatabase:
     def _repr_html_(self) -> str | None:
         from els.index.drawing import MOST_INLINE, inline_html
 
-        return inline_html(repr(self), [self.images[n] for n in self._spread(MOST_INLINE)])
+        return inline_html(repr(self), [self.images[n] for n in _spread(MOST_INLINE, len(self))])
 
     @property
     def summary(self) -> str:
@@ -303,10 +303,6 @@ class PatchDatabase:
         side = "x".join(map(str, self.shape))
         place = "in memory" if self.path is None else str(self.path)
         return f"{len(self):,} images {side}, {place}, content {short_hash(self.content_hash)}"
-
-    def _spread(self, n: int) -> list[int]:
-        """At most n image numbers, evenly spread over the database."""
-        return sorted({int(each) for each in np.linspace(0, len(self) - 1, min(n, len(self)))})
 
     def show(
         self,
@@ -341,10 +337,9 @@ class PatchDatabase:
             chosen = _check_range("indices", list(indices), len(self)).tolist()
         elif label is not None:
             members = self.class_members(self.class_numbers(label))
-            places = np.linspace(0, len(members) - 1, min(n, len(members))).astype(np.int64)
-            chosen = members[places].tolist()
+            chosen = members[_spread(n, len(members))].tolist()
         else:
-            chosen = self._spread(n)
+            chosen = _spread(n, len(self))
         if not chosen:
             raise ValueError("indices is empty; give at least one image number")
         columns = min(columns, len(chosen))
@@ -361,7 +356,7 @@ class PatchDatabase:
 
     def _title(self, number: int) -> str:
         """Number and class of an image."""
-        from els.index.drawing import printable
+        from els.storage.figures import printable
 
         if self.labels is None:
             return str(number)
@@ -495,6 +490,11 @@ class PatchDatabase:
         if isinstance(address, int | np.integer):
             return int(n), int(y), int(x)
         return np.asarray(n), np.asarray(y), np.asarray(x)
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """At most n numbers below a count, evenly spread."""
+    return [int(each) for each in np.linspace(0, count - 1, min(n, count))]
 
 
 def short_hash(content_hash: str) -> str:

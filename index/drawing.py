@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from els.storage.figures import neutral_style, require_matplotlib
+from els.storage.figures import printable as printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,11 +58,6 @@ def draw_image(axes: "Axes", image: NDArray[np.uint8], title: str, *, fontsize: 
     axes.imshow(colours(image), interpolation="nearest")
     axes.set_title(title, fontsize=fontsize)
     axes.set(xticks=[], yticks=[])
-
-
-def printable(name: str) -> str:
-    """A class name as valid text: the name of a folder need not be that."""
-    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def inline_html(text: str, images: Sequence[NDArray[np.uint8]]) -> str | None:

@@ -88,6 +88,11 @@ def write_figure(
         figure.savefig(stream, format=path.suffix[1:].lower(), dpi=dpi, **options)
 
 
+def printable(words: str) -> str:
+    """Words as fonts can show them: the name of a folder need not be valid text."""
+    return words.encode("utf-8", "replace").decode("utf-8")
+
+
 def _write_plain_numbers(figure: Figure) -> None:
     """Label logarithmic axes with numbers: matplotlib does with formulas, which are text here."""
     from matplotlib.ticker import LogFormatter, LogFormatterMathtext

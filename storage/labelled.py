@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from els.storage.figures import neutral_style, write_figure
+from els.storage.figures import neutral_style, printable, write_figure
 from els.storage.files import require_place
 from els.storage.png import GAP, Pixels, enlargement, grid, require_suffix
 
@@ -188,7 +188,7 @@ class _Layout:
 
         def write(x: float, y: float, words: str, **how: Any) -> None:
             style = {"fontsize": _POINTS, "color": _INK, "ha": "center", "va": "bottom", **how}
-            figure.text(x / self.width, 1 - y / self.height, _text(words), **style)
+            figure.text(x / self.width, 1 - y / self.height, printable(words), **style)
 
         height, width = (side * self.scale for side in tiles[0].shape[:2])
         lefts = [self.left + GAP + place * (width + GAP) for place in range(columns)]
@@ -213,11 +213,6 @@ def _longest(labels: Sequence[str]) -> int:
     from matplotlib.textpath import TextPath
 
     most_letters = sorted({words for words in labels if words}, key=len)[-_MEASURED:]
-    paths = [TextPath((0, 0), _text(words), size=_POINTS) for words in most_letters]
+    paths = [TextPath((0, 0), printable(words), size=_POINTS) for words in most_letters]
     points = max((path.get_extents().x1 for path in paths), default=0.0)
     return math.ceil(points * _DPI / _POINTS_PER_INCH)
-
-
-def _text(words: str) -> str:
-    """Words as fonts can show them: a folder's name need not be valid text."""
-    return words.encode("utf-8", "replace").decode("utf-8")

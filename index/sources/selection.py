@@ -64,13 +64,14 @@ class Selection:
             few = self.limit is not None and self.limit > count
             return None, (f"limit={self.limit}: there are {count:,} images",) if few else ()
         if self.seed is not None:
-            shares = None if labels is None else _shares(labels, self.limit)
-            return self._drawn(np.zeros(count, np.int64) if labels is None else labels, shares), ()
+            # Images without labels are of one class.
+            classes = np.zeros(count, np.int64) if labels is None else labels
+            return self._drawn(classes, _shares(classes, self.limit)), ()
         if labels is not None:
-            classes, taken = len(np.unique(labels)), len(np.unique(labels[: self.limit]))
-            if taken < classes:
+            there, taken = len(np.unique(labels)), len(np.unique(labels[: self.limit]))
+            if taken < there:
                 return np.arange(self.limit), (
-                    f"the first {self.limit:,} images have {taken} of {classes} classes; seed=0 "
+                    f"the first {self.limit:,} images have {taken} of {there} classes; seed=0 "
                     "draws from all in proportion, and per_class=N takes as many of each",
                 )
         return np.arange(self.limit), ()
@@ -87,15 +88,13 @@ class Selection:
         )
         return self._drawn(labels, dict.fromkeys(classes.tolist(), most)), notes
 
-    def _drawn(self, labels: NDArray[np.int64], shares: dict[int, int] | None) -> NDArray[np.int64]:
-        """So many of each class, or `limit` of all; the first, or those with the least keys."""
+    def _drawn(self, labels: NDArray[np.int64], shares: dict[int, int]) -> NDArray[np.int64]:
+        """So many of each class: the first, or those with the least random keys."""
         order = np.arange(len(labels))
         if self.seed is not None:
             # Raw bits: numpy promises that they stay the same in all its versions.
             keys = np.random.PCG64(self.seed).random_raw(len(labels))
             order = np.argsort(keys, kind="stable")
-        if shares is None:
-            return np.sort(order[: self.limit])
         drawn = labels[order]
         chosen = [order[drawn == label][:share] for label, share in shares.items()]
         return np.sort(np.concatenate(chosen))
