@@ -74,8 +74,7 @@ class Kernels(Protocol):
     def sample_lists(
         self,
         *,
-        codes: npt.NDArray[np.uint64],
-        ids: npt.NDArray[np.uint64],
+        data: _Bytes,
         sizes: _Ints,
         offsets: _Ints,
         centroids: _Floats,

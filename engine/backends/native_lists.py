@@ -35,7 +35,7 @@ _MERGED_QUERIES = 128
 _RANK_BYTES = 32 << 20
 # Error of a float32 sum of products, as a share of its terms: four times the unit roundoff.
 _ROUNDING = 2.0**-22
-# Queries on the matrix unit are integers up to this, either way (`kLargestQuery` of the kernel).
+# Queries are rounded to integers up to this, either way (`kLargestQuery` of the kernel).
 LARGEST_QUERY = 32512
 # Largest variance of a logit that codes may leave unknown: beyond it the correction is not small.
 _MISFIT = 0.1
@@ -72,8 +72,7 @@ class ListSampling:
     Attributes:
         threads: how many to use. Results do not depend on it.
         instruction_set: of the kernel; None for the best.
-        tiles: whether to use the matrix unit; None where there is one. Sums with it differ by the
-            rounding of queries to 16 bits.
+        tiles: whether to use the matrix unit; None where there is one.
     """
 
     threads: int
@@ -110,9 +109,7 @@ class ListSampling:
         count, channels = lists.centres.shape
         precision = ratio / (2 * _LN2)
         kernels = kernel_module(self.instruction_set)
-        tiles = self._has_tiles(kernels)
-        if tiles:
-            y = _rounded(y, lists.unit)
+        y = _rounded(y, lists.unit)
         chunks, states = [], []
         # Queries that read everything read all of every list.
         for everything in (False, True):
@@ -121,8 +118,7 @@ class ListSampling:
                 some = those[start : start + chunk]
                 results = np.zeros((_PARTS, 5 + 3 * channels, len(some)))
                 kernels.sample_lists(
-                    codes=lists.codes,
-                    ids=lists.ids,
+                    data=np.asarray(lists.data),
                     sizes=lists.sizes,
                     offsets=lists.offsets,
                     centroids=lists.centroids,
@@ -141,7 +137,7 @@ class ListSampling:
                     most_read=count if everything else _MOST_READ,
                     coarsest=COARSEST,
                     seed=query.seed,
-                    tiles=tiles,
+                    tiles=self._has_tiles(kernels),
                     threads=self.threads,
                     results=results,
                 )
@@ -212,10 +208,7 @@ def _states(
 
 
 def _rounded(y: npt.NDArray[np.float32], unit: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Queries as the matrix unit takes them, in 16 bits, so that distances are of one and the same.
-
-    As ``TileProducts`` rounds them.
-    """
+    """Queries as the kernel rounds them, to 16 bits, so that distances are of one and the same."""
     scaled = y.astype(np.float64) * unit
     step = np.maximum(np.abs(scaled).max(1, keepdims=True), 1e-30) / LARGEST_QUERY
     rounded: npt.NDArray[np.float64] = np.rint(scaled / step) * step

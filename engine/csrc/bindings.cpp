@@ -218,7 +218,7 @@ void sample_with(els::ListPlan& plan, const std::vector<std::int64_t>& bounds,
     return sample_parts<C, kNoisy, els::TileProducts>(plan, bounds, next, cancelled);
   }
 #endif
-  sample_parts<C, kNoisy, els::FloatProducts>(plan, bounds, next, cancelled);
+  sample_parts<C, kNoisy, els::IntegerProducts>(plan, bounds, next, cancelled);
 }
 
 template <int C>
@@ -275,9 +275,9 @@ bool can_use_tiles() {
 #endif
 }
 
-void sample_lists(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<std::int64_t> sizes,
-                  Array<std::int64_t> offsets, Array<float> centroids, Array<float> norms,
-                  Array<std::uint8_t> centres, Array<float> unit, Array<float> zero, bool residual,
+void sample_lists(Array<std::uint8_t> data, Array<std::int64_t> sizes, Array<std::int64_t> offsets,
+                  Array<float> centroids, Array<float> norms, Array<std::uint8_t> centres,
+                  Array<float> unit, Array<float> zero, bool residual,
                   std::optional<Array<float>> noise, std::optional<Array<std::uint8_t>> allowed,
                   std::int64_t pixels, Array<float> y, double precision, double blur,
                   Array<double> budget, std::int64_t most_read, int coarsest, std::uint64_t seed,
@@ -294,8 +294,7 @@ void sample_lists(Array<std::uint64_t> codes, Array<std::uint64_t> ids, Array<st
   if (tiles && !can_use_tiles()) throw std::invalid_argument("there is no matrix unit");
   els::ListSample sample{};
   sample.lists = lists;
-  sample.codes = constant(codes, {lists}, "codes");
-  sample.ids = constant(ids, {lists}, "ids");
+  sample.data = constant(data, {count * (size + els::kIdBytes)}, "data");
   sample.sizes = constant(sizes, {lists}, "sizes");
   sample.offsets = constant(offsets, {lists}, "offsets");
   std::int64_t codes_before = 0;
@@ -426,15 +425,15 @@ PYBIND11_MODULE(ELS_MODULE, module) {
              py::arg("alpha").noconvert(), py::arg("sigma").noconvert(), py::arg("patch_size"),
              py::arg("circular"), py::arg("threads"), py::arg("addresses").noconvert(),
              py::arg("logits").noconvert(), py::arg("centres").noconvert());
-  module.def("sample_lists", &sample_lists, py::arg("codes").noconvert(),
-             py::arg("ids").noconvert(), py::arg("sizes").noconvert(),
-             py::arg("offsets").noconvert(), py::arg("centroids").noconvert(),
-             py::arg("norms").noconvert(), py::arg("centres").noconvert(),
-             py::arg("unit").noconvert(), py::arg("zero").noconvert(), py::arg("residual"),
-             py::arg("noise").noconvert(), py::arg("allowed").noconvert(), py::arg("pixels"),
-             py::arg("y").noconvert(), py::arg("precision"), py::arg("blur"),
-             py::arg("budget").noconvert(), py::arg("most_read"), py::arg("coarsest"),
-             py::arg("seed"), py::arg("tiles"), py::arg("threads"), py::arg("results").noconvert());
+  module.def("sample_lists", &sample_lists, py::arg("data").noconvert(),
+             py::arg("sizes").noconvert(), py::arg("offsets").noconvert(),
+             py::arg("centroids").noconvert(), py::arg("norms").noconvert(),
+             py::arg("centres").noconvert(), py::arg("unit").noconvert(),
+             py::arg("zero").noconvert(), py::arg("residual"), py::arg("noise").noconvert(),
+             py::arg("allowed").noconvert(), py::arg("pixels"), py::arg("y").noconvert(),
+             py::arg("precision"), py::arg("blur"), py::arg("budget").noconvert(),
+             py::arg("most_read"), py::arg("coarsest"), py::arg("seed"), py::arg("tiles"),
+             py::arg("threads"), py::arg("results").noconvert());
 #if defined(ELS_HAS_TILES)
   module.def("border", &border, py::arg("images").noconvert(), py::arg("members").noconvert(),
              py::arg("starts").noconvert(), py::arg("x").noconvert(), py::arg("wanted").noconvert(),

@@ -30,16 +30,16 @@
 namespace els {
 
 constexpr int kRows = 16;  // codes of a block
+constexpr int kIdBytes = sizeof(std::int64_t);
 constexpr int kMostChannels = 4;
 constexpr int kMostLevels = 16;  // of inclusion probabilities
 
 struct ListSample {
-  // The lists: addresses of their codes uint8 [size, code_size] and of their int64 ids.
+  // One list after the other, codes uint8 [size, code_size] and then their ids int64 [size].
   std::int64_t lists;
-  const std::uint64_t* codes;
-  const std::uint64_t* ids;
+  const std::uint8_t* data;
   const std::int64_t* sizes;
-  const std::int64_t* offsets;  // of a list's first code in norms and centres
+  const std::int64_t* offsets;  // how many codes are in the lists before
   int code_size;
   const float* centroids;       // [lists, code_size]
   const float* norms;           // [count], of |z|^2
@@ -71,6 +71,9 @@ struct ListSample {
   double* results;  // [parts, fields, Q]
 
   int fields() const { return 5 + 3 * channels; }
+  const std::uint8_t* codes_of(std::int64_t list) const {
+    return data + offsets[list] * (code_size + kIdBytes);
+  }
 };
 
 namespace detail {
@@ -109,6 +112,24 @@ class ListPlan {
       }
       powers_[p / kLanes][p % kLanes] = power;
     }
+    width_ = (size + 1) / 2 * 2;
+    rounded_.resize(static_cast<std::size_t>(padded) * width_);
+    steps.resize(padded);
+    for (int p = 0; p < sample.queries; ++p) {
+      const float* const y = sample.y + static_cast<std::size_t>(p) * size;
+      float largest = 1e-30f;
+      for (int d = 0; d < size; ++d) largest = std::max(largest, std::abs(y[d] * sample.unit[d]));
+      steps[p] = largest / kLargestQuery;
+      for (int d = 0; d < size; ++d) {
+        rounded_[static_cast<std::size_t>(p) * width_ + d] =
+            static_cast<std::int16_t>(std::lrint(y[d] * sample.unit[d] / steps[p]));
+      }
+    }
+  }
+
+  // A query's components, times the codes' units, in units of its step.
+  const std::int16_t* rounded(int query) const {
+    return rounded_.data() + static_cast<std::size_t>(query) * width_;
   }
 
   // Ranks lists first..last: distances in quarters of a power of two of the weight. In any order.
@@ -209,82 +230,95 @@ class ListPlan {
   const std::unique_ptr<std::uint16_t[]> ranks;
   std::vector<std::uint16_t> nearest;  // [padded]
   std::vector<std::int32_t> base;      // [padded]: the rank up to which a query reads everything
+  std::vector<float> steps;            // [padded]: see rounded()
 
  private:
   const float* lanes_of(int group) const {
     return lanes_.data() + static_cast<std::size_t>(group) * sample.code_size * kLanes;
   }
 
-  std::vector<float> lanes_;  // [groups, code_size, lane]
-  Buffer<Vec> powers_;        // [groups]
+  std::vector<float> lanes_;           // [groups, code_size, lane]
+  Buffer<Vec> powers_;                 // [groups]
+  std::vector<std::int16_t> rounded_;  // [padded, width]
+  int width_ = 0;                      // code_size, or the even number above it
   std::mutex mutex_;
   std::int64_t most_ = 0;  // codes that a query can read
 };
 
-// Products of a block of codes with the queries of a group, in float.
-class FloatProducts {
+// Products of a block of codes with the queries of a group, in 16-bit integers.
+class IntegerProducts {
  public:
-  explicit FloatProducts(const ListPlan& plan) : sample_(plan.sample) {
-    queries_.resize(static_cast<std::size_t>(plan.padded) * sample_.code_size);
-    for (int p = 0; p < sample_.queries; ++p) {
-      for (int d = 0; d < sample_.code_size; ++d) {
-        const std::size_t at = static_cast<std::size_t>(p) * sample_.code_size + d;
-        queries_[at] = sample_.y[at] * sample_.unit[d];
-      }
-    }
-    lanes_.resize(static_cast<std::size_t>(sample_.code_size) * kLanes);
+  explicit IntegerProducts(const ListPlan& plan)
+      : plan_(plan), size_(plan.sample.code_size), words_((size_ + 1) / 2) {
+    lanes_.resize(static_cast<std::size_t>(words_) * kLanes);
+    block_.resize(static_cast<std::size_t>(kRows) * 2 * words_);
   }
 
   void choose(const std::int32_t* members) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      const float* const query =
-          queries_.data() + static_cast<std::size_t>(members[lane]) * sample_.code_size;
-      for (int d = 0; d < sample_.code_size; ++d) lanes_[d * kLanes + lane] = query[d];
+      const std::int16_t* const query = plan_.rounded(members[lane]);
+      for (int word = 0; word < words_; ++word) {
+        std::memcpy(&lanes_[word * kLanes + lane], query + 2 * word, sizeof(std::int32_t));
+      }
+      steps_[lane] = plan_.steps[members[lane]];
     }
   }
 
   // `codes` has kRows of them.
-  void multiply(const std::uint8_t* codes, Vec (&products)[kRows]) const {
-    const int size = sample_.code_size;
-    for (int row = 0; row < kRows; row += 4) {
-      Vec sums[4] = {};
-      for (int d = 0; d < size; ++d) {
-        const Vec query = load(lanes_.data() + d * kLanes);
-        for (int i = 0; i < 4; ++i) {
-          sums[i] += query * static_cast<float>(codes[(row + i) * size + d]);
+  void multiply(const std::uint8_t* codes, Vec (&products)[kRows]) {
+    constexpr int kTogether = 4, kWords = kSummedProducts / 2;
+    // Codes of an even size are widened as one.
+    const int parts = size_ % 2 == 0 ? 1 : kRows, length = kRows / parts * size_;
+    for (int part = 0; part < parts; ++part) {
+      const std::uint8_t* const __restrict from = codes + part * size_;
+      std::int16_t* const __restrict to = block_.data() + part * 2 * words_;
+      for (int i = 0; i < length; ++i) to[i] = from[i];
+    }
+    const std::size_t row_bytes = sizeof(std::int32_t) * words_;
+    const char* block = reinterpret_cast<const char*>(block_.data());
+    for (int row = 0; row < kRows; row += kTogether, block += kTogether * row_bytes) {
+      Vec totals[kTogether] = {};
+      for (int first = 0; first < words_; first += kWords) {
+        const int last = std::min(first + kWords, words_);
+        IntVec sums[kTogether] = {};
+        for (int word = first; word < last; ++word) {
+          PairVec query;
+          std::memcpy(&query, lanes_.data() + word * kLanes, sizeof(query));
+          for (int i = 0; i < kTogether; ++i) {
+            std::int32_t code;
+            std::memcpy(&code, block + i * row_bytes + sizeof(code) * word, sizeof(code));
+            sums[i] = add_products(sums[i], query, reinterpret_cast<PairVec>(code - IntVec{}));
+          }
         }
+        for (int i = 0; i < kTogether; ++i) totals[i] += __builtin_convertvector(sums[i], Vec);
       }
-      for (int i = 0; i < 4; ++i) products[row + i] = sums[i];
+      for (int i = 0; i < kTogether; ++i) products[row + i] = totals[i] * steps_;
     }
   }
 
  private:
-  const ListSample& sample_;
-  std::vector<float> queries_;  // [padded, code_size], times the codes' units
-  std::vector<float> lanes_;    // of the chosen: [code_size, lane]
+  const ListPlan& plan_;
+  const int size_, words_;      // of a code: bytes, and pairs of them
+  Buffer<std::int32_t> lanes_;  // of the chosen, pairs of 16 bits: [word, lane]
+  Buffer<std::int16_t> block_;  // of codes: [row, 2 * words]
+  Vec steps_ = {};
 };
 
 #if defined(ELS_HAS_TILES)
-// The same on the matrix unit: queries are rounded to 16 bits, high and low byte.
+// The same on the matrix unit, of high and low bytes.
 class TileProducts {
  public:
   explicit TileProducts(const ListPlan& plan)
-      : sample_(plan.sample),
+      : plan_(plan),
+        sample_(plan.sample),
         words_((sample_.code_size + 3) / 4),
         tiles_((words_ + kRows - 1) / kRows) {
-    const int size = sample_.code_size;
     const std::size_t row = static_cast<std::size_t>(tiles_) * kTileBytes;
     high_.resize(plan.padded * row);
     low_.resize(plan.padded * row);
-    step_.resize(plan.padded);
     for (int p = 0; p < sample_.queries; ++p) {
-      const float* const y = sample_.y + static_cast<std::size_t>(p) * size;
-      float largest = 1e-30f;
-      for (int d = 0; d < size; ++d) largest = std::max(largest, std::abs(y[d] * sample_.unit[d]));
-      step_[p] = largest / static_cast<float>(kLargestQuery);
-      for (int d = 0; d < size; ++d) {
-        const int value = static_cast<int>(std::lrint(y[d] * sample_.unit[d] / step_[p]));
-        const Digits digits = digits_of(value);
+      for (int d = 0; d < sample_.code_size; ++d) {
+        const Digits digits = digits_of(plan.rounded(p)[d]);
         low_[p * row + d] = digits.low;
         high_[p * row + d] = digits.high;
       }
@@ -313,7 +347,7 @@ class TileProducts {
       choose(members, high_.data() + tile * kTileBytes, out);
       choose(members, low_.data() + tile * kTileBytes, out + kRows * kTileBytes);
     }
-    for (int lane = 0; lane < kLanes; ++lane) steps_[lane] = step_[members[lane]];
+    for (int lane = 0; lane < kLanes; ++lane) steps_[lane] = plan_.steps[members[lane]];
     // Queries that fit stay in their tiles for all blocks.
     const std::uint8_t* const last = chosen_.data() + (tiles_ - 1) * 2 * kRows * kTileBytes;
     load_tile<6>(last, kTileBytes);
@@ -381,10 +415,10 @@ class TileProducts {
     std::memcpy(out, rows, sizeof(rows));
   }
 
+  const ListPlan& plan_;
   const ListSample& sample_;
   const int words_, tiles_;         // of a code: 4 bytes, and up to 64 bytes
   Buffer<std::int8_t> high_, low_;  // [padded, tiles * 64]
-  std::vector<float> step_;
   Vec steps_ = {};
   Buffer<std::uint8_t> chosen_;  // [tile][high, low][word][lane * 4]
   Buffer<std::uint8_t> block_;
@@ -639,7 +673,7 @@ class ListReader {
     lines_ = 0;
     if (block == nullptr) return;
     const std::int64_t begin = block->number * kRows, place = sample_.offsets[list_] + begin;
-    ahead_ = reinterpret_cast<const char*>(sample_.codes[list_]) + begin * sample_.code_size;
+    ahead_ = sample_.codes_of(list_) + begin * sample_.code_size;
     lines_ = (kRows * sample_.code_size + 63) / 64;
     __builtin_prefetch(sample_.norms + place);
     __builtin_prefetch(sample_.centres + place * C);
@@ -655,8 +689,7 @@ class ListReader {
     ++weighed_;
     const std::int64_t size = sample_.sizes[list_], begin = block.number * kRows;
     const int rows = static_cast<int>(std::min<std::int64_t>(kRows, size - begin));
-    const std::uint8_t* codes =
-        reinterpret_cast<const std::uint8_t*>(sample_.codes[list_]) + begin * sample_.code_size;
+    const std::uint8_t* codes = sample_.codes_of(list_) + begin * sample_.code_size;
     if (rows < kRows) {  // beyond the last code memory may end
       std::memcpy(padded_block_.data(), codes, static_cast<std::size_t>(rows) * sample_.code_size);
       codes = padded_block_.data();
@@ -731,10 +764,9 @@ class ListReader {
 
   bool is_allowed(std::int64_t row) const {
     if (sample_.allowed == nullptr) return true;
-    // In a mapped file they are where they happen to be.
-    std::int64_t id;
-    std::memcpy(&id, reinterpret_cast<const char*>(sample_.ids[list_]) + row * sizeof(id),
-                sizeof(id));
+    std::int64_t id;  // which no boundary of memory aligns
+    const std::int64_t codes_bytes = sample_.sizes[list_] * sample_.code_size;
+    std::memcpy(&id, sample_.codes_of(list_) + codes_bytes + row * kIdBytes, kIdBytes);
     if (id < 0 || id / sample_.pixels >= sample_.images) {
       throw std::out_of_range("a list names a patch at " + std::to_string(id) + ", where none is");
     }
@@ -777,8 +809,8 @@ class ListReader {
   Vec begun_[1 + C];  // mass and centres before it
   std::int64_t list_ = 0;
   int many_ = 0;
-  const char* ahead_ = nullptr;  // where the block after this one is
-  int lines_ = 0;                // of it, that are yet to be prefetched
+  const std::uint8_t* ahead_ = nullptr;  // where the block after this one is
+  int lines_ = 0;                        // of it, that are yet to be prefetched
 
   // The current queries.
   std::int32_t members_[kLanes];

@@ -32,6 +32,14 @@ typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef std::int32_t IntVec __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
 typedef std::uint16_t ShortVec __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
 typedef std::uint8_t ByteVec __attribute__((vector_size(kLanes)));
+// Two 16-bit integers in each lane.
+typedef std::int16_t PairVec __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
+
+// Largest of the integers, either way, that queries are rounded to for products with bytes: two
+// signed bytes, 256 high + low, hold it.
+constexpr float kLargestQuery = 32512.0f;
+// Products of such an integer and a byte whose sum 32 bits hold: 2^31 / (255 * 32512) = 259.
+constexpr int kSummedProducts = 256;
 
 inline Vec splat(float value) { return value - Vec{}; }
 
@@ -122,6 +130,23 @@ inline std::uint32_t mask_less(Vec a, Vec b) {
   std::uint32_t mask = 0;
   for (int lane = 0; lane < kLanes; ++lane) mask |= std::uint32_t{a[lane] < b[lane]} << lane;
   return mask;
+#endif
+}
+
+// sums + the lanes' dot products of two 16-bit integers with two others.
+inline IntVec add_products(IntVec sums, PairVec a, PairVec b) {
+#if defined(__AVX512BW__)
+  return sums + reinterpret_cast<IntVec>(
+                    _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return sums + reinterpret_cast<IntVec>(
+                    _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return sums + reinterpret_cast<IntVec>(
+                    _mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  const IntVec wide_a = reinterpret_cast<IntVec>(a), wide_b = reinterpret_cast<IntVec>(b);
+  return sums + (wide_a >> 16) * (wide_b >> 16) + ((wide_a << 16) >> 16) * ((wide_b << 16) >> 16);
 #endif
 }
 

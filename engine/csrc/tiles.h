@@ -33,9 +33,7 @@ constexpr int kTileRows = 16;
 // Bytes of a row, at most.
 constexpr int kTileBytes = 64;
 
-// A query's 16 bits as two signed bytes: 256 high + low, up to kLargestQuery either way.
-constexpr double kLargestQuery = 32512.0;
-
+// A query's 16 bits as two signed bytes: 256 high + low.
 struct Digits {
   std::int8_t high, low;
 };

@@ -139,7 +139,7 @@ def build_index(
             written = {INDEX: {"size": size, "sha256": sha256}}
             if can_read(faiss, index):
                 report_lists = partial(report, "tabulating")
-                written |= write_tables(faiss, db, patch_size, index, folder, report_lists)
+                written |= write_tables(faiss, db, patch_size, index, folder / INDEX, report_lists)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,

@@ -216,7 +216,7 @@ class PatchIndex:
             tables = open_tables(self.path, self.count, self.lists, self._db.shape[0])
         except (OSError, ValueError) as error:
             raise damaged(self.path, str(error)) from error
-        return InvertedLists.of(faiss_module(), self._index, tables)
+        return InvertedLists.of(faiss_module(), self._index, self.path / INDEX, tables)
 
     def components(self, queries: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Noisy patches as the codes of :attr:`inverted` see them.

@@ -1,9 +1,9 @@
 """The inverted lists of a patch index as arrays, to be sampled and not only searched.
 
-FAISS holds codes and addresses, list by list. Sampling a list for a posterior also needs the
-squared norm of every code, its patch's centre pixel, and the distances of codes from their
-centroids and from
-their patches. These *tables* are written beside the index when it is built::
+The index's file ends with codes and addresses of patches, list by list; they are mapped. Sampling a
+list for a posterior also needs the squared norm of every code, its patch's centre pixel, and the
+distances of codes from their centroids and from their patches. These *tables* are written beside
+the index when it is built::
 
     norms.npy     float32 [count]     squared norm of a code's components
     centres.npy   uint8 [count, C]    centre pixel of its patch
@@ -16,7 +16,7 @@ in the order of the lists. Components and distances are in stored levels, 0..255
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,8 @@ MISFITS = "misfits.npy"
 SPREAD = "spread.npy"
 TABLES = (NORMS, CENTRES, MISFITS, SPREAD)
 
+# Bytes of a patch's address, behind the codes of a list.
+_ADDRESS_BYTES = 8
 # Patches of each list on which its misfit is measured.
 _MISFIT_PATCHES = 16
 # Lists between two reports of progress.
@@ -49,10 +51,10 @@ class InvertedLists:
     ``residual``.
 
     Attributes:
-        codes: memory addresses of each list's bytes, uint8 ``[size, D]``, uint64 ``[lists]``.
-        ids: those of its patches' addresses, int64 ``[size]``, uint64 ``[lists]``.
+        data: of each list its codes, uint8 ``[size, D]``, and then its patches' addresses,
+            little-endian int64 ``[size]``; all of them as bytes, uint8 ``[count * (D + 8)]``.
         sizes: codes in each list, int64 ``[lists]``.
-        offsets: of each list's first code in ``norms`` and ``centres``, int64 ``[lists]``.
+        offsets: how many codes are in the lists before each, int64 ``[lists]``.
         centroids: float32 ``[lists, D]``.
         norms: float32 ``[count]``; see the module for these four.
         centres: uint8 ``[count, C]``.
@@ -64,8 +66,7 @@ class InvertedLists:
         is_lossless: whether a code is its patch, byte by byte.
     """
 
-    codes: NDArray[np.uint64]
-    ids: NDArray[np.uint64]
+    data: NDArray[np.uint8]
     sizes: NDArray[np.int64]
     offsets: NDArray[np.int64]
     centroids: NDArray[np.float32]
@@ -77,12 +78,18 @@ class InvertedLists:
     zero: NDArray[np.float32]
     residual: bool
     is_lossless: bool
-    _index: Any  # keeps the memory of codes and ids
     _transforms: tuple[Any, ...]
 
     @classmethod
-    def of(cls, faiss: Any, index: Any, tables: Mapping[str, NDArray[Any]]) -> Self:
-        """Those of an index that :func:`can_read` accepts, with the tables written for it."""
+    def of(cls, faiss: Any, index: Any, path: Path, tables: Mapping[str, NDArray[Any]]) -> Self:
+        """Those of an index that :func:`can_read` accepts.
+
+        Args:
+            faiss: the module.
+            index: the index.
+            path: its file, whose structure was checked (:mod:`.layout`).
+            tables: written for it.
+        """
         ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
         inverted = ivf.invlists
         sizes = np.array([inverted.list_size(number) for number in range(ivf.nlist)], np.int64)
@@ -93,9 +100,10 @@ class InvertedLists:
             # A byte stands for the middle of its interval.
             unit, zero = width / np.float32(255), least + width / np.float32(510)
         centroids = faiss.downcast_index(ivf.quantizer).reconstruct_n(0, ivf.nlist)
+        count = int(sizes.sum())
         return cls(
-            codes=_memory(inverted.get_codes, sizes),
-            ids=_memory(inverted.get_ids, sizes),
+            # The file ends with them.
+            data=np.memmap(path, np.uint8, "r")[-count * (ivf.d + _ADDRESS_BYTES) :],
             sizes=sizes,
             offsets=np.cumsum(sizes) - sizes,
             centroids=centroids.reshape(ivf.nlist, ivf.d),
@@ -107,9 +115,16 @@ class InvertedLists:
             zero=zero,
             residual=bool(ivf.by_residual),
             is_lossless=is_lossless,
-            _index=index,
             _transforms=tuple(transforms(faiss, index)),
         )
+
+    def read(self, number: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """A list's codes, uint8 ``[size, D]``, and its patches' addresses, int64 ``[size]``."""
+        size, width = int(self.sizes[number]), self.centroids.shape[1]
+        begin = int(self.offsets[number]) * (width + _ADDRESS_BYTES)
+        middle, end = begin + size * width, begin + size * (width + _ADDRESS_BYTES)
+        addresses = self.data[middle:end].view("<i8").astype(np.int64)
+        return self.data[begin:middle].reshape(size, width), addresses
 
     @cached_property
     def largest_norm(self) -> float:
@@ -179,17 +194,17 @@ def write_tables(
     db: PatchDatabase,
     patch_size: int,
     index: Any,
-    folder: Path,
+    path: Path,
     progress: Callable[[int, int], object],
 ) -> dict[str, dict[str, Any]]:
-    """Writes the tables of an index in memory, and returns the manifest's entries for them.
+    """Writes the tables of an index beside it, and returns the manifest's entries for them.
 
     Args:
         faiss: the module.
         db: the images.
         patch_size: P.
         index: one that :func:`can_read` accepts, with all its codes.
-        folder: where to.
+        path: its file.
         progress: called with (lists done, in all).
     """
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
@@ -200,16 +215,17 @@ def write_tables(
         MISFITS: np.zeros(ivf.nlist, np.float32),
         SPREAD: np.zeros(ivf.nlist, np.float32),
     }
-    lists = InvertedLists.of(faiss, index, tables)
+    lists = InvertedLists.of(faiss, index, path, tables)
     images = np.asarray(db.images)
-    for number, codes, addresses in _read(faiss, lists, ivf.invlists):
+    for number in np.flatnonzero(lists.sizes).tolist():
         if number % _REPORT == 0:
             progress(number, len(lists.sizes))
+        codes, addresses = lists.read(number)
         begin = lists.offsets[number]
         place = slice(begin, begin + len(codes))
         image, y, x = db.locate(addresses)
         tables[CENTRES][place] = images[image, :, y, x]
-        components = codes * lists.unit + lists.zero
+        components = codes.astype(np.float32) * lists.unit + lists.zero
         if lists.residual:
             components += lists.centroids[number]
         tables[NORMS][place] = np.einsum("nd,nd->n", components, components)
@@ -222,7 +238,7 @@ def write_tables(
             misfits = np.square(exact - components[chosen]).sum(1) + rest
             tables[MISFITS][number] = misfits.mean()
     progress(len(lists.sizes), len(lists.sizes))
-    return {name: _write(folder / name, table) for name, table in tables.items()}
+    return {name: _write(path.parent / name, table) for name, table in tables.items()}
 
 
 def open_tables(folder: Path, count: int, lists: int, channels: int) -> dict[str, NDArray[Any]]:
@@ -256,12 +272,6 @@ def open_tables(folder: Path, count: int, lists: int, channels: int) -> dict[str
     return tables
 
 
-def _memory(pointer: Callable[[int], Any], sizes: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """The memory address of each list; 0 for an empty one."""
-    found = [int(pointer(number)) if size else 0 for number, size in enumerate(sizes.tolist())]
-    return np.array(found, np.uint64)
-
-
 def _write(path: Path, table: NDArray[Any]) -> dict[str, Any]:
     with files.atomic_file(path) as stream:
         np.save(stream, table)
@@ -269,18 +279,6 @@ def _write(path: Path, table: NDArray[Any]) -> dict[str, Any]:
         stream.seek(0)
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
     return {"size": size, "sha256": sha256}
-
-
-def _read(
-    faiss: Any, lists: InvertedLists, inverted: Any
-) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.int64]]]:
-    """(number, codes, addresses of patches) of each list that is not empty."""
-    width = lists.centroids.shape[1]
-    for number in np.flatnonzero(lists.sizes):
-        size = int(lists.sizes[number])
-        codes = faiss.rev_swig_ptr(inverted.get_codes(int(number)), size * width)
-        addresses = faiss.rev_swig_ptr(inverted.get_ids(int(number)), size)
-        yield int(number), codes.reshape(size, width).astype(np.float32), addresses
 
 
 def _patches(

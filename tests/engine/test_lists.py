@@ -158,11 +158,10 @@ def test_all_of_the_lists_are_the_posterior(
     # Logits are sums of float32 numbers as large as the patches' norms over sigma^2.
     rounding = 1e-5 + 3e-8 * 4 * shape[0] * patch_size**2 / sigma**2
     expected = inside(truth.log_evidence, patch_size)
-    if tiles:
-        # Queries are rounded to 1 / 65024 of their largest value, which moves a logit by
-        # alpha^2 / sigma^2 times the rounding error times what is left of the distance.
-        step = np.abs(query_patches(x, patch_size) + 1).max() / 32512 / math.sqrt(12)
-        rounding += ALPHA / sigma * step * math.sqrt(2 * np.abs(expected).max())
+    # Queries are rounded to 1 / 65024 of their largest value, which moves a logit by
+    # alpha^2 / sigma^2 times the rounding error times what is left of the distance.
+    step = np.abs(query_patches(x, patch_size) + 1).max() / 32512 / math.sqrt(12)
+    rounding += ALPHA / sigma * step * math.sqrt(2 * np.abs(expected).max())
     np.testing.assert_allclose(mean, inside(truth.mean, patch_size), atol=5 * rounding)
     evidence = sums.reference + np.log(sums.mass)
     np.testing.assert_allclose(evidence, expected, rtol=1e-5, atol=5 * rounding)
@@ -275,30 +274,60 @@ def test_everything_is_read_of_many_lists() -> None:
     count, size = 40_000, 9
     sizes = rng.integers(1, 40, count)
     codes = rng.integers(0, 256, (int(sizes.sum()), size), dtype=np.uint8)
+    lists = lists_of(codes, sizes)
+    y = rng.uniform(0, 255, (20, size)).astype(np.float32)
+    for sigma in (2.0, 20.0):
+        sums = sampled(lists, y, np.zeros(20), sigma, 1.0, seed=1)
+        np.testing.assert_allclose(sums.seen, sums.mass, rtol=1e-6)
+        assert (sums.deviation == 0).all()
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: f"{unit[0]}{'-tiles' * unit[1]}")
+def test_the_largest_products_are_added_up(unit: tuple[str, bool]) -> None:
+    """Products of 600 bytes of 255 with queries of the largest integers, beyond 2^31."""
+    name, tiles = unit
+    if tiles and not kernel_module(name).can_use_tiles():
+        pytest.skip("this processor has no matrix unit")
+    rng = np.random.default_rng(5)
+    size, sigma = 601, 4.0
+    codes = rng.integers(250, 256, (90, size), dtype=np.uint8)
+    codes[0] = 255
+    y = np.stack([np.full(size, 255.0), np.full(size, 252.0)]).astype(np.float32)
+    lists = lists_of(codes, np.array([40, 1, 49]))
+    sums = sampled(lists, y, np.zeros(2), sigma, 1.0, instruction_set=name, tiles=tiles)
+    levels = codes.astype(np.float64)
+    logits = -np.square((y[:, None] - levels) / 127.5).sum(-1) * (ALPHA / sigma) ** 2 / 2
+    expected = np.log(np.exp(logits).sum(1))
+    # Logits are differences of float32 numbers as large as the patches' norms.
+    rounding = 4 * size * (ALPHA / sigma * 2) ** 2 * 2.0**-24
+    np.testing.assert_allclose(sums.reference + np.log(sums.mass), expected, atol=rounding)
+
+
+def lists_of(codes: np.ndarray, sizes: np.ndarray) -> InvertedLists:
+    """Codes ``[count, D]`` as lists of some sizes; the middle component is the patch's centre."""
     offsets = np.cumsum(sizes) - sizes
-    ids = np.arange(len(codes), dtype=np.int64)
-    lists = InvertedLists(
-        codes=(codes.ctypes.data + offsets * size).astype(np.uint64),
-        ids=(ids.ctypes.data + offsets * 8).astype(np.uint64),
+    ids = np.arange(len(codes), dtype="<i8").view(np.uint8).reshape(-1, 8)
+    parts = [
+        part
+        for begin, size in zip(offsets, sizes, strict=True)
+        for part in (codes[begin : begin + size].ravel(), ids[begin : begin + size].ravel())
+    ]
+    count, size = len(sizes), codes.shape[1]
+    return InvertedLists(
+        data=np.concatenate(parts),
         sizes=sizes,
         offsets=offsets,
         centroids=codes[offsets].astype(np.float32),
         norms=np.square(codes.astype(np.float32)).sum(1),
-        centres=codes[:, 4:5].copy(),
+        centres=codes[:, size // 2 : size // 2 + 1].copy(),
         misfits=np.zeros(count, np.float32),
         spread=np.full(count, 100.0, np.float32),
         unit=np.ones(size, np.float32),
         zero=np.zeros(size, np.float32),
         residual=False,
         is_lossless=True,
-        _index=(codes, ids),
         _transforms=(),
     )
-    y = rng.uniform(0, 255, (20, size)).astype(np.float32)
-    for sigma in (2.0, 20.0):
-        sums = sampled(lists, y, np.zeros(20), sigma, 1.0, seed=1)
-        np.testing.assert_allclose(sums.seen, sums.mass, rtol=1e-6)
-        assert (sums.deviation == 0).all()
 
 
 @pytest.mark.parametrize("share", [0.03, 1.0])
