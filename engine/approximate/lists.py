@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -161,7 +162,8 @@ def sampled(
     assert index is not None
     lists = index.inverted
     assert lists is not None
-    y, rest = index.components(problem.patches(pixels))
+    patches = problem.patches(pixels)
+    y, rest = index.components(patches)
     allowed = None
     if len(problem.members) < len(problem.db):
         allowed = np.zeros(len(problem.db), dtype=np.uint8)
@@ -188,11 +190,12 @@ def sampled(
     mass = torch.where(is_known, state.mass, 1.0)
     omitted = torch.where(is_known, (1 - sums.seen / mass).clamp(0, 1), 1.0)
     deviation = safety * standard_error(state)
-    # A spread needs several blocks. Of fewer, what was not read is taken to differ by half the
-    # range, which is more than is found, so that it needs no safety factor.
+    # A spread needs several blocks. Of fewer, it is bounded by how much what was not read can
+    # differ, which is more than it does, so that the bound needs no safety factor.
     blocks = effective_blocks(state).clamp(min=1.0)
     unread = torch.where(blocks < LEAST_BLOCKS, omitted / blocks, 0.0)
-    deviation = torch.hypot(deviation, unread.unsqueeze(1))
+    differs = _unread_difference(problem, patches, state)
+    deviation = torch.hypot(deviation, unread.unsqueeze(1) * differs)
     deviation = torch.where(is_known.unsqueeze(1), deviation, RANGE)
     worst, typical = deviation.amax(1), deviation.mean(1)
 
@@ -220,6 +223,31 @@ def sampled(
             list_cost(problem, float(np.mean(share))) / len(problem.order),
         ),
     )
+
+
+def _unread_difference(
+    problem: Problem, patches: npt.NDArray[np.float32], state: PosteriorState
+) -> Tensor:
+    """How much the mean of what was not read can differ from that of what was, ``[1, C, 1, Q]``.
+
+    Patches that are heavier than those that were read are no further from the noisy patch, and no
+    two clean pixels differ from their middle by more than half the range.
+
+    Args:
+        problem: of which image.
+        patches: noisy, over alpha, ``[Q, C, P, P]``.
+        state: of what was read.
+    """
+    assert state.logit_sum is not None
+    _, channels, size, _ = patches.shape
+    middle = size // 2
+    noisy = torch.from_numpy(patches[:, :, middle, middle].T.astype(np.float64))[None, :, None]
+    mass = torch.where(state.is_known, state.mass, 1.0)
+    logits = torch.where(state.is_known, state.reference + state.logit_sum / mass, -torch.inf)
+    # Per component, by equation (1).
+    squares = -2 * logits * (problem.sigma / problem.alpha) ** 2 / (channels * size**2)
+    mean = state.centre / mass.unsqueeze(1)
+    return ((mean - noisy).abs() + squares.sqrt().unsqueeze(1)).clamp(max=RANGE / 2)
 
 
 def with_exact_border(problem: Problem, share: float) -> Estimate:

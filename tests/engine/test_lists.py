@@ -459,6 +459,21 @@ def test_one_block_does_not_tell_its_error(large: tuple[PatchDatabase, PatchInde
     assert np.isinf(whole.blocks).all()
 
 
+@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.3])
+def test_few_blocks_miss_what_is_no_further(
+    large: tuple[PatchDatabase, PatchIndex], sigma: float
+) -> None:
+    """What was not read is no further from the noisy patch: claims are of the errors' size."""
+    db, _ = large
+    machine = machine_of(large, "circular")
+    x = torch.from_numpy(np.stack([noisy(db, sigma, seed) for seed in range(6)]))
+    exact = machine.posterior(x, alpha=ALPHA, sigma=sigma, patch_size=5).mean
+    part = machine.posterior(x, alpha=ALPHA, sigma=sigma, patch_size=5, mode="lists", share=0.02)
+    assert part.expected_error is not None
+    error, claim = float((part.mean - exact).abs().mean()), float(part.expected_error.mean())
+    assert error <= claim <= 2 * error
+
+
 def test_queries_beyond_float32_are_computed(large: tuple[PatchDatabase, PatchIndex]) -> None:
     machine = machine_of(large, "circular")
     x = 1e6 * torch.from_numpy(noisy(large[0], 0.5))[None].float()
