@@ -247,7 +247,8 @@ def _unread_difference(
     # Per component, by equation (1).
     squares = -2 * logits * (problem.sigma / problem.alpha) ** 2 / (channels * size**2)
     mean = state.centre / mass.unsqueeze(1)
-    return ((mean - noisy).abs() + squares.sqrt().unsqueeze(1)).clamp(max=RANGE / 2)
+    difference: Tensor = (mean - noisy).abs() + squares.sqrt().unsqueeze(1)
+    return difference.clamp(max=RANGE / 2)
 
 
 def with_exact_border(problem: Problem, share: float) -> Estimate:
