@@ -232,11 +232,14 @@ def _processor() -> Finding:
 
 
 def _memory() -> Finding:
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = page * os.sysconf("SC_PHYS_PAGES")
-    free = ""
+    from els.engine.devices import physical_memory
+
+    total, free = physical_memory(), ""
+    if total is None:
+        return Finding("memory", "unknown")
     if "SC_AVPHYS_PAGES" in os.sysconf_names:  # not on macOS
-        free = f", {page * os.sysconf('SC_AVPHYS_PAGES') / 1e9:,.1f} GB free"
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = f", {available / 1e9:,.1f} GB free"
     return Finding("memory", f"{total / 1e9:,.1f} GB{free}")
 
 

@@ -1,6 +1,8 @@
-"""Devices by name, checked before any work."""
+"""Devices by name, checked before any work, and how much memory there is."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -26,6 +28,14 @@ def device_named(name: str | None) -> torch.device:
             f"device={name} is not here; choose one of {', '.join(_there())}"
         ) from error
     return device
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory of this machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _there() -> list[str]:

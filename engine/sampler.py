@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from els.engine.devices import physical_memory
 from els.engine.patch_sizes import PATCH_SIZES, patch_sizes_for
 from els.engine.progress import Progress, shown
 from els.engine.result import Claim, LocalPosterior, require_tolerance
 from els.engine.schedule import Cosine, Schedule, schedule_named
 from els.index import PatchDatabase
+
+# Least memory for a value of a sample, in bytes: float64 of noise, noisy image, mean and next one.
+_VALUE_BYTES = 32
 
 DEFAULT_BATCH = 16
 # Largest count of samples, steps and the like.
@@ -427,6 +431,12 @@ def _canvas(
         raise ValueError(
             f"patch sizes go up to {max(sizes)}, but the canvas's shorter side is "
             f"{min(height, width)}; give sizes of at most that"
+        )
+    needed, there = _VALUE_BYTES * machine.db.shape[0] * height * width, physical_memory()
+    if there is not None and needed > there:
+        raise ValueError(
+            f"canvas=({height}, {width}) needs {needed / 1e9:,.0f} GB and more for each sample, "
+            f"this machine has {there / 1e9:,.0f}; give a smaller one"
         )
     return height, width
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from els.engine.devices import device_named
+from els.engine.devices import device_named, physical_memory
 from els.engine.sampler import require_count
 from els.index import PatchDatabase, decode
 from els.index.database import short_hash
@@ -214,15 +214,12 @@ def _require_memory(config: NetworkConfig, settings: TrainingSettings) -> None:
     Raises:
         ValueError: not even its widest layers fit.
     """
-    try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not every system tells
-        return
+    there = physical_memory()
     _, height, width = config.shape
     weights = 9 * config.layers * config.levels * config.channels**2
     features = settings.batch_size * config.channels * height * width
     needed = _TRAINING_BYTES * weights + 4 * features
-    if needed > there:
+    if there is not None and needed > there:
         raise ValueError(
             f"layers={config.layers}, channels={config.channels} and "
             f"batch_size={settings.batch_size} need {needed / 1e9:,.0f} GB and more, this machine "

@@ -37,7 +37,7 @@ ALLOWED_IN_ENGINE = {
     "schedule": set(),
     "patch_sizes": {"schedule"},
     "progress": set(),
-    "sampler": {"schedule", "patch_sizes", "progress", "result"},
+    "sampler": {"schedule", "patch_sizes", "progress", "result", "devices"},
     "devices": set(),
     "mesh": {"state"},
     "backends": {"kinds", "query", "state", "mesh"},

@@ -162,6 +162,8 @@ def test_what_cannot_be_is_said() -> None:
     for wrong in ((0, 3), (3,), "9x9", (3.5, 3)):
         with pytest.raises((TypeError, ValueError), match="canvas"):
             sample(ScoreMachine(db), n=1, steps=2, patch_sizes=1, canvas=wrong)
+    with pytest.raises(ValueError, match=r"canvas=\(9000000, 9000000\) needs .* GB and more"):
+        sample(ScoreMachine(db), n=1, steps=2, patch_sizes=1, canvas=(9_000_000, 9_000_000))
 
 
 def test_samples_of_any_size() -> None:
