@@ -244,8 +244,9 @@ def _unread_difference(
     noisy = torch.from_numpy(patches[:, :, middle, middle].T.astype(np.float64))[None, :, None]
     mass = torch.where(state.is_known, state.mass, 1.0)
     logits = torch.where(state.is_known, state.reference + state.logit_sum / mass, -torch.inf)
-    # Per component, by equation (1).
+    # Per component, by equation (1); rounding puts a clean patch below zero.
     squares = -2 * logits * (problem.sigma / problem.alpha) ** 2 / (channels * size**2)
+    squares = squares.clamp(min=0)
     mean = state.centre / mass.unsqueeze(1)
     difference: Tensor = (mean - noisy).abs() + squares.sqrt().unsqueeze(1)
     return difference.clamp(max=RANGE / 2)

@@ -474,6 +474,21 @@ def test_few_blocks_miss_what_is_no_further(
     assert error <= claim <= 2 * error
 
 
+@pytest.mark.parametrize("share", [0.02, 1.0])
+def test_a_clean_patch_has_an_error_that_is_a_number(
+    large: tuple[PatchDatabase, PatchIndex], share: float
+) -> None:
+    """Rounding can put the nearest patch at a squared distance below zero."""
+    machine = machine_of(large, "circular")
+    x = ALPHA * (torch.from_numpy(np.array(large[0].images[:40])) / 127.5 - 1)
+    for sigma in (0.05, 0.1):
+        part = machine.posterior(
+            x, alpha=ALPHA, sigma=sigma, patch_size=5, mode="lists", share=share
+        )
+        assert part.expected_error is not None
+        assert bool(torch.isfinite(part.expected_error).all())
+
+
 def test_queries_beyond_float32_are_computed(large: tuple[PatchDatabase, PatchIndex]) -> None:
     machine = machine_of(large, "circular")
     x = 1e6 * torch.from_numpy(noisy(large[0], 0.5))[None].float()
