@@ -764,7 +764,7 @@ class ListReader {
 
   bool is_allowed(std::int64_t row) const {
     if (sample_.allowed == nullptr) return true;
-    std::int64_t id;  // which no boundary of memory aligns
+    std::int64_t id;  // unaligned in the file
     const std::int64_t codes_bytes = sample_.sizes[list_] * sample_.code_size;
     std::memcpy(&id, sample_.codes_of(list_) + codes_bytes + row * kIdBytes, kIdBytes);
     if (id < 0 || id / sample_.pixels >= sample_.images) {
