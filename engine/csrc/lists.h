@@ -32,7 +32,8 @@ namespace els {
 constexpr int kRows = 16;  // codes of a block
 constexpr int kIdBytes = sizeof(std::int64_t);
 constexpr int kMostChannels = 4;
-constexpr int kMostLevels = 16;  // of inclusion probabilities
+constexpr int kMostLevels = 16;           // of inclusion probabilities
+constexpr float kLargestRank = 65534.0f;  // one less than 16 bits hold, so that a limit is above it
 
 struct ListSample {
   // One list after the other, codes uint8 [size, code_size] and then their ids int64 [size].
@@ -96,7 +97,8 @@ class ListPlan {
         padded(groups * kLanes),
         ranks(new std::uint16_t[static_cast<std::size_t>(sample.lists) * padded]),
         nearest(padded, 0xffff),
-        base(padded, 0) {
+        base(padded, 0),
+        limits(padded, 0) {
     for (std::int64_t list = 0; list < sample.lists; ++list) {
       most_ += std::min(sample.sizes[list], sample.most_read);
     }
@@ -112,7 +114,7 @@ class ListPlan {
       }
       powers_[p / kLanes][p % kLanes] = power;
     }
-    width_ = (size + 1) / 2 * 2;
+    width_ = (size + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
     rounded_.resize(static_cast<std::size_t>(padded) * width_);
     steps.resize(padded);
     for (int p = 0; p < sample.queries; ++p) {
@@ -127,7 +129,7 @@ class ListPlan {
     }
   }
 
-  // A query's components, times the codes' units, in units of its step.
+  // A query's components, times the codes' units, in units of its step; zeros up to whole vectors.
   const std::int16_t* rounded(int query) const {
     return rounded_.data() + static_cast<std::size_t>(query) * width_;
   }
@@ -160,13 +162,12 @@ class ListPlan {
           const int at = (g == 0 ? group : second) * kLanes;
           for (int i = 0; i < kLists && list + i < last; ++i) {
             const Vec distance = powers_[at / kLanes] + powers[i] - 2.0f * products[g][i];
-            const Vec rank = min(max(scale * distance, Vec{}), splat(65535.0f));
+            const Vec rank = min(max(scale * distance, Vec{}), splat(kLargestRank));
             const ShortVec rounded =
                 __builtin_convertvector(__builtin_convertvector(rank, IntVec), ShortVec);
             std::memcpy(ranks.get() + (list + i) * padded + at, &rounded, sizeof(rounded));
             if (sample.sizes[list + i] == 0) continue;
-            ShortVec before;
-            std::memcpy(&before, least.data() + at, sizeof(before));
+            ShortVec before = load_shorts(least.data() + at);
             before = rounded < before ? rounded : before;
             std::memcpy(least.data() + at, &before, sizeof(before));
           }
@@ -193,9 +194,13 @@ class ListPlan {
       const std::uint16_t* const row = ranks.get() + list * padded + first;
       if (list + kAhead * stride < sample.lists) __builtin_prefetch(row + kAhead * stride * padded);
       total += size;
-      for (int i = 0; i < count; ++i) {
-        const int bin = row[i] - least[i];
-        if (bin < kBins - 1) bins[i * kBins + bin] += size;  // few are
+      for (int start = 0; start < count; start += kLanes) {
+        const ShortVec further = load_shorts(row + start) - load_shorts(least + start);
+        if (!any(further < static_cast<std::uint16_t>(kBins - 1))) continue;  // few are
+        for (int i = start; i < std::min(start + kLanes, count); ++i) {
+          const int bin = row[i] - least[i];
+          if (bin < kBins - 1) bins[i * kBins + bin] += size;
+        }
       }
     }
     for (int i = 0; i < count; ++i) {
@@ -221,6 +226,8 @@ class ListPlan {
       }
       // With a budget of all codes, all are read.
       base[first + i] = least[i] + (static_cast<double>(most_) <= budget ? 0x10000 : low);
+      const int limit = base[first + i] + 4 * sample.coarsest - 3;
+      limits[first + i] = static_cast<std::uint16_t>(std::min(std::max(limit, 0), 0xffff));
     }
   }
 
@@ -230,6 +237,7 @@ class ListPlan {
   const std::unique_ptr<std::uint16_t[]> ranks;
   std::vector<std::uint16_t> nearest;  // [padded]
   std::vector<std::int32_t> base;      // [padded]: the rank up to which a query reads everything
+  std::vector<std::uint16_t> limits;   // [padded]: and from which on the coarsest level
   std::vector<float> steps;            // [padded]: see rounded()
 
  private:
@@ -240,7 +248,7 @@ class ListPlan {
   std::vector<float> lanes_;           // [groups, code_size, lane]
   Buffer<Vec> powers_;                 // [groups]
   std::vector<std::int16_t> rounded_;  // [padded, width]
-  int width_ = 0;                      // code_size, or the even number above it
+  int width_ = 0;                      // of a rounded query, code_size or more
   std::mutex mutex_;
   std::int64_t most_ = 0;  // codes that a query can read
 };
@@ -250,17 +258,19 @@ class IntegerProducts {
  public:
   explicit IntegerProducts(const ListPlan& plan)
       : plan_(plan), size_(plan.sample.code_size), words_((size_ + 1) / 2) {
-    lanes_.resize(static_cast<std::size_t>(words_) * kLanes);
+    lanes_.resize(static_cast<std::size_t>(words_ + kLanes - 1) * kLanes);
     block_.resize(static_cast<std::size_t>(kRows) * 2 * words_);
   }
 
   void choose(const std::int32_t* members) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const std::int16_t* const query = plan_.rounded(members[lane]);
-      for (int word = 0; word < words_; ++word) {
-        std::memcpy(&lanes_[word * kLanes + lane], query + 2 * word, sizeof(std::int32_t));
+    for (int lane = 0; lane < kLanes; ++lane) steps_[lane] = plan_.steps[members[lane]];
+    for (int word = 0; word < words_; word += kLanes) {
+      Vec rows[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        std::memcpy(&rows[lane], plan_.rounded(members[lane]) + 2 * word, sizeof(rows[lane]));
       }
-      steps_[lane] = plan_.steps[members[lane]];
+      transpose(rows);
+      std::memcpy(lanes_.data() + word * kLanes, rows, sizeof(rows));
     }
   }
 
@@ -542,29 +552,32 @@ class ListReader {
   void sort(int finest, int coarsest) {
     const std::uint16_t* const __restrict ranks =
         plan_.ranks.get() + static_cast<std::size_t>(list_) * plan_.padded;
+    const std::uint16_t* const __restrict limits = plan_.limits.data();
     const std::int32_t* const __restrict base = plan_.base.data();
     std::uint8_t* const __restrict level = level_.data();
     const int padded = plan_.padded, queries = sample_.queries;
     std::int32_t* const __restrict found = found_.data();
+    std::fill_n(level, padded, static_cast<std::uint8_t>(coarsest));
+    many_ = 0;
+    // Where nothing is left out, the order is that of the queries.
+    if (coarsest == finest) return;
     int many = 0;
     for (int start = 0; start < padded; start += kLanes) {
-      ShortVec rank;
+      const ShortVec rank = load_shorts(ranks + start);
+      if (!any(rank < load_shorts(limits + start))) continue;
       IntVec from;
-      std::memcpy(&rank, ranks + start, sizeof(rank));
       std::memcpy(&from, base + start, sizeof(from));
       IntVec steps = (__builtin_convertvector(rank, IntVec) - from + 3) >> 2;
       steps = steps < finest ? finest - IntVec{} : steps;
       steps = steps > coarsest ? coarsest - IntVec{} : steps;
       const ByteVec levels = __builtin_convertvector(steps, ByteVec);
       std::memcpy(level + start, &levels, sizeof(levels));
-      if (!any_less(steps, coarsest)) continue;
       for (int p = start; p < std::min(start + kLanes, queries); ++p) {  // without a branch
         found[many] = p;
         many += level[p] < coarsest;
       }
     }
-    // Where nothing is left out, the order is that of the queries.
-    many_ = coarsest == finest ? 0 : many;
+    many_ = many;
     if (many_ == 0) return;
     int counts[kMostLevels * 4] = {};
     for (int i = 0; i < many_; ++i) ++counts[level[found_[i]]];

@@ -49,6 +49,22 @@ inline Vec load(const float* from) {
   return vector;
 }
 
+inline ShortVec load_shorts(const std::uint16_t* from) {
+  ShortVec vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+// Whether any bit of the result of a comparison is set.
+template <typename Mask>
+bool any(Mask mask) {
+  std::uint64_t words[sizeof(mask) / sizeof(std::uint64_t)], bits = 0;
+  static_assert(sizeof(words) == sizeof(mask));
+  std::memcpy(words, &mask, sizeof(words));
+  for (const std::uint64_t word : words) bits |= word;
+  return bits != 0;
+}
+
 inline void store(Vec vector, float* to) { std::memcpy(to, &vector, sizeof(vector)); }
 
 inline Vec min(Vec a, Vec b) {
@@ -96,6 +112,24 @@ inline void transpose(Vec (&rows)[kLanes]) {
     b[4 + i] = _mm512_shuffle_i32x4(odd, more_odd, 0x88);
     b[8 + i] = _mm512_shuffle_i32x4(even, more_even, 0xdd);
     b[12 + i] = _mm512_shuffle_i32x4(odd, more_odd, 0xdd);
+  }
+  std::memcpy(rows, b, sizeof(b));
+#elif defined(__AVX2__)
+  __m256 a[8], b[8];
+  std::memcpy(a, rows, sizeof(a));
+  for (int i = 0; i < 8; i += 2) {  // pairs of lanes
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {  // fours
+    for (int half = 0; half < 2; ++half) {
+      a[i + 2 * half] = _mm256_shuffle_ps(b[i + half], b[i + half + 2], 0x44);
+      a[i + 2 * half + 1] = _mm256_shuffle_ps(b[i + half], b[i + half + 2], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {  // halves
+    b[i] = _mm256_permute2f128_ps(a[i], a[4 + i], 0x20);
+    b[4 + i] = _mm256_permute2f128_ps(a[i], a[4 + i], 0x31);
   }
   std::memcpy(rows, b, sizeof(b));
 #else
@@ -154,16 +188,6 @@ inline float min_lane(Vec a) {
   float least = a[0];
   for (int lane = 1; lane < kLanes; ++lane) least = a[lane] < least ? a[lane] : least;
   return least;
-}
-
-inline bool any_less(IntVec a, std::int32_t b) {
-#if defined(__AVX512F__)
-  return _mm512_cmplt_epi32_mask(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(b)) != 0;
-#else
-  bool any = false;
-  for (int lane = 0; lane < kLanes; ++lane) any = any || a[lane] < b;
-  return any;
-#endif
 }
 
 // Lanes are added in order, in double: the same bits on every call.
