@@ -267,8 +267,9 @@ def _announce(db: PatchDatabase, sizes: Sequence[int], threads: int | None) -> N
         step = _exact_seconds(db, size)
         typer.echo(
             f"P {size}: {rows.count:,} patches; about {duration(seconds)} and "
-            f"at most {size_in_words(most)}. An exact step of one image takes {duration(step)}, so "
-            f"the index costs as much as {seconds / step:,.0f} of them.",
+            f"at most {size_in_words(most)}, twice that while it is built. An exact step of one "
+            f"image takes {duration(step)}, so the index costs as much as {seconds / step:,.0f} of "
+            "them.",
             err=True,
         )
         pixels = math.prod(db.shape[1:])

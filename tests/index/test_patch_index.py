@@ -571,6 +571,29 @@ def test_checkpoints_of_another_plan_are_not_used(db: PatchDatabase) -> None:
 
 
 @pytest.mark.usefixtures("small_shards")
+def test_a_resumed_build_asks_for_no_room_that_it_has(
+    db: PatchDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "els.index.patches.build.files.require_space", lambda path, size: asked.append(size)
+    )
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "merging":
+            raise _StopError
+
+    with pytest.raises(_StopError):
+        db.build_index(3, factory="IVF8,SQ8_direct", progress=stop)
+    assert db.path is not None
+    work = db.path / "indices" / "patch-003.partial"
+    kept = sum(path.stat().st_size for path in work.glob("*.faiss"))
+    db.build_index(3, factory="IVF8,SQ8_direct")
+    assert asked == [asked[0], max(0, asked[0] - kept)]
+    assert asked[1] < asked[0]
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_a_damaged_checkpoint_is_refused(db: PatchDatabase) -> None:
     def damage(stage: str, done: int, total: int) -> None:
         if stage == "merging" and done == 0:
