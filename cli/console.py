@@ -175,8 +175,10 @@ def _logged(progress: Progress, unit: str, stopped: threading.Event) -> None:
             task = progress.tasks[-1]
             total = "" if task.total is None else f" of {task.total:,.0f}"
             elapsed = round(task.elapsed or 0.0)
+            decimals = 0 if float(task.completed).is_integer() else 2
             typer.echo(
-                f"{task.description}: {task.completed:,.0f}{total} {unit} after {elapsed} s",
+                f"{task.description}: {task.completed:,.{decimals}f}{total} {unit} "
+                f"after {elapsed} s",
                 err=True,
             )
 

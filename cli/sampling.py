@@ -231,6 +231,7 @@ def sample(
                 canvas=of_canvas,
                 shard_size=shard_size,
                 progress=update,
+                under_way=update,
             )
     if speaks:
         _print_report(report, n)
@@ -566,10 +567,12 @@ def _sampling(
             progress.update(
                 task,
                 # Of the other processes, only what is finished is known.
-                completed=(done.finished - before) * steps + done.images * done.step,
+                completed=(done.finished - before) * steps
+                + done.images * (done.step - 1 + done.share),
                 description=f"step {done.step:2d}/{steps}{size}",
-                seconds=f"({done.seconds / done.images:.3f} s)",
             )
+            if done.share == 1:
+                progress.update(task, seconds=f"({done.seconds / done.images:.3f} s)")
 
         yield update
         if task is not None:

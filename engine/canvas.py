@@ -18,6 +18,7 @@ from torch import Tensor
 
 from els.engine.kinds import Boundary
 from els.engine.result import LocalPosterior, joint_claims
+from els.engine.watching import portion
 
 # Windows that are asked for at once.
 _MOST_WINDOWS = 16
@@ -106,7 +107,8 @@ def on_canvas(
         windows = torch.stack([_window(x[b], rows, columns, pair) for _, pair, b in some])
         served = torch.stack([_served(rows, columns, pair) for _, pair, _ in some])
         of_image = torch.tensor([b for *_, b in some])
-        answers.append(ask(windows, of_image, [n for n, *_ in some], served))
+        with portion(start / len(pieces), (start + len(some)) / len(pieces)):
+            answers.append(ask(windows, of_image, [n for n, *_ in some], served))
     return _together(x, rows, columns, pieces, answers)
 
 

@@ -31,6 +31,7 @@ from els.engine.kinds import IS, Boundary, Kind, kind_named, register
 from els.engine.query import PosteriorQuery
 from els.engine.result import LocalPosterior, Mode, finish
 from els.engine.state import PosteriorState, best, moved, stack, take
+from els.engine.watching import begin
 from els.index import PatchDatabase, PatchIndex
 from els.index.statistics import Spectrum, image_spectrum
 
@@ -520,6 +521,7 @@ class ScoreMachine:
     ) -> LocalPosterior:
         """Image by image, so that results do not depend on the batch."""
         members = self._members_of(query, labels)
+        begin(sum(map(len, members)))
         index = None
         if self.is_indexed and method.mode != "subset":
             index = self.index(query.patch_size)
@@ -678,6 +680,7 @@ class ScoreMachine:
 
     def _state(self, query: PosteriorQuery, labels: Tensor | None) -> PosteriorState:
         """The exact state, on the CPU."""
+        begin(sum(map(len, self._members_of(query, labels))))
         if labels is None:
             return self._backend.states(self.db.images, query, [self._everyone])[0]
         classes = sorted(set(labels.tolist()))

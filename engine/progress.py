@@ -13,8 +13,10 @@ Progress: TypeAlias = Callable[[int, int], object]
 
 
 @contextmanager
-def shown(progress: bool | Progress | None, total: int) -> Iterator[Progress]:
+def shown(progress: bool | Progress | None, total: int) -> Iterator[Callable[[float, int], object]]:
     """Context that gives what is to be called as the work goes on.
+
+    It takes image-steps done, whole or not, and in all; a function hears of whole ones alone.
 
     Args:
         progress: see :func:`els.engine.sample`.
@@ -29,7 +31,8 @@ def shown(progress: bool | Progress | None, total: int) -> Iterator[Progress]:
             raise TypeError(
                 f"progress={progress!r} must be True, False, None, or a function of (done, total)"
             )
-        yield progress
+        tell = progress
+        yield lambda done, total: tell(done, total) if isinstance(done, int) else None
         return
     if progress is False or (progress is None and not _is_watched()):
         yield lambda done, total: None

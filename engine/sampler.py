@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Protocol
 
@@ -17,6 +19,7 @@ from els.engine.patch_sizes import PATCH_SIZES, patch_sizes_for
 from els.engine.progress import Progress, shown
 from els.engine.result import Claim, LocalPosterior, require_tolerance
 from els.engine.schedule import Cosine, Schedule, schedule_named
+from els.engine.watching import Tell, watched
 from els.index import PatchDatabase
 
 # Least memory for a value of a sample, in bytes: float64 of noise, noisy image, mean and next one.
@@ -214,7 +217,7 @@ def sample(
             patches are at most as large as the shortest of all sides.
         progress: True for a bar on standard error; a function, which is called with the
             image-steps done and in all after every step; False for neither; None for a bar in
-            notebooks and in an interactive Python on a terminal alone.
+            notebooks and in an interactive Python on a terminal alone. The bar moves within a step.
 
     Returns:
         Images in [-1, 1], float32 on the CPU, ``[n, C, H, W]``.
@@ -250,10 +253,15 @@ def sample(
             if callback is not None:
                 callback(state)
 
+        def under_way(count: int, share: float) -> None:
+            tell(done + share * count, total)
+
         for start in range(0, len(chosen), size):
             rows = slice(start, start + size)
             label = None if labels_of is None else labels_of[rows]
-            images[rows] = _drawn(machine, plan, chosen[rows], label, step_done)
+            few = chosen[rows]
+            part = partial(under_way, len(few))
+            images[rows] = _drawn(machine, plan, few, label, step_done, under_way=part)
     return images
 
 
@@ -278,6 +286,7 @@ def sample_plan(
     label: int | None = None,
     callback: Callable[[StepState], None] | None = None,
     resumption: Resumption | None = None,
+    under_way: Tell | None = None,
 ) -> Tensor:
     """Draw some samples of a plan at once; arguments, result and errors are those of `sample`.
 
@@ -288,9 +297,10 @@ def sample_plan(
         label: of all samples.
         callback: see there.
         resumption: where to resume; None to start from the samples' noise.
+        under_way: called now and then within a long step, with the share of it that is done.
     """
     labels = _labels(machine, label, len(indices))
-    return _drawn(machine, plan, tuple(indices), labels, callback, resumption)
+    return _drawn(machine, plan, tuple(indices), labels, callback, resumption, under_way)
 
 
 def _drawn(
@@ -300,12 +310,13 @@ def _drawn(
     labels: Tensor | None,
     callback: Callable[[StepState], None] | None,
     resumption: Resumption | None = None,
+    under_way: Tell | None = None,
 ) -> Tensor:
     """One batch, float32 on the CPU."""
     if resumption is None:
         noise = [initial_noise(plan.seed, index, plan.shape(machine.db)) for index in indices]
         resumption = Resumption(plan.steps, torch.stack(noise))
-    for state in _ddim(machine, plan, indices, labels, resumption):
+    for state in _ddim(machine, plan, indices, labels, resumption, under_way):
         if callback is not None:
             callback(state)
     return state.x_next.float()
@@ -317,6 +328,7 @@ def _ddim(
     indices: tuple[int, ...],
     labels: Tensor | None,
     resumption: Resumption,
+    under_way: Tell | None,
 ) -> Iterator[StepState]:
     """DDIM for one batch (arXiv 2010.02502, equations 12 and 16), the trajectory in float64."""
     shape = plan.shape(machine.db)
@@ -328,15 +340,16 @@ def _ddim(
         alpha_next, sigma_next = _scales(plan, step - 1)
         size = None if plan.patch_sizes is None else plan.patch_sizes[step - 1]
         query = x.to(machine.device, torch.float32)
-        answer = posterior(
-            query,
-            alpha=alpha,
-            sigma=sigma,
-            patch_size=size,
-            labels=labels,
-            entropy=False,
-            **_approximation(plan, indices, step),
-        )
+        with nullcontext() if under_way is None else watched(under_way):
+            answer = posterior(
+                query,
+                alpha=alpha,
+                sigma=sigma,
+                patch_size=size,
+                labels=labels,
+                entropy=False,
+                **_approximation(plan, indices, step),
+            )
         clean = answer.mean.to("cpu", torch.float64)
         claims = answer.claims if isinstance(answer, LocalPosterior) and plan.tolerance else ()
         eps = (x - alpha * clean) / sigma

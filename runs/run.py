@@ -29,6 +29,7 @@ from els.engine.result import Claim
 from els.engine.sampler import (
     DEFAULT_BATCH,
     Resumption,
+    SamplePlan,
     StepState,
     plan_sampling,
     require_count,
@@ -75,7 +76,7 @@ _LEAST_SHARED_BATCH = 4
 
 @dataclass(frozen=True)
 class StepProgress:
-    """One step of one batch was done.
+    """One step of one batch was done, or a part of it.
 
     Attributes:
         finished: samples that were finished before this batch, by all processes, earlier
@@ -83,8 +84,9 @@ class StepProgress:
         step: counts up from 1, the noise, to the number of steps.
         patch_size: of the step; None for IS and ES.
         images: samples in the batch.
-        seconds: that the step took, for all of them.
+        seconds: that the step took until now, for all of them.
         claims: what their posteriors say of themselves; empty without a tolerance.
+        share: of the step that is done.
     """
 
     finished: int
@@ -93,6 +95,7 @@ class StepProgress:
     images: int
     seconds: float
     claims: tuple[Claim, ...] = ()
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,7 @@ def sample_run(
     canvas: Sequence[int] | None = None,
     shard_size: int | None = None,
     progress: Callable[[StepProgress], None] | None = None,
+    under_way: Callable[[StepProgress], None] | None = None,
 ) -> RunReport:
     """Sample into a folder; called again with the same settings, compute only what is missing.
 
@@ -213,6 +217,7 @@ def sample_run(
         shard_size: samples to a file; 1 for a picture and a file of each, which trajectories need;
             None for what an existing run has, and for a new one 1 up to 1,000 samples, else 1,000.
         progress: called after every step of every batch of this process.
+        under_way: the same within a long step, about ten times a second at most.
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -265,7 +270,7 @@ def sample_run(
         if work.is_done:
             return RunReport(run, 0, ())
         sizes = _BatchSizes.of(machine, batch_size)
-        timings = _compute(machine, mesh, task, run, work, sizes, progress)
+        timings = _compute(machine, mesh, task, run, work, sizes, progress, under_way)
         report = RunReport(run, work.count, timings)
         task.add("left", 1)
         if mesh.rank == 0:
@@ -418,6 +423,7 @@ def _compute(
     work: _Work,
     sizes: _BatchSizes,
     progress: Callable[[StepProgress], None] | None,
+    under_way: Callable[[StepProgress], None] | None,
 ) -> tuple[StepProgress, ...]:
     timings: deque[StepProgress] = deque(maxlen=_TIMINGS_KEPT)
     settings, plan = work.settings, work.settings.plan
@@ -430,8 +436,16 @@ def _compute(
             break
         indices = [index for piece in pieces for index in piece]
         finished = settings.n - work.count + task.add("finished", 0)
+        resumption = saved.resumption(indices)
         watch = _Watch(
-            finished, plan.steps, saved, keep_states=settings.trajectory, progress=progress
+            finished,
+            plan,
+            len(indices),
+            plan.steps if resumption is None else resumption.step,
+            saved,
+            keep_states=settings.trajectory,
+            progress=progress,
+            under_way=under_way,
         )
         images = sample_plan(
             machine,
@@ -439,7 +453,8 @@ def _compute(
             indices,
             label=settings.label,
             callback=watch,
-            resumption=saved.resumption(indices),
+            resumption=resumption,
+            under_way=None if under_way is None else watch.look,
         )
         _require_no_new_indices(machine, settings)
         if mesh.leads:
@@ -580,34 +595,49 @@ class _Watch:
     def __init__(
         self,
         finished: int,
-        steps: int,
+        plan: SamplePlan,
+        images: int,
+        step: int,
         saved: _SavedSteps,
         *,
         keep_states: bool,
         progress: Callable[[StepProgress], None] | None,
+        under_way: Callable[[StepProgress], None] | None,
     ) -> None:
         self.states: list[StepState] = []
         self.timings: list[StepProgress] = []
         self._finished = finished
-        self._steps = steps
+        self._plan = plan
+        self._images = images
+        self._step = step
         self._saved = saved
         self._keep_states = keep_states
         self._progress = progress
+        self._under_way = under_way
         self._clock = time.perf_counter()
 
     def __call__(self, state: StepState) -> None:
-        seconds = time.perf_counter() - self._clock
-        images = len(state.indices)
-        # The sampler counts down to 1, as its time does.
-        step = self._steps - state.step + 1
-        timing = StepProgress(self._finished, step, state.patch_size, images, seconds, state.claims)
+        timing = self._timing(state.claims)
         self.timings.append(timing)
         if self._keep_states:
             self.states.append(state)
-        self._saved.offer(state, seconds)
+        self._saved.offer(state, timing.seconds)
         if self._progress is not None:
             self._progress(timing)
+        self._step -= 1
         self._clock = time.perf_counter()
+
+    def look(self, share: float) -> None:
+        """A share of the step under way is done."""
+        if self._under_way is not None:
+            self._under_way(self._timing((), share))
+
+    def _timing(self, claims: tuple[Claim, ...], share: float = 1.0) -> StepProgress:
+        plan, seconds = self._plan, time.perf_counter() - self._clock
+        # The sampler counts down to 1, as its time does.
+        step = plan.steps - self._step + 1
+        size = None if plan.patch_sizes is None else plan.patch_sizes[self._step - 1]
+        return StepProgress(self._finished, step, size, self._images, seconds, claims, share)
 
 
 def _write_sample(run: RunFolder, index: int, values: npt.NDArray[np.float32]) -> None:

@@ -37,10 +37,11 @@ ALLOWED_IN_ENGINE = {
     "schedule": set(),
     "patch_sizes": {"schedule"},
     "progress": set(),
-    "sampler": {"schedule", "patch_sizes", "progress", "result", "devices"},
+    "watching": set(),
+    "sampler": {"schedule", "patch_sizes", "progress", "watching", "result", "devices"},
     "devices": set(),
     "mesh": {"state"},
-    "backends": {"kinds", "query", "state", "mesh"},
+    "backends": {"kinds", "query", "state", "mesh", "watching"},
     "approximate": {"backends.backend", "kinds", "query", "state", "result"},
     "gradients": {"kinds", "query", "state", "result", "backends"},
 }

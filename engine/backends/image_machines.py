@@ -23,6 +23,7 @@ from els.engine.backends.image_blocks import blocks, merged_in_order
 from els.engine.backends.statistical import locality_state
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, best, empty, merge, stack
+from els.engine.watching import counted
 
 # Bytes of one block: of its pixels, or with shifts of its temporary memory. Few enough that large
 # images have blocks for many threads, and that an interruption is noticed soon.
@@ -69,7 +70,8 @@ def _ideal_state(
     x = query.x.to(torch.float64).flatten(1)
     block_state = partial(_ideal_block, images, query, x, _energy(x))
     count = min(_MOST_IMAGES, _BLOCK_BYTES // x.shape[1])
-    state = merged_in_order(block_state, blocks(members, count), merge, x.device)
+    some = counted(blocks(members, count), len(x))
+    state = merged_in_order(block_state, some, merge, x.device)
     if state.top is not None:
         # Every pixel's candidates are the same pixel of the heaviest images.
         pixel = torch.arange(height * width, device=x.device).reshape(height, width, 1)
@@ -95,7 +97,7 @@ def _equivariant_state(
     block_states = partial(_equivariant_block, images, query, noisy)
     states = merged_in_order(
         block_states,
-        blocks(members, count),
+        counted(blocks(members, count), len(x)),
         lambda first, second: list(map(merge, first, second)),
         x.device,
     )

@@ -21,6 +21,7 @@ from els.engine.backends.native_lists import ListSampling
 from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, merge_all, stack, state_of
+from els.engine.watching import advance
 
 # Largest number of groups of image blocks, which have states of their own and are merged in order.
 # It depends on the database and the shape of a query alone, so that neither threads nor batches
@@ -163,6 +164,14 @@ class NativeBackend(ListSampling):
         top_shape = (groups, batch, height, width, query.top)
         top_logits = np.empty(top_shape) if query.top else None
         top_addresses = np.empty(top_shape, dtype=np.int64) if query.top else None
+        done = 0
+        images_of_task = len(members) / groups
+
+        def progress(tasks: int) -> None:
+            nonlocal done
+            advance((tasks - done) * images_of_task)
+            done = tasks
+
         self._kernel.posterior(
             images=images,
             members=members,
@@ -181,7 +190,9 @@ class NativeBackend(ListSampling):
             logit_sum=logit_sum,
             top_logits=top_logits,
             top_addresses=top_addresses,
+            progress=progress,
         )
+        progress(groups * batch)
         return [
             PosteriorState(
                 torch.from_numpy(reference[group]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol, TypeAlias, cast
 
@@ -52,8 +53,12 @@ class Kernels(Protocol):
         logit_sum: _Doubles | None,
         top_logits: _Doubles | None,
         top_addresses: _Ints | None,
+        progress: Callable[[int], object],
     ) -> None:
-        """States of groups of images; see ``Problem`` of ``csrc/sweeps.h``."""
+        """States of groups of images; see ``Problem`` of ``csrc/sweeps.h``.
+
+        ``progress`` is called now and then with how many of the groups, times the batch, are done.
+        """
 
     def weigh(
         self,

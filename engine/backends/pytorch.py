@@ -25,6 +25,7 @@ from els.engine.backends.native_lists import ListSampling
 from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, best, empty, merge, merge_into, moved, state_of
+from els.engine.watching import counted
 
 # Temporary memory of one block of training images, in bytes.
 _BLOCK_BYTES = 32 << 20
@@ -131,7 +132,8 @@ def local_state(images: Images, query: PosteriorQuery, members: Members) -> Post
     planes = 4 * channels + 6 + (8 if query.top else 0)
     count = _BLOCK_BYTES // (8 * planes * (height + 2 * radius) * (width + 2 * radius))
     block_state = partial(_members_state, images, query)
-    return merged_in_order(block_state, blocks(members, count), merge, query.x.device)
+    some = counted(blocks(members, count), len(query.x))
+    return merged_in_order(block_state, some, merge, query.x.device)
 
 
 def _members_state(

@@ -23,6 +23,7 @@ from torch import Tensor
 from els.engine.backends.image_blocks import blocks
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, best, empty, merge, stack
+from els.engine.watching import counted
 from els.index.statistics import Spectrum
 
 # Diagonal of L below which it is taken for 1, as in published code (arXiv 2509.09672).
@@ -131,7 +132,7 @@ def _of_images(
     pixel = torch.arange(channels * height * width, device=device) % (height * width)
     shape = (1, channels * height, width)
     state = None
-    for block in blocks(members, max(1, _BLOCK_BYTES // (16 * x.shape[1]))):
+    for block in counted(blocks(members, max(1, _BLOCK_BYTES // (16 * x.shape[1]))), 1):
         clean = torch.from_numpy(images[block]).to(device, dtype).flatten(1).div_(127.5).sub_(1)
         logits = (x - alpha * clean).square_() @ mask
         logits.mul_(scale)

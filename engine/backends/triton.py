@@ -25,6 +25,7 @@ from els.engine.backends.native_lists import ListSampling
 from els.engine.kinds import Kind
 from els.engine.query import PosteriorQuery
 from els.engine.state import PosteriorState, TopPatches, best, empty, moved, summed, where
+from els.engine.watching import counted
 
 if TYPE_CHECKING:
     from els.triton_kernels.attention import Attention
@@ -251,7 +252,9 @@ class TritonBackend(ListSampling):
             )
             for i, members in enumerate(groups):
                 fresh = [each.fresh() for each in attentions]
-                for block in self._images.blocks(images, members, block_images):
+                for block in counted(
+                    self._images.blocks(images, members, block_images), len(batch)
+                ):
                     for attention in fresh:
                         attention.add(block, entropy=query.entropy)
                 for attention in fresh:

@@ -96,14 +96,18 @@ void check_starts(const Array<std::int64_t>& starts, const Array<std::int64_t>& 
   }
 }
 
-void run(const els::Problem& problem, int threads) {
+void run(const els::Problem& problem, int threads, const py::object& progress) {
   const std::vector<els::Sweep> sweeps = els::plan_sweeps(problem);
   std::atomic<std::int64_t> next{0};
   const std::int64_t tasks = static_cast<std::int64_t>(problem.groups) * problem.batch;
-  els::on_threads(threads, tasks, [&](std::atomic<bool>& cancelled) {
-    with_channels(problem.channels,
-                  [&](auto channels) { work<channels>(problem, sweeps, next, cancelled); });
-  });
+  els::on_threads(
+      threads, tasks,
+      [&](std::atomic<bool>& cancelled) {
+        with_channels(problem.channels,
+                      [&](auto channels) { work<channels>(problem, sweeps, next, cancelled); });
+      },
+      // Tasks that are begun, but for those that the threads have in hand.
+      [&] { progress(std::max<std::int64_t>(0, std::min(next.load(), tasks) - threads)); });
 }
 
 void weigh(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Array<double> sigma,
@@ -155,7 +159,7 @@ void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<st
                bool equivariant, bool circular, bool border_only, int threads,
                Array<double> reference, Array<double> mass, Array<double> centre,
                std::optional<Array<double>> logit_sum, std::optional<Array<double>> top_logits,
-               std::optional<Array<std::int64_t>> top_addresses) {
+               std::optional<Array<std::int64_t>> top_addresses, py::object progress) {
   if (images.ndim() != 4 || x.ndim() != 4 || members.ndim() != 1 || starts.ndim() != 1) {
     throw std::invalid_argument("images and x must have 4 dimensions, members and starts 1");
   }
@@ -195,7 +199,7 @@ void posterior(Array<std::uint8_t> images, Array<std::int64_t> members, Array<st
     problem.top_logits = checked(*top_logits, shape, "top_logits");
     problem.top_addresses = checked(*top_addresses, shape, "top_addresses");
   }
-  run(problem, threads);
+  run(problem, threads, progress);
 }
 
 template <int C, bool kNoisy, typename Products>
@@ -420,7 +424,8 @@ PYBIND11_MODULE(ELS_MODULE, module) {
              py::arg("circular"), py::arg("border_only"), py::arg("threads"),
              py::arg("reference").noconvert(), py::arg("mass").noconvert(),
              py::arg("centre").noconvert(), py::arg("logit_sum").noconvert(),
-             py::arg("top_logits").noconvert(), py::arg("top_addresses").noconvert());
+             py::arg("top_logits").noconvert(), py::arg("top_addresses").noconvert(),
+             py::arg("progress"));
   module.def("weigh", &weigh, py::arg("images").noconvert(), py::arg("x").noconvert(),
              py::arg("alpha").noconvert(), py::arg("sigma").noconvert(), py::arg("patch_size"),
              py::arg("circular"), py::arg("threads"), py::arg("addresses").noconvert(),

@@ -17,9 +17,10 @@
 namespace els {
 
 // Runs `body(cancelled)` on a number of threads, at most one for each task, or on as many as can be
-// started; Ctrl-C and the first exception end all of them.
-template <typename Body>
-void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body) {
+// started; Ctrl-C and the first exception end all of them. Ten times a second `watch` is called,
+// which may call Python.
+template <typename Body, typename Watch>
+void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body, const Watch& watch) {
   threads = std::min(threads, std::max<std::int64_t>(tasks, 1));
   std::atomic<bool> cancelled{false};
   std::mutex mutex;
@@ -61,7 +62,13 @@ void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body) {
       lock.unlock();
       {
         pybind11::gil_scoped_acquire acquire;
-        if (PyErr_CheckSignals() != 0) cancelled = true;
+        try {
+          if (!cancelled) watch();
+        } catch (pybind11::error_already_set& error) {
+          error.restore();
+          cancelled = true;
+        }
+        if (!cancelled && PyErr_CheckSignals() != 0) cancelled = true;
       }
       lock.lock();
     }
@@ -74,6 +81,11 @@ void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body) {
   }
   if (PyErr_Occurred()) throw pybind11::error_already_set();
   if (failure) std::rethrow_exception(failure);
+}
+
+template <typename Body>
+void on_threads(std::int64_t threads, std::int64_t tasks, const Body& body) {
+  on_threads(threads, tasks, body, [] {});
 }
 
 }  // namespace els

@@ -152,6 +152,36 @@ def test_long_samples_go_on_at_the_step_where_they_were(
     assert not (folder / "steps").exists()
 
 
+@pytest.mark.usefixtures("small_pieces")
+def test_a_step_under_way_is_told(
+    machine: ScoreMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of a batch which goes on where it was interrupted."""
+    monkeypatch.setattr("els.runs.run._MOST_LOST_SECONDS", 0.0)
+    options = {**OPTIONS, "n": 1}
+    seen: list[StepProgress] = []
+
+    def stop(done: StepProgress) -> None:
+        assert done.share == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_run(machine, tmp_path, **options, progress=stop, under_way=seen.append)
+    assert {(told.step, told.patch_size) for told in seen} == {(1, 5)}
+    assert [told.share for told in seen] == sorted({told.share for told in seen})
+    assert all(0 < told.share < 1 and told.images == 1 for told in seen)
+    seen.clear()
+    sample_run(machine, tmp_path, **options, under_way=seen.append)
+    assert {(told.step, told.patch_size) for told in seen} == {(2, 3), (3, 1)}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of the torch backend in pieces, all of which are told."""
+    monkeypatch.setattr("els.engine.watching._SECONDS", 0.0)
+    monkeypatch.setattr("els.engine.backends.pytorch._BLOCK_BYTES", 1 << 12)
+
+
 DAMAGES = [
     pytest.param(lambda x, step: b"", id="empty"),
     pytest.param(lambda x, step: b"PK no archive", id="no-archive"),
