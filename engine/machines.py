@@ -519,8 +519,11 @@ class ScoreMachine:
         method: Method,
         seeds: list[tuple[int, ...]],
     ) -> LocalPosterior:
-        """Image by image, so that results do not depend on the batch."""
+        """Those that want all images together, others one by one: none depends on the batch."""
         members = self._members_of(query, labels)
+        wants_all = [method.wants_all(query, len(each)) for each in members]
+        if all(wants_all):
+            return finish(moved(self._state(query, labels), self.device), query.x.dtype)
         begin(sum(map(len, members)))
         index = None
         if self.is_indexed and method.mode != "subset":
@@ -529,7 +532,7 @@ class ScoreMachine:
         for b, seed in enumerate(seeds):
             one = _rows(query, [b])
             problem = Problem(self._backend, self.db, index, one, members[b], seed)
-            estimate = method.estimate(problem)
+            estimate = problem.exact() if wants_all[b] else method.estimate(problem)
             uncertainties.append(estimate.uncertainty)
             state = estimate.state
             states.append(with_heaviest(problem, estimate, query.top) if query.top else state)

@@ -78,6 +78,14 @@ class PosteriorQuery:
         return inside
 
     @property
+    def pairs_per_image(self) -> int:
+        """Candidates of an interior pixel in one image: the pairs that an image costs it."""
+        if not self.kind.is_equivariant:
+            return 1
+        height, width = (length - self.patch_size + 1 for length in self.x.shape[2:])
+        return int(height * width)
+
+    @property
     def border_only(self) -> bool:
         """Whether only pixels near the border are wanted, and they have candidates of their own."""
         return self.has_border and self.pixels is not None and not self.pixels[self.interior].any()

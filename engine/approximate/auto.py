@@ -20,18 +20,18 @@ from els.engine.approximate.estimate import Estimate, Problem
 from els.engine.approximate.growth import Part, error, larger_sizes
 from els.engine.approximate.lists import ListPart, can_sample, first_cost
 from els.engine.approximate.subset import SubsetPart
+from els.engine.query import PosteriorQuery
 
 
 def estimate_to(tolerance: float, problem: Problem) -> Estimate:
     """The cheapest estimate whose expected error is at most the tolerance.
 
+    It begins with a part of the images: :func:`wants_all` says where that cannot pay.
+
     Args:
         tolerance: mean absolute error of the posterior mean over the pixels.
         problem: of which image.
     """
-    least = LEAST_GPU_PAIRS if problem.query.x.is_cuda else LEAST_PAIRS
-    if is_little(len(problem.order), problem.interior.size, problem.pairs_per_image, least):
-        return problem.exact()
     aim, lists_cost = MARGIN * tolerance, None
     if can_sample(problem):
         lists_cost = first_cost(problem)
@@ -80,7 +80,7 @@ def _together(problem: Problem, interior: Part, border: SubsetPart | None) -> Es
     total = len(problem.order)
     if border is None:
         return interior.estimate.with_work(interior.work / total)
-    inside = int(problem.interior.sum()) * problem.pairs_per_image
+    inside = int(problem.interior.sum()) * problem.query.pairs_per_image
     all_pairs = inside + problem.border_pairs
     work = (inside * interior.work + problem.border_pairs * border.work) / all_pairs / total
     if interior.estimate.is_exact:
@@ -89,6 +89,18 @@ def _together(problem: Problem, interior: Part, border: SubsetPart | None) -> Es
         estimate = interior.estimate.with_others(interior.pixels, border.estimate)
     images = max(part.estimate.uncertainty.images for part in (interior, border))
     return estimate.with_work(work, images)
+
+
+def wants_all(query: PosteriorQuery, images: int) -> bool:
+    """Whether an image's posterior is computed at once, from all of so many images.
+
+    IS and ES read and transform an image once for a whole batch, of which estimates would save
+    nothing.
+    """
+    if not query.kind.is_local:
+        return True
+    least = LEAST_GPU_PAIRS if query.x.is_cuda else LEAST_PAIRS
+    return is_little(images, query.x[0, 0].numel(), query.pairs_per_image, least)
 
 
 def is_little(images: int, pixels: int, candidates: int, least: float = LEAST_PAIRS) -> bool:

@@ -180,15 +180,7 @@ class Problem:
     def border_image_cost(self) -> float:
         """What an image costs a border pixel, in images of the exact kernel for another pixel."""
         pairs = self.border_pairs / int((~self.interior).sum())
-        return self.costs.border_pair * pairs / self.pairs_per_image
-
-    @property
-    def pairs_per_image(self) -> int:
-        """Candidates of an interior pixel in one image: the pairs that an image costs it."""
-        if not self.query.kind.is_equivariant:
-            return 1
-        height, width = (length - self.query.patch_size + 1 for length in self.query.x.shape[2:])
-        return int(height * width)
+        return self.costs.border_pair * pairs / self.query.pairs_per_image
 
     def exact(self) -> Estimate:
         """The exact posterior, with as many of its heaviest patches as the query asks for."""

@@ -110,7 +110,7 @@ def truncated(problem: Problem, k: int) -> Estimate:
         state = where(pixels, state, exact)
     log_mass = head.state.reference + head.state.mass.log()
     # A full list may leave out candidates as heavy as its last one, and no heavier.
-    places = problem.pairs_per_image * len(problem.members)
+    places = problem.query.pairs_per_image * len(problem.members)
     found = (head.addresses >= 0).sum(-1)
     last = head.logits.masked_fill(head.addresses < 0, torch.inf).amin(-1)
     norms = torch.zeros(interior.shape, dtype=torch.float64, device="cpu")

@@ -124,7 +124,7 @@ def list_cost(problem: Problem, share: float) -> float:
     assert problem.index is not None
     costs, index = problem.costs, problem.index
     read = costs.list_ranked * index.lists + costs.code_read * share * index.count
-    return read / problem.pairs_per_image
+    return read / problem.query.pairs_per_image
 
 
 def first_share(problem: Problem) -> float:

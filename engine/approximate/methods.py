@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol, final, get_args
 from els.engine.approximate import auto, head, lists, subset
 from els.engine.approximate.costs import GROUPS
 from els.engine.approximate.estimate import Estimate, Problem, Situation
+from els.engine.query import PosteriorQuery
 from els.engine.result import Mode, require_tolerance
 
 # Largest k: more candidates of a pixel would outgrow what they save.
@@ -34,8 +35,16 @@ class Method(Protocol):
     def obstacle(self, situation: Situation) -> str | None:
         """Why the method cannot be used, and what can; None where it can."""
 
+    def wants_all(self, query: PosteriorQuery, images: int) -> bool:
+        """Whether everything is computed at once, of all images of the batch together.
+
+        Args:
+            query: of the batch.
+            images: whose patches are the candidates of one of its images.
+        """
+
     def estimate(self, problem: Problem) -> Estimate:
-        """The estimated posterior; exact where that costs no more."""
+        """The estimated posterior of what does not want all; exact where that costs no more."""
 
 
 @final
@@ -49,6 +58,10 @@ class Exact:
     def obstacle(self, situation: Situation) -> str | None:
         """Nothing stands against it."""
         return None
+
+    def wants_all(self, query: PosteriorQuery, images: int) -> bool:
+        """Always."""
+        return True
 
     def estimate(self, problem: Problem) -> Estimate:
         """The exact posterior."""
@@ -75,6 +88,10 @@ class TopK:
         """See :class:`Method`."""
         return head.obstacle(situation)
 
+    def wants_all(self, query: PosteriorQuery, images: int) -> bool:
+        """See :class:`Method`."""
+        return False
+
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
         return head.truncated(problem, self.k) if head.can_search(problem) else problem.exact()
@@ -100,10 +117,12 @@ class Subset:
         """See :class:`Method`."""
         return None
 
+    def wants_all(self, query: PosteriorQuery, images: int) -> bool:
+        """See :class:`Method`."""
+        return self.images >= images or images < _LEAST_IMAGES
+
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
-        if _is_everything(problem, self.images):
-            return problem.exact()
         return subset.extrapolated(problem, None, subset.drawn(problem, self.images))
 
 
@@ -130,9 +149,13 @@ class TopKSubset:
         """See :class:`Method`."""
         return head.obstacle(situation)
 
+    def wants_all(self, query: PosteriorQuery, images: int) -> bool:
+        """See :class:`Method`."""
+        return Subset(self.images).wants_all(query, images)
+
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
-        if not head.can_search(problem) or _is_everything(problem, self.images):
+        if not head.can_search(problem):
             return problem.exact()
         sample = subset.drawn(problem, self.images)
         return subset.extrapolated(problem, head.nearest(problem, self.k), sample)
@@ -158,6 +181,10 @@ class Lists:
     def obstacle(self, situation: Situation) -> str | None:
         """See :class:`Method`."""
         return lists.obstacle(situation)
+
+    def wants_all(self, query: PosteriorQuery, images: int) -> bool:
+        """See :class:`Method`."""
+        return False
 
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
@@ -185,6 +212,10 @@ class Auto:
     def obstacle(self, situation: Situation) -> str | None:
         """See :class:`Method`."""
         return None
+
+    def wants_all(self, query: PosteriorQuery, images: int) -> bool:
+        """See :class:`Method`."""
+        return auto.wants_all(query, images)
 
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
@@ -239,8 +270,3 @@ def require_integer(argument: str, value: object, least: int, most: int) -> None
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"{argument}={value!r} must be an integer from {least} to {most}")
-
-
-def _is_everything(problem: Problem, images: int) -> bool:
-    """Whether a subset of so many images is as good as all of them."""
-    return images >= len(problem.order) or len(problem.order) < _LEAST_IMAGES

@@ -247,6 +247,40 @@ def test_no_image_is_weighed_twice_where_all_are(db: PatchDatabase, boundary: st
     assert (answer.log_evidence - exact.log_evidence).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("kind", ["IS", "ES", "LS", "ELS"])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_batch_that_wants_all_images_is_asked_as_one(
+    db: PatchDatabase, kind: str, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the exact question: a tolerance takes no longer."""
+    # Images of IS and ES are read once for a batch, however many there are.
+    monkeypatch.setattr(
+        "els.engine.approximate.auto.LEAST_PAIRS", 0 if kind in ("IS", "ES") else 1e12
+    )
+    machine = ScoreMachine(db, kind, "zeros", "torch")
+    x, labels = query(0.4, batch=4), torch.tensor([0, 1, 0, 1])
+    asked: list[PosteriorQuery] = []
+    states = TorchBackend.states
+
+    def spy(backend, images, query, groups):
+        asked.append(query)
+        return states(backend, images, query, groups)
+
+    monkeypatch.setattr(TorchBackend, "states", spy)
+    auto = {"mode": "auto", "tolerance": 0.01}
+    exact = ask(machine, x, 0.4, entropy=entropy)
+    answer = ask(machine, x, 0.4, entropy=entropy, **auto)
+    assert [(len(each.x), each.entropy) for each in asked] == [(4, entropy)] * 2
+    assert answer.modes == ("exact",) * 4
+    for name in ("mean", "log_evidence", "effective_patches", "mean_error", "expected_error"):
+        mine, its = getattr(answer, name), getattr(exact, name)
+        assert (mine is None) == (its is None)
+        assert mine is None or torch.equal(mine, its)
+    assert torch.equal(
+        ask(machine, x, 0.4, labels=labels, **auto).mean, ask(machine, x, 0.4, labels=labels).mean
+    )
+
+
 def test_results_repeat_and_the_batch_does_not_show(db: PatchDatabase) -> None:
     machine = ScoreMachine(db, "ELS", "zeros")
     x = query(0.3, batch=3)
