@@ -6,8 +6,9 @@ estimate (:meth:`Method.estimate`). ``mode="topk"`` and its like are shorthand f
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, final, get_args
+from typing import ClassVar, final, get_args
 
 from els.engine.approximate import auto, head, lists, subset
 from els.engine.approximate.costs import GROUPS
@@ -21,19 +22,20 @@ MAX_TOP = 4096
 _LEAST_IMAGES = 2 * GROUPS
 
 
-class Method(Protocol):
-    """A way to compute a posterior."""
+class Method(ABC):
+    """A way to compute a posterior.
 
-    @property
-    def mode(self) -> Mode:
-        """The name that results and ``posterior(mode=...)`` have for it."""
+    Attributes:
+        mode: the name that results and ``posterior(mode=...)`` have for it.
+        needs_index: whether the database must have an index of the patch size.
+    """
 
-    @property
-    def needs_index(self) -> bool:
-        """Whether the database must have an index of the patch size."""
+    mode: ClassVar[Mode]
+    needs_index: ClassVar[bool] = False
 
     def obstacle(self, situation: Situation) -> str | None:
         """Why the method cannot be used, and what can; None where it can."""
+        return None
 
     def wants_all(self, query: PosteriorQuery, images: int) -> bool:
         """Whether everything is computed at once, of all images of the batch together.
@@ -42,22 +44,19 @@ class Method(Protocol):
             query: of the batch.
             images: whose patches are the candidates of one of its images.
         """
+        return False
 
+    @abstractmethod
     def estimate(self, problem: Problem) -> Estimate:
         """The estimated posterior of what does not want all; exact where that costs no more."""
 
 
 @final
 @dataclass(frozen=True)
-class Exact:
+class Exact(Method):
     """Everything."""
 
     mode: ClassVar[Mode] = "exact"
-    needs_index: ClassVar[bool] = False
-
-    def obstacle(self, situation: Situation) -> str | None:
-        """Nothing stands against it."""
-        return None
 
     def wants_all(self, query: PosteriorQuery, images: int) -> bool:
         """Always."""
@@ -70,7 +69,7 @@ class Exact:
 
 @final
 @dataclass(frozen=True)
-class TopK:
+class TopK(Method):
     """The k nearest patches that the database's index finds, weighed exactly.
 
     Attributes:
@@ -88,10 +87,6 @@ class TopK:
         """See :class:`Method`."""
         return head.obstacle(situation)
 
-    def wants_all(self, query: PosteriorQuery, images: int) -> bool:
-        """See :class:`Method`."""
-        return False
-
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
         return head.truncated(problem, self.k) if head.can_search(problem) else problem.exact()
@@ -99,7 +94,7 @@ class TopK:
 
 @final
 @dataclass(frozen=True)
-class Subset:
+class Subset(Method):
     """A random subset of the images, extrapolated to all of them.
 
     Attributes:
@@ -108,14 +103,9 @@ class Subset:
 
     images: int = 1024
     mode: ClassVar[Mode] = "subset"
-    needs_index: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_integer("subset", self.images, _LEAST_IMAGES, 1 << 62)
-
-    def obstacle(self, situation: Situation) -> str | None:
-        """See :class:`Method`."""
-        return None
 
     def wants_all(self, query: PosteriorQuery, images: int) -> bool:
         """See :class:`Method`."""
@@ -128,7 +118,7 @@ class Subset:
 
 @final
 @dataclass(frozen=True)
-class TopKSubset:
+class TopKSubset(Method):
     """The k nearest patches, weighed exactly, and a random subset for the others.
 
     Attributes:
@@ -163,7 +153,7 @@ class TopKSubset:
 
 @final
 @dataclass(frozen=True)
-class Lists:
+class Lists(Method):
     """A sample of the index's patches, the nearer to the pixel the denser.
 
     Attributes:
@@ -182,10 +172,6 @@ class Lists:
         """See :class:`Method`."""
         return lists.obstacle(situation)
 
-    def wants_all(self, query: PosteriorQuery, images: int) -> bool:
-        """See :class:`Method`."""
-        return False
-
     def estimate(self, problem: Problem) -> Estimate:
         """See :class:`Method`."""
         if not head.can_search(problem):
@@ -195,7 +181,7 @@ class Lists:
 
 @final
 @dataclass(frozen=True)
-class Auto:
+class Auto(Method):
     """The cheapest method that meets a tolerance.
 
     Attributes:
@@ -204,14 +190,9 @@ class Auto:
 
     tolerance: float
     mode: ClassVar[Mode] = "auto"
-    needs_index: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_tolerance(self.tolerance)
-
-    def obstacle(self, situation: Situation) -> str | None:
-        """See :class:`Method`."""
-        return None
 
     def wants_all(self, query: PosteriorQuery, images: int) -> bool:
         """See :class:`Method`."""
