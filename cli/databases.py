@@ -188,7 +188,10 @@ def sizes(
     noise = schedule_named(schedule.value)
     if output is not None and output.suffix != ".json":
         raise ValueError(f"--output {output} must end in .json, as --sizes reads it")
-    chosen = sizes_of_data(db, steps, noise, excess=EXCESS if excess is None else excess)
+    with counting("images") as progress:
+        chosen = sizes_of_data(
+            db, steps, noise, excess=EXCESS if excess is None else excess, progress=progress
+        )
     table = Table("step", "beta", "patch size", box=None, pad_edge=False)
     for i in range(steps, 0, -1):
         table.add_row(str(steps - i + 1), f"{noise.beta(i / steps):.4f}", str(chosen[i - 1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ def sizes_of_data(
     schedule: Schedule | None = None,
     *,
     excess: float = EXCESS,
+    progress: Callable[[int, int], object] | None = None,
 ) -> tuple[int, ...]:
     """One patch size per step, lowest noise first, for those who have no network to calibrate on.
 
@@ -36,6 +38,7 @@ def sizes_of_data(
         steps: of the sampler, >= 1.
         schedule: noise over time; the paper's by default.
         excess: error that a smaller window may add, as a part of the least, > 0.
+        progress: called with (images done, images in all).
 
     Returns:
         ``steps`` odd sizes, entry i - 1 for t = i / steps.
@@ -48,7 +51,7 @@ def sizes_of_data(
     schedule = schedule or Cosine()
     times = [i / steps for i in range(1, steps + 1)]
     noise = np.array([(schedule.sigma(t) / schedule.alpha(t)) ** 2 for t in times])
-    covariances = autocovariance(db)
+    covariances = autocovariance(db, progress)
     channels = len(covariances)
     most = min(*db.shape[1:], math.isqrt(_MOST_COORDINATES // channels))
     sizes = np.arange(1, most + 1, 2)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -86,7 +87,9 @@ def image_spectrum(db: PatchDatabase, label: int | None = None) -> Spectrum:
     return _read(folder, db)
 
 
-def autocovariance(db: PatchDatabase) -> NDArray[np.float64]:
+def autocovariance(
+    db: PatchDatabase, progress: Callable[[int, int], object] | None = None
+) -> NDArray[np.float64]:
     """Covariance of a pixel and another at a displacement, averaged over images and places.
 
     Pixels are in [-1, 1], less their mean by channel. Both lie inside the image; circular
@@ -94,6 +97,7 @@ def autocovariance(db: PatchDatabase) -> NDArray[np.float64]:
 
     Args:
         db: the training images.
+        progress: called with (images done, images in all).
 
     Returns:
         float64 ``[C, C, 2 H, 2 W]``; entry (a, b, dy mod 2 H, dx mod 2 W) is that of channel a at a
@@ -111,6 +115,8 @@ def autocovariance(db: PatchDatabase) -> NDArray[np.float64]:
         centred = db.images[start : start + chunk] - mean[:, None, None]
         waves = np.fft.rfft2(centred, padded)
         power += np.einsum("nayx,nbyx->abyx", waves.conj(), waves)
+        if progress is not None:
+            progress(min(start + chunk, count), count)
     inside = np.abs(np.fft.rfft2(np.ones((height, width)), padded)) ** 2
     pairs = np.maximum(np.rint(np.fft.irfft2(inside, padded)), 1)
     return np.asarray(np.fft.irfft2(power, padded) / (count * pairs) / 127.5**2)

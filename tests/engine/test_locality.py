@@ -44,7 +44,13 @@ def test_autocovariance(
 ) -> None:
     monkeypatch.setattr("els.index.statistics._CHUNK_BYTES", 2000)
     images = natural(7, channels, height, width)
-    found = autocovariance(PatchDatabase.from_arrays(images))
+    told: list[tuple[int, int]] = []
+    found = autocovariance(
+        PatchDatabase.from_arrays(images), lambda done, total: told.append((done, total))
+    )
+    assert told[-1] == (7, 7)
+    assert len(told) > 1
+    assert told == sorted(told)
     expected = covariances_by_loops(images)
     assert found.shape == expected.shape
     # No two pixels are a whole height or width apart.
