@@ -139,17 +139,22 @@ class ListPlan {
     constexpr int kLists = 4, kGroups = 2;  // computed together, from the same loads
     const int size = sample.code_size;
     const Vec scale = splat(static_cast<float>(4.0 * sample.blur));
-    std::vector<std::uint16_t> least(padded, 0xffff);
-    for (std::int64_t list = first; list < last; list += kLists) {
-      const float* centroids[kLists];
-      float powers[kLists] = {};
-      for (int i = 0; i < kLists; ++i) {
-        centroids[i] = sample.centroids + std::min(list + i, last - 1) * size;
-        for (int d = 0; d < size; ++d) powers[i] += centroids[i][d] * centroids[i][d];
-      }
-      for (int group = 0; group < groups; group += kGroups) {
-        const int second = std::min(group + 1, groups - 1);
-        const float* const lanes[kGroups] = {lanes_of(group), lanes_of(second)};
+    std::vector<float> powers(last - first);
+    for (std::int64_t list = first; list < last; ++list) {
+      const float* const centroid = sample.centroids + list * size;
+      powers[list - first] = std::inner_product(centroid, centroid + size, centroid, 0.0f);
+    }
+    std::vector<std::uint16_t> least(padded);
+    for (int group = 0; group < groups; group += kGroups) {
+      const int second = std::min(group + 1, groups - 1);
+      const float* const lanes[kGroups] = {lanes_of(group), lanes_of(second)};
+      ShortVec nearer[kGroups];
+      std::memset(nearer, 0xff, sizeof(nearer));
+      for (std::int64_t list = first; list < last; list += kLists) {
+        const float* centroids[kLists];
+        for (int i = 0; i < kLists; ++i) {
+          centroids[i] = sample.centroids + std::min(list + i, last - 1) * size;
+        }
         Vec products[kGroups][kLists] = {};
         for (int d = 0; d < size; ++d) {
           const Vec queries[kGroups] = {load(lanes[0] + d * kLanes), load(lanes[1] + d * kLanes)};
@@ -159,20 +164,20 @@ class ListPlan {
           }
         }
         for (int g = 0; g < kGroups; ++g) {
-          const int at = (g == 0 ? group : second) * kLanes;
+          const int at = g == 0 ? group : second;
           for (int i = 0; i < kLists && list + i < last; ++i) {
-            const Vec distance = powers_[at / kLanes] + powers[i] - 2.0f * products[g][i];
+            const Vec distance = powers_[at] + powers[list + i - first] - 2.0f * products[g][i];
             const Vec rank = min(max(scale * distance, Vec{}), splat(kLargestRank));
             const ShortVec rounded =
                 __builtin_convertvector(__builtin_convertvector(rank, IntVec), ShortVec);
-            std::memcpy(ranks.get() + (list + i) * padded + at, &rounded, sizeof(rounded));
+            std::memcpy(ranks.get() + (list + i) * padded + at * kLanes, &rounded, sizeof(rounded));
             if (sample.sizes[list + i] == 0) continue;
-            ShortVec before = load_shorts(least.data() + at);
-            before = rounded < before ? rounded : before;
-            std::memcpy(least.data() + at, &before, sizeof(before));
+            nearer[g] = rounded < nearer[g] ? rounded : nearer[g];
           }
         }
       }
+      std::memcpy(least.data() + second * kLanes, &nearer[1], sizeof(nearer[1]));
+      std::memcpy(least.data() + group * kLanes, &nearer[0], sizeof(nearer[0]));
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     for (int p = 0; p < padded; ++p) nearest[p] = std::min(nearest[p], least[p]);
@@ -184,8 +189,8 @@ class ListPlan {
     const int count = last - first;
     const std::uint16_t* const __restrict least = nearest.data() + first;
     std::vector<float> bins(static_cast<std::size_t>(count) * kBins);
-    // The number of codes read is estimated from some ten thousand lists.
-    const std::int64_t stride = std::max<std::int64_t>(1, sample.lists / 16384);
+    // The number of codes read is estimated from some thousand lists.
+    const std::int64_t stride = std::max<std::int64_t>(1, sample.lists / 4096);
     float total = 0.0f;
     for (std::int64_t list = 0; list < sample.lists; list += stride) {
       const float size =
@@ -259,7 +264,7 @@ class IntegerProducts {
   explicit IntegerProducts(const ListPlan& plan)
       : plan_(plan), size_(plan.sample.code_size), words_((size_ + 1) / 2) {
     lanes_.resize(static_cast<std::size_t>(words_ + kLanes - 1) * kLanes);
-    block_.resize(static_cast<std::size_t>(kRows) * 2 * words_);
+    block_.resize(static_cast<std::size_t>(kRows) * 2 * words_ + kLanes);
   }
 
   void choose(const std::int32_t* members) {
@@ -274,15 +279,19 @@ class IntegerProducts {
     }
   }
 
-  // `codes` has kRows of them.
+  // `codes` has kRows of them, and kLanes bytes more that may be read.
   void multiply(const std::uint8_t* codes, Vec (&products)[kRows]) {
     constexpr int kTogether = 4, kWords = kSummedProducts / 2;
-    // Codes of an even size are widened as one.
+    // Codes of an even size are widened as one; of others with what lies behind them, which meets
+    // a query's zero or is overwritten by the next.
     const int parts = size_ % 2 == 0 ? 1 : kRows, length = kRows / parts * size_;
     for (int part = 0; part < parts; ++part) {
-      const std::uint8_t* const __restrict from = codes + part * size_;
-      std::int16_t* const __restrict to = block_.data() + part * 2 * words_;
-      for (int i = 0; i < length; ++i) to[i] = from[i];
+      for (int i = 0; i < length; i += kLanes) {
+        ByteVec from;
+        std::memcpy(&from, codes + part * size_ + i, sizeof(from));
+        const ShortVec to = __builtin_convertvector(from, ShortVec);
+        std::memcpy(block_.data() + part * 2 * words_ + i, &to, sizeof(to));
+      }
     }
     const std::size_t row_bytes = sizeof(std::int32_t) * words_;
     const char* block = reinterpret_cast<const char*>(block_.data());
@@ -446,7 +455,7 @@ class ListReader {
     level_.resize(plan.padded);
     found_.resize(plan.padded + kLanes);
     sorted_.resize(plan.padded + kLanes);
-    padded_block_.resize(static_cast<std::size_t>(kRows) * sample_.code_size);
+    padded_block_.resize(static_cast<std::size_t>(kRows) * sample_.code_size + kLanes);
     for (int level = 0; level <= kDeepest; ++level) part_of_[level] = std::ldexp(1.0f, -level);
     threshold_ =
         static_cast<float>(22.0 + std::log2(static_cast<double>(sample_.offsets[sample_.lists - 1] +
@@ -703,7 +712,7 @@ class ListReader {
     const std::int64_t size = sample_.sizes[list_], begin = block.number * kRows;
     const int rows = static_cast<int>(std::min<std::int64_t>(kRows, size - begin));
     const std::uint8_t* codes = sample_.codes_of(list_) + begin * sample_.code_size;
-    if (rows < kRows) {  // beyond the last code memory may end
+    if (rows < kRows) {  // beyond the last code memory may end; behind a whole block are ids
       std::memcpy(padded_block_.data(), codes, static_cast<std::size_t>(rows) * sample_.code_size);
       codes = padded_block_.data();
     }
