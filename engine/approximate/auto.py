@@ -36,7 +36,9 @@ def estimate_to(tolerance: float, problem: Problem) -> Estimate:
     if can_sample(problem):
         lists_cost = first_cost(problem)
     interior: Part
-    if lists_cost is not None and lists_cost <= FIRST_IMAGES:
+    # Whether a first subset suffices is not known. At worst lists take L / F times as long as it,
+    # and both together (F + L) / L times as long as lists.
+    if lists_cost is not None and lists_cost / FIRST_IMAGES <= 1 + FIRST_IMAGES / lists_cost:
         interior = ListPart.first(problem)
     else:
         interior = SubsetPart.first(problem, problem.interior)
@@ -53,7 +55,9 @@ def estimate_to(tolerance: float, problem: Problem) -> Estimate:
                 interior = interior.grown(sizes[0])
             else:
                 lists_cost, interior = None, SubsetPart.first(problem, problem.interior)
-        elif lists_cost is not None and lists_cost < float(sizes[0][0]) - len(interior.subset):
+        elif lists_cost is not None and lists_cost < float(sizes[0][0]):
+            # Before more than lists cost is spent on a subset, however often it falls short of what
+            # was expected of it: together they cost no more than twice the cheaper.
             interior = ListPart.first(problem)
         else:
             interior = interior.grown(sizes[0])
@@ -61,8 +65,10 @@ def estimate_to(tolerance: float, problem: Problem) -> Estimate:
             continue
         if isinstance(interior, SubsetPart):
             border = border.joined(interior)
-        # What serves the interior serves the border, too, so that its own images come last.
-        if interior is parts[0] or isinstance(interior, ListPart):
+        # What serves the interior serves the border, too, so that its own images come last; beside
+        # lists that have just been read, it may err enough.
+        both_read_lists = isinstance(interior, ListPart) and isinstance(parts[0], ListPart)
+        if interior is parts[0] or both_read_lists:
             border = border.grown(sizes[1])
     return _together(problem, interior, border)
 
