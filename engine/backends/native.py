@@ -31,9 +31,10 @@ _MOST_GROUPS = 32
 _LEAST_BLOCKS = 4
 # Memory for the states of all groups of a chunk of the batch, in bytes.
 _STATES_BYTES = 64 << 20
-# Costs of sampling lists, in pairs of the exact kernel: on an AMD EPYC (AVX2) ranking took 7 to 22,
-# a code 2.5 to 6 (P = 3 to 7, 6,000 to 60,000 images of 28 x 28, 32 x 32 x 3 and 64 x 64 x 3).
-LIST_COSTS = Costs(list_ranked=12.0, code_read=4.0)
+# Costs of sampling lists, in pairs of the exact kernel: medians of six measurements on an AMD EPYC
+# (AVX2), 5 to 18 for a list and 2 to 5 for a code (P = 3 to 7; 6,000 and 60,000 images of 28 x 28,
+# 20,000 of 32 x 32 x 3, 3,722 of 64 x 64 x 3).
+LIST_COSTS = Costs(list_ranked=9.0, code_read=3.0)
 # Cost of a border pair on the matrix unit, in pairs of the exact kernel; fitted by hand to timings.
 _PRODUCT_PAIR = 1.1
 # Cost of an image that is read for few border pixels there, as a share of serving all; likewise.
