@@ -28,7 +28,7 @@ from els.cli.options import memory_given, patch_sizes_given, resize_given
 
 # Torch and matplotlib take seconds to import: commands import what they use, help none of it.
 if TYPE_CHECKING:
-    from els.index import PatchDatabase
+    from els.index import PatchDatabase, PatchIndex
 
 commands = typer.Typer()
 
@@ -233,7 +233,8 @@ def build_indices(
         raise ValueError(f"--patch-sizes must be odd numbers such as 3,5,9, got {sizes!r}")
     chosen = [sizes] if isinstance(sizes, int) else list(sizes)
     _announce(db, [size for size in chosen if overwrite or not db.has_index(size)], threads)
-    table = Table("patch size", "patches", "factory", "size", box=None, pad_edge=False)
+    columns = ("patch size", "patches", "factory", "size", "--tolerance reads it from beta")
+    table = Table(*columns, box=None, pad_edge=False)
     for size in chosen:
         if db.has_index(size) and not overwrite:
             made = db.open_index(size)
@@ -253,8 +254,15 @@ def build_indices(
                     progress=update,
                 )
         amount = size_in_words(made.size_bytes)
-        table.add_row(str(size), f"{made.count:,}", made.factory, amount)
+        table.add_row(str(size), f"{made.count:,}", made.factory, amount, _read_from(made))
     print_table(table)
+
+
+def _read_from(index: PatchIndex) -> str:
+    """The noise variance from which an index's lists tell weights well enough."""
+    from els.engine.backends.native_lists import least_beta
+
+    return "never" if index.inverted is None else f"{least_beta(index.inverted):.4f}"
 
 
 def _announce(db: PatchDatabase, sizes: Sequence[int], threads: int | None) -> None:
@@ -315,6 +323,8 @@ def _described(db: PatchDatabase, *, all_classes: bool = False) -> Table:
     for row, size in enumerate(db.index_sizes):
         index = db.open_index(size)
         told = f"P {size:2d}  {size_in_words(index.size_bytes):>12}  {index.factory}"
+        if index.inverted is not None:
+            told += f"  from beta {_read_from(index)}"
         table.add_row("" if row else "indices", told)
     if not db.index_sizes:
         table.add_row("indices", "none")

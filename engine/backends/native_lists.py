@@ -66,6 +66,13 @@ def obstacle(
     )
 
 
+def least_beta(lists: InvertedLists) -> float:
+    """Noise variance from which :func:`obstacle` finds none, where ``alpha^2 + sigma^2 = 1``."""
+    rounding = lists.largest_norm * _ROUNDING / ESTIMATE_LOGIT_ERROR
+    noise = max(rounding, lists.misfit / _MISFIT) / _LEVEL**2
+    return noise / (1 + noise)
+
+
 class ListSampling:
     """What backends inherit that sample lists on the CPU, by the native kernel.
 

@@ -86,6 +86,13 @@ def test_an_index_says_what_it_costs_and_info_lists_it(db: Path) -> None:
     again = els("index", db, "--patch-sizes", "3")
     assert again.exit_code == 0
     assert "patches; about" not in again.stderr
+    assert re.search(r"Flat .* never", again.stdout)
+    other = els("index", db, "--patch-sizes", "3", "--factory", "IVF4,SQ8_direct", "--overwrite")
+    assert other.exit_code == 0, other.stderr
+    found = re.search(r"IVF4,SQ8_direct .* (0\.\d+)", other.stdout)
+    assert found
+    assert 0 < float(found[1]) < 0.05
+    assert f"IVF4,SQ8_direct  from beta {found[1]}" in els("info", db).stdout
 
 
 def test_a_log_gets_lines_of_progress(

@@ -18,7 +18,7 @@ from els.engine.approximate.lists import sampled as estimated
 from els.engine.backends.backend import ListQuery
 from els.engine.backends.native import LIST_COSTS, NativeBackend
 from els.engine.backends.native_kernels import kernel_module
-from els.engine.backends.native_lists import obstacle
+from els.engine.backends.native_lists import least_beta, obstacle
 from els.engine.state import PosteriorState
 from els.index import DatabaseError, PatchDatabase, PatchIndex
 from els.index.patches.lists import InvertedLists
@@ -357,6 +357,20 @@ def test_codes_that_lose_little_err_little(tmp_path: Path, factory: str) -> None
     assert np.sqrt(np.square(error).mean()) <= 1.5 * np.sqrt(np.square(sums.deviation).mean())
     evidence = inside(exact.log_evidence[0].double().numpy(), 5)
     np.testing.assert_allclose(sums.reference + np.log(sums.mass), evidence, atol=0.25)
+
+
+@pytest.mark.parametrize("factory", ["PCA20,IVF8,SQ8", "Pad88,IVF8,SQ8_direct"])
+def test_the_least_beta_is_where_lists_begin_to_serve(tmp_path: Path, factory: str) -> None:
+    """By what codes lose, and by float32 where they lose nothing."""
+    _, index = indexed(tmp_path, (3, 10, 10), 5, factory, count=80)
+    lists = index.inverted
+    assert lists is not None
+    beta = least_beta(lists)
+    assert 0 < beta < 1
+    for factor, serves in ((1 - 1e-6, False), (1 + 1e-6, True)):
+        noise = beta * factor
+        found = obstacle(lists, math.sqrt(1 - noise), math.sqrt(noise))
+        assert (found is None) == serves
 
 
 def test_tables_are_of_the_codes(tmp_path: Path) -> None:
