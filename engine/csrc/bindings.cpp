@@ -43,7 +43,8 @@ T* checked(Array<T>& array, std::vector<py::ssize_t> shape, const char* name) {
 // Deals tasks to threads. Which thread takes a task does not matter to its result.
 template <int C>
 void work(const els::Problem& problem, const std::vector<els::Sweep>& sweeps,
-          std::atomic<std::int64_t>& next, std::atomic<bool>& cancelled) {
+          std::atomic<std::int64_t>& next, std::atomic<std::int64_t>& done,
+          std::atomic<bool>& cancelled) {
   els::flush_denormals();
   els::Worker<C> worker(problem, sweeps);
   const std::int64_t tasks = static_cast<std::int64_t>(problem.groups) * problem.batch;
@@ -52,6 +53,7 @@ void work(const els::Problem& problem, const std::vector<els::Sweep>& sweeps,
     if (task >= tasks || cancelled.load()) return;
     worker.run(static_cast<int>(task % problem.groups), static_cast<int>(task / problem.groups),
                cancelled);
+    done.fetch_add(1);
   }
 }
 
@@ -98,16 +100,16 @@ void check_starts(const Array<std::int64_t>& starts, const Array<std::int64_t>& 
 
 void run(const els::Problem& problem, int threads, const py::object& progress) {
   const std::vector<els::Sweep> sweeps = els::plan_sweeps(problem);
-  std::atomic<std::int64_t> next{0};
+  std::atomic<std::int64_t> next{0}, done{0};
   const std::int64_t tasks = static_cast<std::int64_t>(problem.groups) * problem.batch;
   els::on_threads(
       threads, tasks,
       [&](std::atomic<bool>& cancelled) {
-        with_channels(problem.channels,
-                      [&](auto channels) { work<channels>(problem, sweeps, next, cancelled); });
+        with_channels(problem.channels, [&](auto channels) {
+          work<channels>(problem, sweeps, next, done, cancelled);
+        });
       },
-      // Tasks that are begun, but for those that the threads have in hand.
-      [&] { progress(std::max<std::int64_t>(0, std::min(next.load(), tasks) - threads)); });
+      [&] { progress(done.load()); });
 }
 
 void weigh(Array<std::uint8_t> images, Array<double> x, Array<double> alpha, Array<double> sigma,
