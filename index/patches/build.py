@@ -125,13 +125,13 @@ def build_index(
     work = target.with_name(f"{target.name}.partial")
     with _claimed(work), one_thread():
         plan = _Plan.of(patches, factory, memory, report)
+        # Build chunks, and the index that they are merged into; what is there is used or removed.
+        most = 2 * patches.count * (plan.code_bytes + BESIDE_CODES)
+        there = sum(path.stat().st_size for path in work.glob("*.faiss"))
+        files.require_space(target, max(0, most - there))
         if _written_plan(work) != plan.described:
             _clear(work)
             files.write_json(work / _PLAN, plan.described)
-        kept = sum(path.stat().st_size for path in work.glob("*.faiss"))
-        # Build chunks, and the index that they are merged into.
-        most = 2 * patches.count * (plan.code_bytes + BESIDE_CODES)
-        files.require_space(target, max(0, most - kept))
         if not (work / _TRAINED).exists():
             write_index(work / _TRAINED, plan.trained(threads, report))
         _add_build_chunks(work, patches, threads, report)
