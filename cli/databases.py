@@ -324,7 +324,7 @@ def _described(db: PatchDatabase, *, all_classes: bool = False) -> Table:
         index = db.open_index(size)
         told = f"P {size:2d}  {size_in_words(index.size_bytes):>12}  {index.factory}"
         if index.inverted is not None:
-            told += f"  from beta {_read_from(index)}"
+            told += f"  --tolerance reads it from beta {_read_from(index)}"
         table.add_row("" if row else "indices", told)
     if not db.index_sizes:
         table.add_row("indices", "none")

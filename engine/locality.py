@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from els.engine.schedule import Cosine, Schedule, require
 from els.index import PatchDatabase
+from els.index.database import Progress
 from els.index.statistics import autocovariance
 
 # A window's error that counts as good as the largest window's: this part above it.
@@ -24,7 +24,7 @@ def sizes_of_data(
     schedule: Schedule | None = None,
     *,
     excess: float = EXCESS,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[int, ...]:
     """One patch size per step, lowest noise first, for those who have no network to calibrate on.
 

@@ -683,12 +683,13 @@ class ScoreMachine:
 
     def _state(self, query: PosteriorQuery, labels: Tensor | None) -> PosteriorState:
         """The exact state, on the CPU."""
-        begin(sum(map(len, self._members_of(query, labels))))
+        # Every class is looked up before any work: an empty one is an error.
+        members = self._members_of(query, labels)
+        begin(sum(map(len, members)))
         if labels is None:
             return self._backend.states(self.db.images, query, [self._everyone])[0]
-        classes = sorted(set(labels.tolist()))
-        # Every class is looked up before any work: an empty one is an error.
-        members_of = {label: self.db.class_members(label) for label in classes}
+        members_of = dict(zip(labels.tolist(), members, strict=True))
+        classes = sorted(members_of)
         rows_of = {label: torch.nonzero(labels == label).flatten().tolist() for label in classes}
         states = [
             self._backend.states(self.db.images, _rows(query, rows_of[label]), [members_of[label]])[

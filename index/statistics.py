@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -21,7 +20,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from els.index.database import DatabaseError, PatchDatabase
+from els.index.database import DatabaseError, PatchDatabase, Progress
 from els.storage import files
 from els.storage.manifests import read_json, sealed
 
@@ -87,9 +86,7 @@ def image_spectrum(db: PatchDatabase, label: int | None = None) -> Spectrum:
     return _read(folder, db)
 
 
-def autocovariance(
-    db: PatchDatabase, progress: Callable[[int, int], object] | None = None
-) -> NDArray[np.float64]:
+def autocovariance(db: PatchDatabase, progress: Progress | None = None) -> NDArray[np.float64]:
     """Covariance of a pixel and another at a displacement, averaged over images and places.
 
     Pixels are in [-1, 1], less their mean by channel. Both lie inside the image; circular

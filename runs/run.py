@@ -454,7 +454,7 @@ def _compute(
             label=settings.label,
             callback=watch,
             resumption=resumption,
-            under_way=None if under_way is None else watch.look,
+            under_way=watch.look,
         )
         _require_no_new_indices(machine, settings)
         if mesh.leads:

@@ -92,7 +92,8 @@ def test_an_index_says_what_it_costs_and_info_lists_it(db: Path) -> None:
     found = re.search(r"IVF4,SQ8_direct .* (0\.\d+)", other.stdout)
     assert found
     assert 0 < float(found[1]) < 0.05
-    assert f"IVF4,SQ8_direct  from beta {found[1]}" in els("info", db).stdout
+    told = els("info", db).stdout
+    assert f"IVF4,SQ8_direct  --tolerance reads it from beta {found[1]}" in told
 
 
 def test_a_log_gets_lines_of_progress(

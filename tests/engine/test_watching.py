@@ -93,7 +93,8 @@ def test_who_watches_may_end_it(backend) -> None:
 
 
 @COMPILED
-def test_an_exception_ends_a_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_ends_a_kernel_that_runs() -> None:
+    """One thread weighs 4 * 10^9 pairs in more than the tenth of a second after which it tells."""
     calls: list[int] = []
 
     def stop(tasks: int) -> None:
